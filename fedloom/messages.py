@@ -1,0 +1,38 @@
+"""The two messages of the protocol. Whatever is not a field here never travels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedloom.state import AdapterState
+
+ClientId = str
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Server to client: what this client starts the round from."""
+
+    round: int
+    states: Mapping[str, AdapterState]  # "adapter", and what the algorithm adds ("control")
+    task: Literal["train", "evaluate"] = "train"
+
+    @property
+    def adapter(self) -> AdapterState:
+        return self.states["adapter"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client to server: the only thing that leaves a client."""
+
+    client: ClientId
+    states: Mapping[str, AdapterState]  # "delta", and what the algorithm adds
+    weight: float  # number of training examples, unless a privacy plan fixes it to 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def delta(self) -> AdapterState:
+        return self.states["delta"]
