@@ -34,11 +34,12 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CHATML_THINKING = (  # as Qwen3: a finished thinking block before the answer, in training and when asked not to think
+CHATML_THINKING = (  # as Qwen3.5: an open thinking block to answer in, a finished one when asked not to think
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% endif %}"
 )
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content | trim }} [/INST]"
@@ -192,6 +193,19 @@ def test_a_thinking_block_before_the_answer_is_part_of_the_prompt_once():
     template = Template(byte_level(CHATML_THINKING))
     assert template.prompt("Hi").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert template.prompt("Hi").count("<think>") == 1
+
+
+def test_a_thinking_block_only_shown_before_answers_moves_to_the_prompt():
+    flagless = CHATML_THINKING.split("{% if enable_thinking")[0] + "{% endif %}"
+    template = Template(byte_level(flagless))
+    assert template.prompt("Hi").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_template_is_asked_not_to_think():
+    opens = CHATML.replace(
+        "assistant\n", "assistant\n{% if enable_thinking | default(true) %}<think>\n{% endif %}"
+    )
+    assert Template(byte_level(opens)).prompt("Hi").endswith("<|im_start|>assistant\n")
 
 
 def test_plain_words_are_the_documented_ones():
