@@ -1,0 +1,37 @@
+"""What an algorithm is: a client half, a server half, and the state between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from fedloom.client import Client
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that survives on the server between rounds; a checkpoint is exactly this."""
+
+    adapter: AdapterState
+    round: int = 0  # rounds completed
+    slots: Mapping[str, AdapterState] = field(default_factory=dict)  # "m", "v", "control", "merged"
+
+    def next(self, adapter: AdapterState, **slots: AdapterState) -> ServerState:
+        return replace(self, adapter=adapter, round=self.round + 1, slots={**self.slots, **slots})
+
+
+class Algorithm(Protocol):
+    """One paper, both halves. The server half never sees a `Client`, only what it sent."""
+
+    def init(self, adapter: AdapterState) -> ServerState: ...
+    def broadcast(self, state: ServerState, client: ClientId) -> Broadcast: ...
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]: ...
+    def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState: ...
+
+
+Aggregator = Callable[[Iterable[Update], AdapterState], Mapping[str, AdapterState]]  # (updates, zero) -> means
+ServerOptimizer = Callable[[ServerState, AdapterState], ServerState]  # (state, mean delta) -> next state

@@ -1,0 +1,34 @@
+"""Local-only tuning: every client trains alone and nothing is shared. FedIT's and FedPIT's floor.
+
+Each client goes on from its own adapter, which lives in its memory and never leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedloom.algorithms.base import ServerState
+from fedloom.client import Client
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOnly:
+    def init(self, adapter: AdapterState) -> ServerState:
+        return ServerState(adapter)
+
+    def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
+        return Broadcast(state.round, {"adapter": state.adapter})  # what a client that is new starts from
+
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+        start: AdapterState = client.memory["adapter"] if "adapter" in client.memory else message.adapter
+        fitted = yield from client.fit(start, round=message.round)
+        client.memory["adapter"] = fitted.adapter
+        metrics = {"loss": fitted.loss, "steps": fitted.steps, "tokens": fitted.tokens}
+        return Update(client.id, {}, len(client.examples), metrics)
+
+    def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        return state.next(state.adapter)
