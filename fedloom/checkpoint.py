@@ -7,16 +7,15 @@ commit point. The newest valid pair wins, two are kept, and a damaged one is nam
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 
 from fedloom import durable
@@ -127,7 +126,7 @@ def _read(manifest: Path, fingerprint: str) -> Checkpoint:
     memories: dict[str, dict[str, Any]] = {client: dict(values) for client, values in body["memory"].items()}
     for group, state in states.items():
         if group.startswith("memory/"):
-            client, _, key = group.removeprefix("memory/").partition("/")
+            client, _, key = group.removeprefix("memory/").rpartition("/")
             memories.setdefault(client, {})[key] = state
     slots = {g.removeprefix("slot/"): s for g, s in states.items() if g.startswith("slot/")}
     return Checkpoint(ServerState(states["adapter"], body["round"], slots), memories, body["record"])
@@ -151,12 +150,9 @@ def _sealed(body: Mapping[str, Any]) -> bytes:
 def lock(folder: Path) -> Iterator[None]:
     """Refuses a second server on the same run folder; released by the kernel even after SIGKILL."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    held = FileLock(folder / ".lock", timeout=0)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as held:
-            raise RunError(f"{folder} is in use by another process. Wait for it, or choose another --out.") from held
-        yield
-    finally:
-        os.close(handle)
+        with held:
+            yield
+    except Timeout as taken:
+        raise RunError(f"{folder} is in use by another process. Wait for it, or choose another --out.") from taken

@@ -18,6 +18,7 @@ class Client:
     id: ClientId
     examples: Sequence[Any]
     memory: dict[str, Any] = field(default_factory=dict)
+    limit: int | None = None  # examples a round; None: the run's number of epochs
 
     def fit(
         self,
@@ -40,6 +41,7 @@ class Client:
             round=round,
             stream=(self.id, purpose),
             seen=seen,
+            limit=self.limit,
             **options,
         )
         self.memory[place] = seen + fitted.examples

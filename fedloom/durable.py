@@ -31,6 +31,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no handle on a folder; its rename is journalled
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

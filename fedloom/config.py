@@ -1,0 +1,281 @@
+"""One typed experiment: a TOML file and `key=value` overrides in, one frozen tree out.
+
+Hyper-parameters live once. Where a section is the constructor of a library class (`[adapter]`,
+`[local]`, `partition`, `cohort`, `algorithm`), that class is the schema; no class ever sees a config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, create_model
+
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.local_only import LocalOnly
+from fedloom.algorithms.server_optimizers import SGD
+from fedloom.data import partition
+from fedloom.engine.fitting import LocalTraining
+from fedloom.engine.layout import LoraSpec
+from fedloom.errors import ConfigError
+from fedloom.selection import All, Fixed, Fraction, Poisson, RoundRobin
+
+STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+# --- a named choice among classes ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A class picked by name, with its options checked against its constructor; `build` calls it."""
+
+    tag: str  # the key that names it: "name", "kind"
+    name: str
+    make: Callable[..., Any]
+    options: Mapping[str, Any]
+
+    def build(self, **given: Any) -> Any:
+        made = {key: value.build() if isinstance(value, Choice) else value for key, value in self.options.items()}
+        return self.make(**made, **given)
+
+    def plain(self) -> dict[str, Any]:
+        return {self.tag: self.name, **{k: v.plain() if isinstance(v, Choice) else v for k, v in self.options.items()}}
+
+
+def choice(tag: str, table: Mapping[str, type], *, given: Sequence[str] = (), nested: Mapping[str, Any] = {}) -> Any:
+    """A field type: `{tag: name, options...}` or just the name. `given` parameters are not the user's to set."""
+
+    def check(raw: Any) -> Choice:
+        if isinstance(raw, Choice):
+            return raw
+        options = {tag: raw} if isinstance(raw, str) else dict(raw) if isinstance(raw, Mapping) else {}
+        name = options.pop(tag, None)
+        if name not in table:
+            raise ValueError(f"expected {tag} = one of {', '.join(table)}; got {name!r}{_did_you_mean(str(name), table)}")
+        known = {f.name: f for f in fields(table[name]) if f.name not in given}
+        hints = typing.get_type_hints(table[name])
+        schema = create_model(name, __config__=STRICT, **{
+            key: (nested.get(key, hints[key]), ... if f.default is MISSING and f.default_factory is MISSING else f.default)
+            for key, f in known.items()
+            if key in nested or not _is_callable_type(hints[key])
+        })  # type: ignore[call-overload]  # fmt: skip
+        checked = schema.model_validate(options)
+        return Choice(tag, name, table[name], {key: getattr(checked, key) for key in schema.model_fields})
+
+    return Annotated[Choice, BeforeValidator(check), PlainSerializer(Choice.plain), Field(validate_default=True)]
+
+
+def _is_callable_type(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.get_origin(Callable[..., Any])
+
+
+SERVER_OPTIMIZERS = {"sgd": SGD}
+ALGORITHMS = {"fedavg": FedAvg, "local_only": LocalOnly}
+COHORTS = {"all": All, "fixed": Fixed, "fraction": Fraction, "round_robin": RoundRobin, "poisson": Poisson}
+
+ServerOptimizerChoice = choice("name", SERVER_OPTIMIZERS)
+AlgorithmChoice = choice("name", ALGORITHMS, nested={"server_optimizer": Annotated[Any, Field(default="sgd", validate_default=True), ServerOptimizerChoice]})
+CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
+PartitionChoice = choice("kind", partition.PARTITIONS)
+
+
+# --- the tree --------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    model_config = STRICT
+
+
+class Model(Section):
+    base: str = "embedded"  # "embedded", "random:llama", a folder, or a Hugging Face id
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    quantize: Literal["none", "8bit", "4bit"] = "none"  # needs the extra "quant"
+    allow_download: bool = False  # a Hugging Face id that is not in the local cache
+    checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
+    tokens_per_pass: int = Field(4096, gt=0)  # how many tokens run together; changes no result but by rounding
+    path: Literal["auto", "fast", "reference"] = "auto"  # auto: fast where the self-check agrees
+
+
+class Data(Section):
+    source: Literal["microworld", "dolly", "alpaca", "medquad", "table", "hub"] = "microworld"
+    path: str | list[str] | None = None  # a file, or for "table" also a folder or several; for "hub" the id
+    columns: dict[str, str] = {}  # ours -> theirs, for "table" and "hub"
+    split: str = "train"  # for "hub"
+    revision: str | None = None  # for "hub"
+    on_bad: Literal["fail", "skip"] = "fail"
+    examples: int | None = Field(None, gt=0)  # microworld: how many to make; elsewhere a random part of the data
+    private_facts: int = Field(0, ge=0)  # microworld: access codes that only one client knows, each
+    clients: int | None = Field(None, gt=0)  # None: what the partition says (by_owner)
+    partition: PartitionChoice = "iid"  # type: ignore[valid-type]
+    hold_out: int = Field(10, ge=1)  # test examples of each category
+    hold_out_by: Literal["category", "owner"] = "category"
+
+
+class Prompt(Section):
+    format: Literal["auto", "chat", "alpaca", "plain"] = "auto"  # auto: the tokenizer's chat template, else alpaca
+    max_length: int = Field(512, ge=32)  # tokens of prompt and response
+    loss_on: Literal["response", "all"] = "response"
+    system: str = ""
+
+
+class Transport(Section):
+    width: int = Field(8, gt=0)  # clients in one engine batch
+
+
+class Evaluation(Section):
+    every: int = Field(1, gt=0)  # rounds between evaluations of held-out loss; the last round always is
+    examples: int | None = Field(None, gt=0)  # of the held-out set, drawn once; None: all
+    answers: int | None = Field(None, ge=0)  # held-out instructions to answer after the last round; None: all
+    max_new_tokens: int = Field(64, gt=0)
+
+
+class Compare(Section):
+    seeds: int = Field(5, gt=0)  # runs with seed, seed + 1, ...: everything random differs
+    budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
+    local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all
+
+
+class Experiment(Section):
+    name: str = "experiment"
+    rounds: int = Field(10, ge=1)
+    seed: int = Field(0, ge=0)
+    model: Model = Model()
+    adapter: LoraSpec = LoraSpec()
+    data: Data = Data()
+    prompt: Prompt = Prompt()
+    algorithm: AlgorithmChoice = "fedavg"  # type: ignore[valid-type]
+    local: LocalTraining = LocalTraining()
+    examples_per_round: int | None = Field(None, gt=0)  # of a client, in its own order; None: local.epochs
+    cohort: CohortChoice = "all"  # type: ignore[valid-type]
+    transport: Transport = Transport()
+    evaluation: Evaluation = Evaluation()
+    compare: Compare = Compare()
+
+    def plain(self) -> dict[str, Any]:
+        """Nested dicts of TOML values, every default written out, nothing that is None."""
+        tree = _without_none(self.model_dump(mode="json"))
+        del tree["local"]["rounds"]  # the run's own
+        return tree
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.plain())
+
+    def fingerprint(self) -> str:
+        """Names what is computed: equal for two experiments that would give the same result."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
+
+    def with_(self, **changes: Any) -> Experiment:
+        return _validate({**self.plain(), **changes}, "this experiment")
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# --- reading it ------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, str]:
+    """Shipped recipes: name -> TOML text."""
+    folder = resources.files("fedloom") / "recipes"
+    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".toml")}
+
+
+def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """A recipe's name or a TOML file, then `section.key=value` overrides. Raises ConfigError."""
+    name, text = _read(str(what))
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as bad:
+        raise ConfigError(f"{name} is not valid TOML: {bad}") from bad
+    for item in overrides:
+        _override(tree, item)
+    return _validate(tree, name)
+
+
+def _read(what: str) -> tuple[str, str]:
+    shipped = recipes()
+    if what in shipped:
+        return f"recipe {what}", shipped[what]
+    path = Path(what)
+    if path.is_dir():
+        path = path / "experiment.toml"
+    try:
+        return str(path), path.read_text("utf-8")
+    except FileNotFoundError as missing:
+        hint = _did_you_mean(what, shipped)
+        raise ConfigError(
+            f"Expected a recipe ({', '.join(shipped)}) or a TOML file; there is no {what!r}{hint}"
+        ) from missing
+    except (OSError, UnicodeDecodeError) as failed:
+        raise ConfigError(f"Could not read {path}: {failed}") from failed
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    path, equals, text = item.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"Expected an override like rounds=5 or data.path=FILE, got {item!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: no quotes needed on the command line
+    *parents, leaf = path.split(".")
+    table = tree
+    for parent in parents:
+        below = table.setdefault(parent, {})
+        if isinstance(below, str):  # `cohort = "all"` is short for `cohort = { kind = "all" }`
+            below = table[parent] = {"name" if parent in ("algorithm", "server_optimizer") else "kind": below}
+        if not isinstance(below, dict):
+            raise ConfigError(f"Cannot set {path}: {parent} is a value, not a section.")
+        table = below
+    if leaf in ("name", "kind") and parents and table.get(leaf) != value:
+        table.clear()  # another class: the options of the old one do not apply to it
+    table[leaf] = value
+
+
+def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
+    if "rounds" in tree.get("local", {}):
+        raise ConfigError(f"{name}: local.rounds is not a setting; rounds belongs at the top of the file.")
+    try:
+        experiment = Experiment.model_validate(tree)
+        local = {**tree.get("local", {}), "rounds": experiment.rounds}
+        return Experiment.model_validate({**tree, "local": local})
+    except ValidationError as bad:
+        raise ConfigError("\n".join([f"{name} cannot be used:", *(f"  {_explain(e)}" for e in bad.errors())])) from bad
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "str", "tuple["))) or "file"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        *section, key = [str(p) for p in error["loc"]]
+        return f"{where}: there is no such key{_did_you_mean(key, _keys(section))}"
+    got = error.get("input")
+    shown = "" if isinstance(got, dict | Choice) or error["type"] == "value_error" else f", got {got!r}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _keys(section: Sequence[str]) -> list[str]:
+    schema: Any = Experiment
+    for part in section:
+        schema = schema.model_fields[part].annotation if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields else None
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return list(schema.model_fields)
+    return [f.name for f in fields(schema)] if is_dataclass(schema) else []
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

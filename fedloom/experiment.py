@@ -1,0 +1,137 @@
+"""From an experiment's settings to the objects that run: data, engine, clients, federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.client import Client
+from fedloom.config import Experiment
+from fedloom.data import microworld, partition, sources
+from fedloom.data.example import Example
+from fedloom.data.template import Template
+from fedloom.engine import models
+from fedloom.engine.lora_engine import LoraEngine
+from fedloom.errors import ConfigError
+from fedloom.messages import ClientId
+from fedloom.rng import numpy_stream
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Who holds what, and what nobody trains on."""
+
+    clients: Mapping[ClientId, Sequence[Example]]
+    test: Sequence[Example]
+    table: partition.PartitionTable  # of the training examples
+    by: partition.Label  # what the held-out examples are grouped by: category, or owner
+    read: Mapping[str, Any] = field(default_factory=dict)  # what the reader reported
+
+    def mix(self, client: ClientId) -> Mapping[str, float]:
+        """The shares of this client's training examples over the groups of the held-out set."""
+        groups = [_group(e, self.by) for e in self.clients[client]]
+        return {g: groups.count(g) / len(groups) for g in sorted(set(groups))}
+
+    def groups(self) -> list[str]:
+        """The group of every held-out example."""
+        return [_group(e, self.by) for e in self.test]
+
+
+def _group(example: Example, by: str) -> str:
+    return example.owner if by == "owner" else example.category
+
+
+def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Dataset:
+    """Read or generate, hold out, partition; all of it a function of the settings and the seed."""
+    data, seed = experiment.data, experiment.seed
+    examples, read = _read(experiment, quarantine)
+    train, held = partition.hold_out(examples, per_category=data.hold_out, seed=seed, by=data.hold_out_by)
+    if not held or not train:
+        raise ConfigError(
+            f"{len(examples)} examples leave {len(train)} to train on and {len(held)} to test on. "
+            f"Expected more data, or a smaller data.hold_out than {data.hold_out}."
+        )
+    pool = [examples[i] for i in train]
+    parts = data.partition.build()(pool, data.clients, seed)
+    clients = {client: [pool[i] for i in part] for client, part in parts.items()}
+    table = partition.partition_table(pool, parts, by=data.hold_out_by)
+    if data.private_facts:
+        for client, own in clients.items():
+            own.extend(microworld.private_facts(client, data.private_facts, seed=seed))
+    return Dataset(clients, [examples[i] for i in held], table, data.hold_out_by, read)
+
+
+def _read(experiment: Experiment, quarantine: Path | None) -> tuple[list[Example], Mapping[str, Any]]:
+    data = experiment.data
+    if data.source == "microworld":
+        if data.path is not None:
+            raise ConfigError('data.path is set, but data.source = "microworld" is generated; choose another source.')
+        return microworld.corpus(examples=data.examples or 640, seed=experiment.seed), {}
+    examples, read = sources.load(
+        data.source, data.path, columns=data.columns, split=data.split, revision=data.revision,
+        on_bad=data.on_bad, quarantine=quarantine, allow_download=experiment.model.allow_download,
+    )  # fmt: skip
+    if data.private_facts:
+        raise ConfigError('data.private_facts exists only for data.source = "microworld".')
+    if data.examples is not None and data.examples < len(examples):
+        chosen = numpy_stream(experiment.seed, "data", "examples").permutation(len(examples))[: data.examples]
+        examples = [examples[i] for i in sorted(chosen)]
+    return examples, read
+
+
+def load_template(experiment: Experiment, tokenizer: Any) -> Template:
+    p = experiment.prompt
+    return Template(tokenizer, format=p.format, max_length=p.max_length, loss_on=p.loss_on, system=p.system)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The one thing that touches a device: base model, tokenizer, prompt format and engine."""
+
+    engine: LoraEngine
+    template: Template
+    tokenizer: Any
+    base_hash: str
+
+
+def load_machine(experiment: Experiment) -> Machine:
+    m = experiment.model
+    model, tokenizer = models.load_base(
+        m.base, dtype=m.dtype, device=m.device, quantize=None if m.quantize == "none" else m.quantize,
+        allow_download=m.allow_download,
+    )  # fmt: skip
+    template = load_template(experiment, tokenizer)
+    base_hash = models.base_hash(model)
+    engine = LoraEngine.build(
+        model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
+        tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing,
+    )  # fmt: skip
+    return Machine(engine, template, tokenizer, base_hash)
+
+
+def federated_clients(experiment: Experiment, dataset: Dataset) -> dict[ClientId, Client]:
+    return {
+        c: Client(c, examples, limit=_limit(experiment, len(examples))) for c, examples in dataset.clients.items()
+    }
+
+
+def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) -> dict[ClientId, Client]:
+    """Centralised tuning: one client that holds what all of them hold.
+
+    Budget "epochs": in a round it trains on as many examples as the whole cohort does together. Budget
+    "steps": on as many as one client does on average, so it takes as many optimizer steps as the
+    federation's longest chain.
+    """
+    everything = [e for examples in dataset.clients.values() for e in examples]
+    sizes = [_limit(experiment, len(e)) or experiment.local.epochs * len(e) for e in dataset.clients.values()]
+    share = cohort_size if experiment.compare.budget == "epochs" else 1.0
+    return {"centralised": Client("centralised", everything, limit=max(1, round(float(np.mean(sizes)) * share)))}
+
+
+def _limit(experiment: Experiment, size: int) -> int | None:
+    cap = experiment.examples_per_round
+    return None if cap is None else min(cap, experiment.local.epochs * size)
