@@ -1,0 +1,143 @@
+"""One packed forward, and backward, of many jobs' examples over one frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedloom.engine import attention
+from fedloom.engine.attention import Blocks
+from fedloom.engine.bank import AdapterBank
+from fedloom.engine.head import LabelHead
+from fedloom.engine.layers import ActivePass
+from fedloom.engine.packing import Item, Packed, pack, split
+from fedloom.engine.planner import Plan
+from fedloom.errors import ModelError
+
+
+class PackedModel:
+    """A frozen causal LM whose LoRA layers are in place, run on packed batches."""
+
+    def __init__(self, model: Any, active: ActivePass, plan: Plan, *, checkpointing: bool):
+        self._model = model
+        self._active = active
+        self._head = LabelHead.of(model)
+        self.plan = plan  # replaced by a smaller one when memory runs out
+        if checkpointing:
+            _recompute_layers(model, active)
+
+    def losses(
+        self, items: Sequence[Item], bank: AdapterBank, *, dropout: tuple[float, int] | None = None
+    ) -> Tensor:
+        """Nats of each item, summed over its labelled tokens: (items,) float64 on the CPU.
+
+        With a bank made for training, `bank.grads` afterwards is the gradient of each row's weighted
+        loss, of these items and nothing else. Should any number come out infinite or NaN, everything is
+        run again with no pass shared by two rows, so that a job that diverges takes no other with it.
+        """
+        sums = self._fitting(items, bank, dropout, isolated=False)
+        finite = torch.isfinite(sums).all() and (bank.grads is None or torch.isfinite(bank.grads).all())
+        if not finite and len({item.row for item in items}) > 1:
+            sums = self._fitting(items, bank, dropout, isolated=True)
+        return sums
+
+    def _fitting(
+        self,
+        items: Sequence[Item],
+        bank: AdapterBank,
+        dropout: tuple[float, int] | None,
+        *,
+        isolated: bool,
+    ) -> Tensor:
+        """Run all items; on running out of memory start over with half the budget."""
+        while True:
+            try:
+                return self._all_passes(items, bank, dropout, isolated=isolated)
+            except RuntimeError as error:
+                longest = max(len(item.example.ids) for item in items)
+                if not _out_of_memory(error):
+                    raise
+                if self.plan.tokens_per_pass <= longest:
+                    raise ModelError(
+                        f"Out of memory with a single example of {longest} tokens in a pass: "
+                        "cut examples shorter, or turn on activation checkpointing."
+                    ) from error
+            self.plan = self.plan.smaller()
+
+    def _all_passes(
+        self,
+        items: Sequence[Item],
+        bank: AdapterBank,
+        dropout: tuple[float, int] | None,
+        *,
+        isolated: bool,
+    ) -> Tensor:
+        training = bank.grads is not None
+        if bank.grads is not None:
+            bank.grads.zero_()
+        sums = torch.zeros(len(items), dtype=torch.float64)
+        with self.plan.kernels(), self.own_attention(), torch.set_grad_enabled(training):
+            for part in split(items, self.plan.tokens_per_pass, isolated=isolated):
+                packed = pack(
+                    part, bank, multiple=self.plan.multiple, dtype=self._model.dtype, dropout=dropout
+                )
+                nll = self.nll(packed, self.hidden(packed, Blocks(packed.lengths)))  # (M,)
+                if training:
+                    (nll * packed.weights).sum().backward()
+                sums.index_add_(0, packed.label_item, nll.detach()[: packed.labels].double().cpu())
+        return sums
+
+    def hidden(self, packed: Packed, blocks: Blocks) -> Tensor:
+        """Last hidden states, padding included: (T, d). Inside `own_attention` only."""
+        with self._active.using(packed.lora):
+            return self._model.base_model(
+                input_ids=packed.ids, position_ids=packed.positions, use_cache=False, blocks=blocks
+            ).last_hidden_state[0]
+
+    def nll(self, packed: Packed, hidden: Tensor) -> Tensor:
+        """Nats at every labelled position, padding included: (M,)."""
+        return self._head.nll(hidden, packed.label_at, packed.targets)
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Attend within examples inside; outside the model keeps the attention it came with."""
+        config = self._model.config
+        before = config._attn_implementation
+        config._attn_implementation = attention.NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _recompute_layers(model: Any, active: ActivePass) -> None:
+    """Keep only each decoder layer's input, and run the layer again when its gradient is due."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError("This model has no layers that can be checkpointed; turn checkpointing off.")
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward, active)
+
+
+def _recomputed(forward: Any, active: ActivePass, *args: Any, **kwargs: Any) -> Any:
+    lora = active.current
+    if lora is None or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(
+        partial(forward, **kwargs),
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), active.using(lora)),
+    )

@@ -1,0 +1,79 @@
+"""Logits and loss at labelled positions only, in chunks; no logits outlive their chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOGITS = 1 << 22  # logits alive at a time
+
+
+@dataclass(frozen=True)
+class LabelHead:
+    """The output head of a causal LM, with what some models do to the logits after it."""
+
+    linear: nn.Module
+    scale: float
+    softcap: float | None
+    chunk: int  # rows at a time
+
+    @classmethod
+    def of(cls, model: Any) -> LabelHead:
+        """Read Cohere's `logit_scale`, Granite's `logits_scaling`, Gemma's `final_logit_softcapping`.
+
+        A model that does something else to its logits fails the self-check.
+        """
+        config = model.config.get_text_config()
+        linear = model.get_output_embeddings()
+        vocabulary = linear.weight.shape[0]
+        return cls(
+            linear,
+            getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+            getattr(config, "final_logit_softcapping", None),
+            max(64, min(1024, _LOGITS // vocabulary // 64 * 64)),
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        z = self.linear(hidden)
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+    def nll(self, hidden: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target given `hidden[at]`: hidden (T, d), at and targets (M,) -> (M,), at least float32."""
+        return _LabelLoss.apply(hidden, at, targets, self)
+
+
+class _LabelLoss(torch.autograd.Function):
+    """The gradient for `hidden` is made in the forward pass, while the logits of a chunk are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, at: Tensor, targets: Tensor, head: LabelHead) -> Tensor:
+        rows = hidden.index_select(0, at)  # (M, d)
+        wanted = ctx.needs_input_grad[0]
+        slopes = torch.empty_like(rows) if wanted else None
+        nll: list[Tensor] = []
+        for start in range(0, len(rows), head.chunk):
+            part = slice(start, start + head.chunk)
+            target = targets[part, None]
+            with torch.enable_grad() if wanted else torch.no_grad():
+                x = rows[part].detach().requires_grad_(wanted)
+                z = head.logits(x)  # (chunk, V)
+            logp = torch.log_softmax(z.detach(), -1, dtype=torch.promote_types(z.dtype, torch.float32))
+            nll.append(-logp.gather(1, target)[:, 0])
+            if slopes is not None:
+                dz = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))
+                (slopes[part],) = torch.autograd.grad(z, x, dz.to(z.dtype))
+        ctx.save_for_backward(at, slopes)
+        ctx.shape = hidden.shape
+        return torch.cat(nll)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        at, slopes = ctx.saved_tensors
+        dhidden = slopes.new_zeros(ctx.shape)
+        dhidden.index_add_(0, at, slopes * grads[0][:, None].to(slopes.dtype))
+        return dhidden, None, None, None

@@ -1,0 +1,74 @@
+"""How to run: kernels, sizes, how many rows at once. A choice depends on the machine, never on a clock.
+
+A timed calibration would now and then choose differently on the same machine, and a resumed run would
+not repeat to the bit; so kernels are chosen by what the processor is and by a measured error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fedloom.engine.layout import AdapterLayout
+
+MULTIPLE = 64  # batches are padded to this: libraries compile kernels per shape
+BANK_BYTES = 2 << 30  # parameters, gradients and two moments of all rows at once
+ERROR = 1e-5
+
+
+@dataclass(frozen=True)
+class Plan:
+    tokens_per_pass: int  # budget of one forward and backward
+    rows: int  # training jobs advanced together; more wait for the next wave
+    precision: Literal["highest", "medium"]  # float32 matrix products
+    multiple: int = MULTIPLE
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Use the chosen kernels inside; the caller's setting is restored."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def smaller(self) -> Plan:
+        """Half the budget, after running out of memory."""
+        return replace(self, tokens_per_pass=self.tokens_per_pass // 2)
+
+
+def plan(layout: AdapterLayout, *, tokens_per_pass: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    row_bytes = 4 * layout.size * max(4, dtype.itemsize)
+    rows = max(1, min(64, BANK_BYTES // row_bytes))
+    exact = dtype == torch.float32 and device.type == "cpu" and _onednn_is_exact_and_wider()
+    return Plan(tokens_per_pass, rows, "medium" if exact else "highest")
+
+
+def _onednn_is_exact_and_wider() -> bool:
+    """On AMD processors with AVX-512, MKL stays with AVX2 and oneDNN ("medium") is twice as fast in full float32.
+
+    Elsewhere "medium" may mean bfloat16 products; the error tells, and then it is not used.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file() or "AuthenticAMD" not in cpuinfo.read_text():
+        return False
+    stream = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 512, generator=stream)
+    w = torch.randn(512, 256, generator=stream)
+    exact = x.double() @ w.double()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        error = float((x @ w - exact).norm() / exact.norm())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return math.isfinite(error) and error < ERROR

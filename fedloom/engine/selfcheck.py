@@ -1,0 +1,165 @@
+"""Does the fast path compute what the reference computes, on this very model? Asked once, at build time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedloom.engine.attention import Blocks
+from fedloom.engine.bank import AdapterBank
+from fedloom.engine.dropout import Dropout, token_keys
+from fedloom.engine.forward import PackedModel
+from fedloom.engine.layout import AdapterLayout
+from fedloom.engine.packing import Encoded, Item, pack
+from fedloom.engine.reference import ReferenceModel
+
+# relative error of the loss and of each target's gradient that rounding may explain
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5, torch.bfloat16: 8e-2, torch.float16: 2e-2}
+_ROPES = ("dynamic", "longrope")  # they turn by the longest position in the batch
+_LAYERS = ("full_attention", "sliding_attention")
+
+
+def mismatch(
+    packed: PackedModel,
+    reference: ReferenceModel,
+    model: Any,
+    layout: AdapterLayout,
+    *,
+    dtype: torch.dtype,
+) -> str | None:
+    """None if both paths agree; otherwise the component to blame, and what it did.
+
+    Two rows, three examples of unlike length in one pass: a leak between examples, a wrong row, a lost
+    window, cap or scale all show. Windows too long for a short example are checked by name.
+    """
+    config = model.config.get_text_config()
+    if reason := _declared(config):
+        return reason
+    adapters = [_far_from_zero(layout, seed).to(dtype) for seed in (0, 1)]
+    bank = AdapterBank(layout, adapters, dtype=dtype, device=model.device, training=True)
+    rate = layout.spec.dropout
+    lengths = _lengths(config)
+    items: list[Item] = []
+    for number, (row, length) in enumerate(zip((0, 0, 1), lengths)):
+        example = _random_example(length, config.vocab_size, seed=number)
+        keys = token_keys(0, ("check",), number, length) if rate else None
+        items.append(Item(row, example, weight=1.0 / 10, keys=keys))
+    blocks = Blocks(lengths)
+    try:
+        hidden, fast = _fast(packed, bank, items, blocks, model.dtype, rate)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is, this model cannot take the fast path
+        return f"attention: {type(error).__name__}: {error}"
+    assert bank.grads is not None
+    if reason := _windows(config, blocks):
+        return reason
+    tolerance = TOLERANCE[model.dtype]
+    for row, adapter in enumerate(adapters):
+        reference.load(adapter)
+        for factor in reference.factors.values():
+            factor.grad = None
+        for number, item in enumerate(items):
+            if item.row != row:
+                continue
+            keys = item.keys
+            dropout = Dropout(rate, 0, keys.to(model.device)) if keys is not None else None
+            nll = reference.nll(item.example, dropout)
+            (nll * item.weight).backward()
+            slow = float(nll.detach())
+            if not abs(fast[number] - slow) <= tolerance * abs(slow):
+                theirs = reference.hidden(item.example, dropout)
+                ours = hidden[sum(lengths[:number]) :][: lengths[number]]
+                same = float((ours - theirs).norm() / theirs.norm()) <= tolerance
+                part = "head" if same else "attention or positions"
+                return f"{part}: loss {fast[number]:.6g}, reference {slow:.6g}"
+        slow_grads = reference.vector("grad").to(bank.grads)
+        for target in layout:
+            span = slice(target.offset, target.end)
+            ours, theirs = bank.grads[row, span], slow_grads[span]
+            error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+            if not error <= tolerance:
+                return f"gradient of {target.name}: relative error {error:.1e}"
+    return None
+
+
+def _declared(config: Any) -> str | None:
+    """What a short check cannot see, read from the model's configuration."""
+    odd = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind not in _LAYERS})
+    if odd:
+        return f"attention: layers of type {', '.join(odd)}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") in _ROPES:
+            return f"positions: {kind['rope_type']} rope depends on the other examples of a batch"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "attention: chunked attention"
+    return None
+
+
+def _windows(config: Any, blocks: Blocks) -> str | None:
+    """Every layer that the configuration gives a window must have asked for it."""
+    if not blocks.windows:
+        return "attention: the model does not use transformers' attention interface"
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        expected = 0
+    elif kinds:
+        expected = list(kinds).count("sliding_attention")
+    else:
+        expected = len(blocks.windows)
+    got = sum(asked is not None for asked in blocks.windows)
+    if got < expected:
+        return f"attention: {expected} layers have a sliding window, {got} asked for it"
+    return None
+
+
+def _lengths(config: Any) -> tuple[int, int, int]:
+    """Unlike lengths; one is longer than a small sliding window."""
+    window = getattr(config, "sliding_window", None)
+    return (7, 40 if window is None or window > 256 else window + 9, 13)
+
+
+def _random_example(length: int, vocabulary: int, *, seed: int) -> Encoded:
+    stream = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (length + 1,), generator=stream)
+    at = torch.arange(length // 2, length)
+    return Encoded(ids[:length], at, ids[at + 1])
+
+
+def _far_from_zero(layout: AdapterLayout, seed: int) -> Any:
+    """An adapter whose two factors both matter: a few per cent of a layer's output."""
+    vector = layout.to_vector(layout.initial(seed))
+    stream = torch.Generator().manual_seed(seed)
+    for target in layout:
+        target.b(vector).normal_(0.0, 0.05, generator=stream)
+    return layout.to_state(vector)
+
+
+def _fast(
+    packed: PackedModel,
+    bank: AdapterBank,
+    items: list[Item],
+    blocks: Blocks,
+    dtype: torch.dtype,
+    rate: float,
+) -> tuple[Tensor, list[float]]:
+    """Last hidden states (T, d) and nats an item, all in one pass; leaves the gradients in the bank."""
+    with packed.plan.kernels(), packed.own_attention():
+        batch = pack(
+            list(enumerate(items)),
+            bank,
+            multiple=packed.plan.multiple,
+            dtype=dtype,
+            dropout=(rate, 0) if rate else None,
+        )
+        hidden = packed.hidden(batch, blocks)
+        nll = packed.nll(batch, hidden)
+        (nll * batch.weights).sum().backward()
+    sums = torch.zeros(len(items), dtype=torch.float64)
+    sums.index_add_(0, batch.label_item, nll.detach()[: batch.labels].double().cpu())
+    return hidden.detach(), sums.tolist()
