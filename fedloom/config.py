@@ -53,19 +53,23 @@ class Choice:
 
 
 def choice(tag: str, table: Mapping[str, type], *, given: Sequence[str] = (), nested: Mapping[str, Any] = {}) -> Any:
-    """A field type: `{tag: name, options...}` or just the name. `given` parameters are not the user's to set."""
+    """A field type: `{tag: name, options...}` or just the name; the first of the table where it is not said.
+
+    `given` parameters are not the user's to set; `nested` ones are choices themselves.
+    """
 
     def check(raw: Any) -> Choice:
         if isinstance(raw, Choice):
             return raw
         options = {tag: raw} if isinstance(raw, str) else dict(raw) if isinstance(raw, Mapping) else {}
-        name = options.pop(tag, None)
+        name = options.pop(tag, next(iter(table)))
         if name not in table:
             raise ValueError(f"expected {tag} = one of {', '.join(table)}; got {name!r}{_did_you_mean(str(name), table)}")
         known = {f.name: f for f in fields(table[name]) if f.name not in given}
         hints = typing.get_type_hints(table[name])
         schema = create_model(name, __config__=STRICT, **{
-            key: (nested.get(key, hints[key]), ... if f.default is MISSING and f.default_factory is MISSING else f.default)
+            key: (nested[key], Field({}, validate_default=True)) if key in nested
+            else (hints[key], ... if f.default is MISSING else f.default)
             for key, f in known.items()
             if key in nested or not _is_callable_type(hints[key])
         })  # type: ignore[call-overload]  # fmt: skip
@@ -84,7 +88,7 @@ ALGORITHMS = {"fedavg": FedAvg, "local_only": LocalOnly}
 COHORTS = {"all": All, "fixed": Fixed, "fraction": Fraction, "round_robin": RoundRobin, "poisson": Poisson}
 
 ServerOptimizerChoice = choice("name", SERVER_OPTIMIZERS)
-AlgorithmChoice = choice("name", ALGORITHMS, nested={"server_optimizer": Annotated[Any, Field(default="sgd", validate_default=True), ServerOptimizerChoice]})
+AlgorithmChoice = choice("name", ALGORITHMS, nested={"server_optimizer": ServerOptimizerChoice})
 CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
 PartitionChoice = choice("kind", partition.PARTITIONS)
 
@@ -117,7 +121,7 @@ class Data(Section):
     examples: int | None = Field(None, gt=0)  # microworld: how many to make; elsewhere a random part of the data
     private_facts: int = Field(0, ge=0)  # microworld: access codes that only one client knows, each
     clients: int | None = Field(None, gt=0)  # None: what the partition says (by_owner)
-    partition: PartitionChoice = "iid"  # type: ignore[valid-type]
+    partition: PartitionChoice = {}  # type: ignore[valid-type]
     hold_out: int = Field(10, ge=1)  # test examples of each category
     hold_out_by: Literal["category", "owner"] = "category"
 
@@ -154,10 +158,10 @@ class Experiment(Section):
     adapter: LoraSpec = LoraSpec()
     data: Data = Data()
     prompt: Prompt = Prompt()
-    algorithm: AlgorithmChoice = "fedavg"  # type: ignore[valid-type]
+    algorithm: AlgorithmChoice = {}  # type: ignore[valid-type]
     local: LocalTraining = LocalTraining()
     examples_per_round: int | None = Field(None, gt=0)  # of a client, in its own order; None: local.epochs
-    cohort: CohortChoice = "all"  # type: ignore[valid-type]
+    cohort: CohortChoice = {}  # type: ignore[valid-type]
     transport: Transport = Transport()
     evaluation: Evaluation = Evaluation()
     compare: Compare = Compare()
@@ -197,6 +201,11 @@ def recipes() -> dict[str, str]:
 def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """A recipe's name or a TOML file, then `section.key=value` overrides. Raises ConfigError."""
     name, text = _read(str(what))
+    return parse(text, name, overrides)
+
+
+def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The text of a TOML file; `name` is what errors call it. Raises ConfigError."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as bad:

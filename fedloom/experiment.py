@@ -97,6 +97,11 @@ class Machine:
     tokenizer: Any
     base_hash: str
 
+    def describe(self) -> dict[str, Any]:
+        """How it computes: for the record, and for whoever wonders about the speed."""
+        return {"path": self.engine.path, "reason": self.engine.path_reason, "base_sha256": self.base_hash,
+                "trained_parameters": self.engine.layout.size, "format": self.template.format}  # fmt: skip
+
 
 def load_machine(experiment: Experiment) -> Machine:
     m = experiment.model

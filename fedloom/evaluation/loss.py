@@ -1,0 +1,43 @@
+"""Held-out loss: mean nats per labelled token, overall, by group, and in each client's own mix."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.state import AdapterState
+from fedloom.steps import Engine, Score, Scored
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    loss: float  # nats per labelled token, every token of the held-out set counting the same
+    groups: Mapping[str, float]  # the same within each category or owner
+
+    def of_mix(self, mix: Mapping[str, float]) -> float | None:
+        """Loss in a client's own mix of groups; None where a group has no held-out example."""
+        if any(group not in self.groups for group in mix):
+            return None
+        return sum(share * self.groups[group] for group, share in mix.items())
+
+
+def held_out_loss(
+    engine: Engine, test: Sequence[Any], groups: Sequence[str], adapters: Mapping[Hashable, AdapterState | None]
+) -> dict[Hashable, HeldOutLoss]:
+    """For several adapters in shared batches; None is the untuned base."""
+    answers = engine.answer({row: Score(test, adapter) for row, adapter in adapters.items()})
+    return {row: _summary(scored, groups) for row, scored in answers.items()}
+
+
+def _summary(scored: Sequence[Scored], groups: Sequence[str]) -> HeldOutLoss:
+    nll: dict[str, float] = defaultdict(float)
+    targets: dict[str, int] = defaultdict(int)
+    for group, one in zip(groups, scored, strict=True):
+        nll[group] += one.nll
+        targets[group] += one.targets
+    return HeldOutLoss(
+        loss=sum(nll.values()) / max(1, sum(targets.values())),
+        groups={g: nll[g] / targets[g] for g in sorted(nll) if targets[g]},
+    )

@@ -1,0 +1,166 @@
+"""What a run or a comparison found: rows of metrics, sample answers, and the summary made of them.
+
+A row is one model on the held-out examples: "base", "federated", "local:client-003", "centralised".
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom import durable
+from fedloom.config import Experiment
+from fedloom.evaluation.answers import answer, grade
+from fedloom.evaluation.loss import held_out_loss
+from fedloom.evaluation.statistics import estimate, paired
+from fedloom.experiment import Dataset, Machine
+from fedloom.state import AdapterState
+
+SCHEMA = 1
+SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
+LOCAL = "local:"  # prefix of the rows of single clients
+
+
+def measure(
+    experiment: Experiment, dataset: Dataset, machine: Machine, rows: Mapping[str, AdapterState | None]
+) -> dict[str, Any]:
+    """Every row on the same held-out examples: metrics, overall and by group, and a few answers."""
+    groups = dataset.groups()
+    losses = held_out_loss(machine.engine, dataset.test, groups, rows)
+    asked = _evenly(range(len(dataset.test)), experiment.evaluation.answers)
+    questions = [dataset.test[i] for i in asked]
+    limit = experiment.evaluation.max_new_tokens
+    said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
+    measured: dict[str, Any] = {}
+    for row in rows:
+        overall = {"loss": losses[row].loss}
+        within: dict[str, dict[str, float]] = {g: {"loss": loss} for g, loss in losses[row].groups.items()}
+        if asked:
+            overall |= grade(questions, said[row])
+        for group in within:
+            part = [j for j, i in enumerate(asked) if groups[i] == group]
+            if part:
+                within[group] |= grade([questions[j] for j in part], [said[row][j] for j in part])
+        measured[row] = {"metrics": overall, "groups": within}
+    samples = [
+        {
+            "group": groups[asked[j]],
+            "instruction": questions[j].instruction,
+            "context": questions[j].context,
+            "reference": questions[j].response,
+            "answers": {row: said[row][j] for row in rows},
+        }
+        for j in _evenly(range(len(asked)), SAMPLES)
+    ]
+    return {"seed": experiment.seed, "rows": measured, "samples": samples}
+
+
+def _evenly(items: Sequence[int], count: int | None) -> list[int]:
+    """`count` of them at equal steps, or all: held-out examples lie group by group, so the mix is kept."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[int(i * len(items) / count)] for i in range(count)]
+
+
+def method_of(row: str) -> str:
+    return "local_only" if row.startswith(LOCAL) else {"federated": "fedit"}.get(row, row)
+
+
+def summarise(
+    kind: str,
+    experiment: Experiment,
+    dataset: Dataset,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    records: Sequence[Mapping[str, Any]],
+    adapter_sha256: str,
+    engine: Mapping[str, Any],
+) -> dict[str, Any]:
+    """summary.json: one result for each seed in, means and intervals out. See docs/files.md."""
+    tables = [_with_locals(r["rows"]) for r in results]
+    names = [name for name in tables[0] if all(name in t for t in tables)]
+    metrics = list(tables[0][names[0]])
+    rows = []
+    for name in names:
+        for metric in metrics:
+            found = estimate([t[name][metric] for t in tables])
+            rows.append(
+                {
+                    "row": name,
+                    "method": method_of(name),
+                    "metric": metric,
+                    "mean": found.mean,
+                    "ci95": found.ci95,
+                    "values": found.values,
+                    "seeds": [r["seed"] for r in results],
+                }
+            )
+    return {
+        "schema": SCHEMA,
+        "kind": kind,  # "run" or "compare"
+        "name": experiment.name,
+        "experiment": experiment.plain(),
+        "rows": rows,
+        "differences": _differences(tables, metrics),
+        "groups": {row: part["groups"] for row, part in results[0]["rows"].items()},
+        "samples": results[0]["samples"],
+        "rounds": [{k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records],
+        "adapter_sha256": adapter_sha256,
+        "partition": {"by": dataset.by, "distance": dataset.table.distance, "totals": dict(dataset.table.totals),
+                      "clients": [asdict(c) for c in dataset.table.clients]},
+        "data": {"test": len(dataset.test), "train": sum(map(len, dataset.clients.values())), **dataset.read},
+        "engine": dict(engine),
+        "environment": environment(),
+    }  # fmt: skip
+
+
+def better(metric: str, a: float, b: float) -> bool:
+    """Is a the better value? Loss is better when lower, every other metric when higher."""
+    return a < b if metric == "loss" else a > b
+
+
+def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Metrics by row, the single clients summed up as their best (in each metric) and their mean."""
+    table = {row: dict(found["metrics"]) for row, found in rows.items()}
+    local = {row: table.pop(row) for row in list(table) if row.startswith(LOCAL)}
+    out = {"base": table.pop("base")}
+    if local:
+        metrics = list(out["base"])
+        choose = {m: min if m == "loss" else max for m in metrics}
+        out["local mean"] = {m: fmean(found[m] for found in local.values()) for m in metrics}
+        out["local best"] = {m: choose[m](found[m] for found in local.values()) for m in metrics}
+    return {**out, **table, **local}
+
+
+def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Between the named rows (not single clients), each pair once, paired by seed."""
+    names = [n for n in tables[0] if not n.startswith(LOCAL)]
+    out = []
+    for i, b in enumerate(names):
+        for a in names[i + 1 :]:
+            for metric in metrics:
+                found = paired([t[a][metric] for t in tables], [t[b][metric] for t in tables])
+                out.append({"a": a, "b": b, "metric": metric, "mean": found.estimate.mean,
+                            "ci95": found.estimate.ci95, "p_value": found.p_value})  # fmt: skip
+    return out
+
+
+def environment() -> dict[str, str]:
+    packages = ("fedloom", "torch", "transformers", "peft")
+    return {"python": platform.python_version(), "machine": platform.machine(), **{p: version(p) for p in packages}}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    durable.write(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+

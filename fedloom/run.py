@@ -1,0 +1,150 @@
+"""A run in a folder: started, killed, resumed, finished; and what it leaves there.
+
+    experiment.toml   what was asked for, every default written out
+    metrics.jsonl     one line a round
+    state/            the last two committed rounds (checkpoint.py)
+    adapter/          the tuned adapter in PEFT's format, with a model card
+    summary.json      the result, machine readable
+    report.html       the same for people, in one page
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom import checkpoint, durable, journal
+from fedloom.algorithms.base import Algorithm, ServerState
+from fedloom.checkpoint import Checkpoint
+from fedloom.client import Client
+from fedloom.config import Experiment
+from fedloom.errors import RunError
+from fedloom.evaluation.loss import held_out_loss
+from fedloom.experiment import Dataset, Machine
+from fedloom.federation import Federation, Round
+from fedloom.messages import ClientId
+from fedloom.state import AdapterState
+from fedloom.transport.in_process import InProcess
+
+
+class Listener:
+    """What a display may want to know while a run goes on; this one ignores it all."""
+
+    def started(self, *, rounds: int, completed: int, cohort: float) -> None: ...
+    def updated(self, round: Round, client: ClientId) -> None: ...
+    def committed(self, record: Mapping[str, Any]) -> None: ...
+    def warned(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """One row of a comparison: an algorithm over some clients, in a folder of its own."""
+
+    folder: Path
+    experiment: Experiment
+    dataset: Dataset
+    machine: Machine
+    algorithm: Algorithm
+    clients: Mapping[ClientId, Client]
+    select: Callable[[int], Sequence[ClientId]]
+    fingerprint: str
+
+    def finish(self, listener: Listener) -> ServerState:
+        """Run to the last round, from the newest committed one if there is any.
+
+        The result does not depend on where or how often the run was interrupted before.
+        """
+        state_folder, metrics = self.folder / "state", self.folder / "metrics.jsonl"
+        found = checkpoint.newest(state_folder, fingerprint=self.fingerprint)
+        for damage in found.damaged:
+            listener.warned(f"not used, since it is damaged: {damage}; going on from the round before it")
+        if found.checkpoint is None:
+            state = self.algorithm.init(self.machine.engine.initial_adapter())
+            record = self._record(state, Round(-1, ()), seconds=0.0)
+            journal.align(metrics, None)
+            self._commit(state, record)
+        else:
+            state, record = found.checkpoint.state, found.checkpoint.record
+            for client, memory in found.checkpoint.memories.items():
+                self.clients[client].memory = dict(memory)
+            journal.align(metrics, record)
+        sizes = [len(self.select(r)) for r in range(self.experiment.rounds)]
+        listener.started(rounds=self.experiment.rounds, completed=state.round, cohort=fmean(sizes))
+        clock = time.monotonic()
+
+        def after_round(state: ServerState, seen: Round) -> None:
+            nonlocal clock
+            record = self._record(state, seen, seconds=time.monotonic() - clock)
+            self._commit(state, record)
+            listener.committed(record)
+            clock = time.monotonic()
+
+        transport = InProcess(self.algorithm, self.machine.engine, self.clients, self.experiment.transport.width)
+        federation = Federation(self.algorithm, transport, self.select, after_round, listener.updated)
+        return federation.run(state, self.experiment.rounds)
+
+    def _commit(self, state: ServerState, record: Mapping[str, Any]) -> None:
+        memories = {c: client.memory for c, client in self.clients.items() if client.memory}
+        checkpoint.commit(self.folder / "state", Checkpoint(state, memories, record), fingerprint=self.fingerprint)
+        journal.append(self.folder / "metrics.jsonl", record)
+
+    def _record(self, state: ServerState, seen: Round, *, seconds: float) -> dict[str, Any]:
+        clients = {c: {k: _number(v) for k, v in u.metrics.items()} for c, u in sorted(seen.updates.items())}
+        weights = {c: u.weight for c, u in seen.updates.items() if math.isfinite(u.metrics.get("loss", math.nan))}
+        loss = sum(seen.updates[c].metrics["loss"] * w for c, w in weights.items()) / sum(weights.values()) if weights else None
+        return {
+            "round": state.round,
+            "cohort": list(seen.cohort),
+            "clients": {c: {"examples": u, **clients[c]} for c, u in sorted((c, x.weight) for c, x in seen.updates.items())},
+            "refused": dict(sorted(seen.refused.items())),
+            "loss": loss,
+            "bytes_up": seen.bytes_up,
+            "bytes_down": seen.bytes_down,
+            "tokens": int(sum(u.metrics.get("tokens", 0) for u in seen.updates.values())),
+            "seconds": round(seconds, 3),
+            "held_out": self._evaluate(state),
+            "adapter_sha256": state.adapter.sha256(),
+        }
+
+    def _evaluate(self, state: ServerState) -> dict[str, Any] | None:
+        """Held-out loss of the server's adapter, every few rounds; None between, and where nobody shares one."""
+        e = self.experiment.evaluation
+        if state.round % e.every and state.round != self.experiment.rounds:
+            return None
+        test, groups = held_out_part(self.experiment, self.dataset)
+        adapter = state.adapter if state.round else None
+        found = held_out_loss(self.machine.engine, test, groups, {"global": adapter})["global"]
+        mixes = {c: found.of_mix(self.dataset.mix(c)) for c in self.clients if c in self.dataset.clients}
+        return {"loss": _number(found.loss), "groups": found.groups, "clients": mixes}
+
+
+def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[Any], list[str]]:
+    """The held-out examples that periodic evaluation looks at: all, or the same few every time."""
+    groups = dataset.groups()
+    wanted = experiment.evaluation.examples
+    if wanted is None or wanted >= len(groups):
+        return dataset.test, groups
+    step = len(groups) / wanted  # held-out examples lie group by group, so equal steps keep the mix
+    chosen = [int(i * step) for i in range(wanted)]
+    return [dataset.test[i] for i in chosen], [groups[i] for i in chosen]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def prepare_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
+    """Refuses to mix two experiments in one folder, or to go over a finished one unasked."""
+    saved = folder / "experiment.toml"
+    if saved.exists() and not resume:
+        raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
+    if resume and not saved.exists():
+        raise RunError(f"Nothing to resume: there is no {saved}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        durable.write(saved, experiment.to_toml().encode())
