@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging
+from transformers.utils import logging as remarks
 
 from fedloom import rng
 from fedloom.errors import ModelError
@@ -153,6 +154,8 @@ def _load_model(
         _open(file)
     options: dict[str, Any] = {"dtype": dtype}
     if quantize:
+        # One remark per layer and forward on the precision it computes in.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=quantize == "8bit",
@@ -321,15 +324,15 @@ def _dtype(dtype: DType, device: torch.device) -> torch.dtype:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and no remarks from transformers; what matters of them is raised here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
+    remarks.set_verbosity_error()
+    remarks.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        remarks.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            remarks.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -137,7 +137,8 @@ def test_labelled_ids_are_the_response_and_its_end(template, example):
     tokens = template.encode(example)
     answer = [token for token, labelled in zip(tokens.ids, tokens.labelled, strict=True) if labelled]
     assert template.decode(answer) == example.response
-    assert answer[-1] in template.stop and not template.stop & set(answer[:-1])
+    assert answer[-1] in template.stop
+    assert not template.stop & set(answer[:-1])
 
 
 @pytest.mark.parametrize("example", CASES, ids=lambda e: e.id)
@@ -159,7 +160,8 @@ def test_a_byte_level_chat_is_tokenised_as_the_tokenizer_does_it(chat_template):
     messages = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue"}]
     expected = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids
     ids = list(Template(tokenizer).encode(Example("Name a colour.", "Blue")).ids)
-    assert ids == expected[: len(ids)] and tokenizer.decode(expected[len(ids) :]) == "\n"
+    assert ids == expected[: len(ids)]
+    assert tokenizer.decode(expected[len(ids) :]) == "\n"
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -274,7 +276,8 @@ def test_an_example_that_fits_is_not_cut():
 def test_the_end_of_the_context_is_cut_first():
     template = Template(byte_level(), format="plain", max_length=200)
     tokens = template.encode(LONG)
-    assert template.truncation(LONG) == "context" and 190 < len(tokens.ids) <= 200
+    assert template.truncation(LONG) == "context"
+    assert 190 < len(tokens.ids) <= 200
     assert template.decode(tokens.ids[-tokens.targets :]) == LONG.response.strip()
     assert "Input: red green" in template._tokenizer.decode(tokens.ids)
 
@@ -282,7 +285,8 @@ def test_the_end_of_the_context_is_cut_first():
 def test_a_response_cut_short_does_not_learn_an_end():
     template = Template(byte_level(), format="plain", max_length=60)
     tokens = template.encode(LONG)
-    assert template.truncation(LONG) == "response" and len(tokens.ids) == 60
+    assert template.truncation(LONG) == "response"
+    assert len(tokens.ids) == 60
     assert not template.stop & set(tokens.ids)
     assert LONG.response.startswith(template.decode(tokens.ids[-tokens.targets :]))
 
@@ -297,7 +301,8 @@ def test_a_response_keeps_sixteen_tokens_or_the_example_is_refused_by_name():
 def test_a_refusal_does_not_quote_the_example():
     with pytest.raises(DataError) as error:
         Template(byte_level(), format="plain", max_length=20).encode(LONG)
-    assert "Do it" not in str(error.value) and "red" not in str(error.value)
+    assert "Do it" not in str(error.value)
+    assert "red" not in str(error.value)
 
 
 def test_a_prompt_leaves_the_room_asked_for():

@@ -58,7 +58,8 @@ def logits(model) -> torch.Tensor:
 
 def test_a_folder_loads_frozen_in_evaluation_mode_and_float32_on_cpu(saved):
     model, _ = load_base(str(saved), device="cpu")
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -78,13 +79,15 @@ def test_published_small_models_load(name):
     if not (SHARED / name).exists():
         pytest.skip(f"{name} is not here")
     model, spelling = load_base(str(SHARED / name), device="cpu")
-    assert spelling.eos_token_id is not None and torch.isfinite(logits(model)).all()
+    assert spelling.eos_token_id is not None
+    assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_random_models_are_the_same_every_time(kind, embedded):
     one, two = (load_base(f"random:{kind}", device="cpu")[0] for _ in range(2))
-    assert base_hash(one) == base_hash(two) and one.config.model_type == kind
+    assert base_hash(one) == base_hash(two)
+    assert one.config.model_type == kind
     assert torch.isfinite(logits(one)).all()
 
 
@@ -96,7 +99,8 @@ def embedded():
 
 def test_the_embedded_model_loads_by_name(embedded):
     model, spelling = load_base("embedded", device="cpu")
-    assert count_parameters(model) <= 16_000_000 and spelling.eos_token_id is not None
+    assert count_parameters(model) <= 16_000_000
+    assert spelling.eos_token_id is not None
 
 
 def test_a_random_model_leaves_the_callers_random_numbers_alone(embedded):
@@ -214,7 +218,8 @@ def test_a_damaged_folder_is_refused_in_one_plain_line(copy, damage):
     spoil(copy)
     with pytest.raises(ModelError, match=said) as error:
         load_base(str(copy), device="cpu")
-    assert "\n" not in str(error.value) and str(copy) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(copy) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "nobody/no-such-model", "no-such-model", ""])
