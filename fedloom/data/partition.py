@@ -93,8 +93,11 @@ class Shards:
 
     def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts:
         count = _check_clients(clients, examples)
-        if self.per_client < 1:
-            raise ConfigError(f"Expected per_client of at least 1, got {self.per_client}.")
+        if not 1 <= self.per_client <= len(examples) // count:
+            raise ConfigError(
+                f"Expected per_client between 1 and {len(examples) // count} ({len(examples)} examples / "
+                f"{count} clients), got {self.per_client}."
+            )
         generator = rng.numpy_stream(seed, "partition", "shards")
         ordered = np.concatenate(list(_pools(examples, self.by, generator).values()))
         shards = np.array_split(ordered, count * self.per_client)

@@ -125,7 +125,8 @@ def test_iid_sizes_differ_by_at_most_one():
 
 def test_ids_are_as_wide_as_a_thousand_clients_need():
     parts = IID()(examples(2000), 1500, 0)
-    assert list(parts) == sorted(parts) and "client-0000" in parts
+    assert list(parts) == sorted(parts)
+    assert "client-0000" in parts
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3, 8])
@@ -150,11 +151,18 @@ def test_by_label_refuses_more_labels_than_there_are():
 
 def test_shards_give_about_two_labels_a_client():
     counts = [len(c) for c in labels_of(EIGHT, Shards()(EIGHT, 50, 0))]
-    assert 1.7 < sum(counts) / 50 < 2.5 and max(counts) <= 4
+    assert 1.7 < sum(counts) / 50 < 2.5
+    assert max(counts) <= 4
+
+
+def test_more_shards_than_examples_are_refused():
+    with pytest.raises(ConfigError, match=r"per_client between 1 and 1 \(3 examples / 3 clients\), got 2"):
+        Shards()(examples(3), 3, 0)
 
 
 def test_shards_are_equal_in_size():
-    assert max(len(p) for p in Shards()(EIGHT, 10, 0).values()) - 2 <= len(EIGHT) // 10
+    sizes = [len(part) for part in Shards()(EIGHT, 10, 0).values()]
+    assert max(sizes) - min(sizes) <= 2  # each of the two shards may be one longer
 
 
 @pytest.mark.parametrize("kind", [Dirichlet, lambda alpha: ShepherdDirichlet(alpha, min_size=1)])
@@ -172,7 +180,8 @@ def test_the_largest_label_of_a_client_is_most_of_it_at_a_small_alpha():
         held = labels_of(EIGHT, Dirichlet(alpha)(EIGHT, 10, 0))
         return sum(max(c.values()) / c.total() for c in held) / len(held)
 
-    assert share(0.05) > 0.6 and share(1000.0) < 0.3  # the largest label is 374 / 1502 = 0.25 of the data
+    assert share(0.05) > 0.6
+    assert share(1000.0) < 0.3
 
 
 def test_a_large_alpha_is_as_even_as_iid():
@@ -282,7 +291,8 @@ def test_hold_out_takes_at_most_half_of_a_small_category():
 def test_hold_out_never_tests_on_a_prompt_that_is_trained_on():
     data = [Example("twice", f"answer {i}") for i in range(2)] + [Example(f"q{i}", "a") for i in range(8)]
     _, test = hold_out(data, per_category=5, seed=0)
-    assert len(test) == 5 and all(data[i].instruction != "twice" for i in test)
+    assert len(test) == 5
+    assert all(data[i].instruction != "twice" for i in test)
 
 
 def test_hold_out_depends_on_its_seed_alone():
