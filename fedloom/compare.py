@@ -30,6 +30,9 @@ from fedloom.selection import All
 from fedloom.state import AdapterState
 
 
+RESULT = "result.json"  # of one seed; written last
+
+
 def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
     clients = federated_clients(experiment, dataset)
     select = experiment.cohort.build(clients=sorted(clients), seed=experiment.seed)
@@ -55,9 +58,8 @@ def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, fold
 
 def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
     """Train and measure all rows for this experiment's seed; a finished seed is read, not repeated."""
-    done = folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text("utf-8"))
+    if (folder / RESULT).exists():
+        return read_result(folder)
     with checkpoint.lock(folder):
         dataset, machine = load_data(experiment, quarantine=folder / "quarantine.jsonl"), load_machine(experiment)
         rows: dict[str, AdapterState | None] = {"base": None}
@@ -68,8 +70,12 @@ def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener
         rows["federated"] = federated(experiment, dataset, machine, folder / "federated").finish(listener).adapter
         rows["centralised"] = centralised(experiment, dataset, machine, folder / "centralised").finish(listener).adapter
         result = {**measure(experiment, dataset, machine, rows), "engine": machine.describe()}
-        write_json(done, result)
+        write_json(folder / RESULT, result)
     return result
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULT).read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experime
 def progress(experiment: Experiment, folder: Path) -> Progress:
     rounds, finished, latest = 0, 0, ""
     for seed in seed_folders(experiment, folder):
-        finished += (seed / "result.json").exists()
+        finished += (seed / RESULT).exists()
         for row in ("local_only", "federated", "centralised"):
             done = len(journal.read(seed / row / "metrics.jsonl"))
             rounds += max(0, done - 1)

@@ -18,12 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedloom import checkpoint, durable, journal
+from fedloom import checkpoint, journal
 from fedloom.algorithms.base import Algorithm, ServerState
 from fedloom.checkpoint import Checkpoint
 from fedloom.client import Client
 from fedloom.config import Experiment
-from fedloom.errors import RunError
 from fedloom.evaluation.loss import held_out_loss
 from fedloom.experiment import Dataset, Machine
 from fedloom.federation import Federation, Round
@@ -136,15 +135,3 @@ def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[An
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
-
-
-def prepare_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
-    """Refuses to mix two experiments in one folder, or to go over a finished one unasked."""
-    saved = folder / "experiment.toml"
-    if saved.exists() and not resume:
-        raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
-    if resume and not saved.exists():
-        raise RunError(f"Nothing to resume: there is no {saved}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        durable.write(saved, experiment.to_toml().encode())

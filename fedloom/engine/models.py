@@ -95,6 +95,17 @@ def load_base(
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def skeleton(name: str, *, allow_download: bool = False) -> tuple[Any, Any]:
+    """The model without weights, on the meta device, and its tokenizer: for shapes and counts."""
+    folder = base_folder(name, allow_download=allow_download)
+    with _quiet():
+        tokenizer = _load_tokenizer(folder or _embedded())
+        if folder is None:
+            return _random(name.removeprefix("random:"), tokenizer).to("meta"), tokenizer
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(_load_config(folder)), tokenizer
+
+
 def base_folder(name: str, *, allow_download: bool = False) -> Path | None:
     """Where the files of a base model are, after a download if that is allowed; None for a random model.
 
@@ -124,7 +135,7 @@ def base_folder(name: str, *, allow_download: bool = False) -> Path | None:
             ) from error
         raise ModelError(
             f"There is no folder {name!r}, and no Hub model of that name in the local cache. Check the name, "
-            "or allow the download (--allow-download)."
+            "or allow the download: model.allow_download=true."
         ) from None
 
 

@@ -1,0 +1,21 @@
+"""fedloom evaluate: measure a run's adapter again, perhaps on other data."""
+
+from __future__ import annotations
+
+from fedloom.cli.arguments import Overrides, RunFolder
+from fedloom.cli.console import out
+
+
+def command(run: RunFolder, overrides: Overrides = None) -> None:
+    """Held-out loss and answers of a finished run's adapter beside its base; evaluation.json keeps them.
+
+    Settings may be changed, for other data say: fedloom evaluate RUN seed=1 evaluation.answers=200
+    """
+    from fedloom.cli.display import metrics_table
+    from fedloom.config import load
+    from fedloom.simulate import evaluate
+
+    experiment = load(run, overrides or [])
+    result = evaluate(experiment, run)
+    out.print(metrics_table({row: found["metrics"] for row, found in result["rows"].items()}))
+    out.print(f"Wrote {run / 'evaluation.json'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,30 @@
+"""fedloom export: a run's model in a form that other tools load."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli.arguments import RunFolder
+from fedloom.cli.console import out
+
+
+class Form(StrEnum):
+    peft = "peft"
+    merged = "merged"
+
+
+def command(
+    run: RunFolder,
+    to: Annotated[Form, typer.Option("--to", help="peft: the adapter alone. merged: base and adapter as one model.")] = Form.peft,
+    where: Annotated[Path | None, typer.Option("--out", help="Folder to write. Default: RUN/export-FORM.")] = None,
+) -> None:
+    """Write the tuned model for PEFT and vLLM (peft), or as a plain transformers model (merged)."""
+    from fedloom.simulate import export
+
+    folder = where or run / f"export-{to.value}"
+    export(run, folder, merged=to is Form.merged)
+    out.print(f"Wrote {folder}", highlight=False, soft_wrap=True)

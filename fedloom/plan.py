@@ -1,0 +1,79 @@
+"""What an experiment will need, worked out from shapes and settings; no weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from fedloom.config import Experiment
+from fedloom.engine import models
+from fedloom.engine.layout import AdapterLayout
+from fedloom.errors import DataError
+from fedloom.experiment import load_data, load_template
+from fedloom.messages import Broadcast, Update
+from fedloom.transport import wire
+
+
+@dataclass(frozen=True)
+class Plan:
+    base_parameters: int
+    adapter_parameters: int
+    targets: int  # adapted layers
+    bytes_up: int  # of one client in one round
+    bytes_down: int
+    rounds: int
+    cohort: float  # clients in a round, on average
+    width: int
+    tokens_per_pass: int
+    memory: float  # bytes, an estimate
+    data: list[str]
+
+
+def plan(experiment: Experiment) -> Plan:
+    model, tokenizer = models.skeleton(experiment.model.base, allow_download=experiment.model.allow_download)
+    layout = AdapterLayout.of(model, experiment.adapter)
+    adapter = layout.initial(experiment.seed)
+    down = len(wire.pack_broadcast(Broadcast(0, {"adapter": adapter})))
+    up = len(wire.pack_update(Update("client-000", {"delta": adapter}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0})))
+    base = models.count_parameters(model)
+    try:
+        dataset = load_data(experiment)
+        template = load_template(experiment, tokenizer)
+        examples = [e for own in dataset.clients.values() for e in own]
+        measured = template.measure(examples[:: max(1, len(examples) // 2000)])
+        data = [
+            f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
+            *_tokens(measured),
+        ]
+        clients = sorted(dataset.clients)
+    except (DataError, OSError) as unread:
+        data, clients = [f"not read: {unread}"], [f"client-{i:03d}" for i in range(experiment.data.clients or 1)]
+    select = experiment.cohort.build(clients=clients, seed=experiment.seed)
+    cohort = fmean(len(select(r)) for r in range(experiment.rounds))
+    width = min(experiment.transport.width, max(1, round(cohort)))
+    return Plan(
+        base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
+        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data,
+    )  # fmt: skip
+
+
+def _tokens(measured: dict[str, float]) -> list[str]:
+    return [", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in measured.items())]
+
+
+def _memory(experiment: Experiment, model: torch.nn.Module, base: int, adapter: int, width: int) -> float:
+    """Weights + for each client in the batch parameters, gradient and two moments + activations.
+
+    Activations per token and layer, without recomputation: about 34 values of the hidden size (Korthikanti
+    et al. 2022, without dropout and with attention recomputed), a quarter of that with checkpointing.
+    """
+    m, config = experiment.model, model.config.get_text_config()
+    wide = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes a weight
+    value = 2 if m.dtype == "bfloat16" else 4
+    activations = m.tokens_per_pass * config.num_hidden_layers * config.hidden_size * 34 / 2 * value
+    if m.checkpointing:
+        activations /= 4
+    head = 1024 * config.vocab_size * 4 * 2  # logits of one chunk of labelled positions, and their gradient
+    return base * wide + width * adapter * 16 + activations + head
