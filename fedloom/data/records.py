@@ -90,7 +90,8 @@ class Reading:
     """How strictly to read, and what becomes of bad records.
 
     "fail" refuses the data and lists what is wrong. "skip" leaves bad records out, counts them, and
-    writes them to the file `quarantine`, which then holds training text and stays with its owner.
+    writes them to the file `quarantine`, which then holds training text and stays with its owner. Without
+    such a file they are only counted, as a preview does.
     """
 
     on_bad: Literal["fail", "skip"] = "fail"
@@ -101,8 +102,6 @@ class Reading:
     def __post_init__(self) -> None:
         if self.on_bad not in ("fail", "skip"):
             raise ConfigError(f'Expected on_bad to be "fail" or "skip", got {self.on_bad!r}.')
-        if self.on_bad == "skip" and self.quarantine is None:
-            raise ConfigError('on_bad = "skip" needs a quarantine file to write the bad records to.')
         if self.max_bytes < 1 or not 1 <= self.max_depth <= 200:  # Python's own parser stops near 1000
             raise ConfigError(
                 "Expected max_bytes of at least 1 and max_depth between 1 and 200, "
@@ -147,10 +146,10 @@ def read_records(
     plain = path.with_suffix("") if path.suffix.lower() in ARCHIVES else path
     kind = FORMATS.get(plain.suffix.lower())
     if path.is_dir():
-        raise DataError(f"{name}: a folder where a file was expected (directory).")
+        raise DataError(f"{path}: a folder where a file was expected (directory).")
     if kind is None:
         raise DataError(
-            f"{name}: cannot tell the format (format); expected a name that ends in {', '.join(FORMATS)}, "
+            f"{path}: cannot tell the format (format); expected a name that ends in {', '.join(FORMATS)}, "
             f"perhaps followed by {', '.join(ARCHIVES)}."
         )
     found = False
@@ -173,12 +172,12 @@ def read_records(
                 found = True
                 yield record
     except FileNotFoundError:
-        raise DataError(f"{name}: no such file (absent).") from None
+        raise DataError(f"{path}: no such file (absent).") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         what = "a corrupt or truncated archive (archive)" if plain != path else "cannot be read (unreadable)"
-        raise DataError(f"{name}: {what}: {type(error).__name__}: {error}") from None
+        raise DataError(f"{path}: {what}: {type(error).__name__}: {error}") from None
     if not found:
-        raise DataError(f"{name}: holds no record (empty-file).")
+        raise DataError(f"{path}: holds no record (empty-file).")
 
 
 def check_row(place: Place, values: Mapping[str, Any], fields: Mapping[str, Field]) -> Record | BadRecord:

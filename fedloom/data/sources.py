@@ -1,0 +1,243 @@
+"""Where examples come from: one function for each kind of data, all through the strict reader.
+
+What a record must hold is said here. An instruction and a response that are not blank, everywhere: there
+is nothing to learn from the others. A blank context is normal and accepted. Where a category or an owner
+is asked for it may not be blank, since splits are made along it. The published Dolly and MedQuAD files
+meet all of this; they contain zero-width and replacement characters, which are kept, and Dolly repeats a
+few records, which are kept and counted.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fedloom.data import records
+from fedloom.data.example import Example
+from fedloom.data.records import ARCHIVES, FORMATS, BadRecord, Field, Loaded, Place, Reading, Record
+from fedloom.errors import ConfigError, DataError
+
+Paths = str | Path | Sequence[str | Path]
+
+# What each of our columns must hold in a file where it was asked for.
+DEMANDS = {
+    "instruction": Field(),
+    "response": Field(),
+    "context": Field(blank=True),
+    "category": Field(number=True),
+    "owner": Field(number=True),
+}
+
+
+def dolly(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+    """databricks-dolly-15k: instruction, context, response, and one of eight categories."""
+    names = ("instruction", "context", "response", "category")
+    return _read(path, {name: name for name in names}, {name: DEMANDS[name] for name in names}, reading)
+
+
+def alpaca(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+    """Alpaca's shape, a JSON list or JSON lines: instruction, output, and an input that may be absent.
+
+    Alpaca has no categories. Copies of it that contain blank outputs need on_bad = "skip".
+    """
+    columns = {"instruction": "instruction", "context": "input", "response": "output"}
+    demands = {"instruction": Field(), "input": Field(required=False, blank=True), "output": Field()}
+    return _read(path, columns, demands, reading)
+
+
+def medquad(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+    """MedQuAD: questions and answers of nine institutions, each an owner; the question type is the category."""
+    columns = {"instruction": "question", "response": "answer", "owner": "source", "category": "qtype"}
+    return _read(path, columns, _demands(columns), reading)
+
+
+def table(
+    path: Paths, columns: Mapping[str, str] | None = None, reading: Reading = Reading()
+) -> Loaded[Example]:
+    """Any JSONL, JSON, CSV or TSV: a file, a folder of them, a pattern such as "data/*.csv", or several.
+
+    `columns` maps ours (instruction, response, context, category, owner) to those of the files. A column
+    it names must be in every record. Of the others, instruction and response must be there under our
+    name, the rest may be.
+    """
+    columns, demands = _mapped(columns)
+    return _read(path, columns, demands, reading)
+
+
+def hub(
+    name: str,
+    columns: Mapping[str, str] | None = None,
+    reading: Reading = Reading(),
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    allow_download: bool = False,
+) -> Loaded[Example]:
+    """A data set on the Hugging Face Hub, "owner/name" or "owner/name:subset", or a local folder of Parquet.
+
+    Columns as for `table`. Only what is in the local cache is used unless `allow_download`. Places count
+    rows from 1. Needs the extra "data".
+    """
+    columns, demands = _mapped(columns)
+    rows = _load_dataset(name, split, revision, allow_download)
+    absent = [
+        theirs for theirs, field in demands.items() if field.required and theirs not in rows.column_names
+    ]
+    if absent:
+        raise ConfigError(
+            f"{name!r} has no column {absent[0]!r}; it has {', '.join(rows.column_names)}. Name the right "
+            "one: data.columns = { instruction = ..., response = ... }."
+        )
+    short = Path(name).name if Path(name).is_dir() else name
+    checked = (records.check_row(Place(short, n), row, demands) for n, row in enumerate(rows, 1))
+    return records.load(checked, lambda record: _example(record, columns), reading)
+
+
+SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
+    "dolly": dolly,
+    "alpaca": alpaca,
+    "medquad": medquad,
+    "table": table,
+    "hub": hub,
+}
+
+
+def load(
+    source: str,
+    path: Paths | None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    on_bad: Any = "fail",
+    quarantine: Path | None = None,
+    allow_download: bool = False,
+) -> tuple[list[Example], dict[str, Any]]:
+    """Examples of a source by name, and what the reader has to report: records, bad by code, duplicates."""
+    if not path:
+        what = "the data set's id" if source == "hub" else "the file to read"
+        raise ConfigError(f'data.source = "{source}" needs data.path, {what}.')
+    if columns and source not in ("table", "hub"):
+        raise ConfigError(
+            f'data.source = "{source}" has fixed columns; use "table" to name columns, or drop data.columns.'
+        )
+    reading = Reading(on_bad=on_bad, quarantine=quarantine)
+    if source == "hub":
+        if not isinstance(path, str):
+            raise ConfigError('data.source = "hub" takes one data set id as data.path.')
+        options = {"split": split, "revision": revision, "allow_download": allow_download}
+        loaded = hub(path, columns, reading, **options)  # type: ignore[arg-type]
+    elif source == "table":
+        loaded = table(path, columns, reading)
+    else:
+        loaded = SOURCES[source](path, reading)
+    report = {"records": len(loaded), "bad": dict(loaded.bad), "duplicates": loaded.duplicates}
+    return list(loaded), report
+
+
+def _mapped(columns: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, Field]]:
+    """All columns, ours -> theirs, and what theirs must hold."""
+    asked = dict(columns or {})
+    if unknown := sorted(asked.keys() - DEMANDS.keys()):
+        raise ConfigError(f"Unknown column {unknown[0]!r}; ours are {', '.join(DEMANDS)}.")
+    asked = {"instruction": "instruction", "response": "response", **asked}
+    optional = {ours: ours for ours in DEMANDS if ours not in asked and ours not in asked.values()}
+    lenient = {
+        theirs: Field(required=False, blank=True, number=DEMANDS[theirs].number) for theirs in optional
+    }
+    return {**asked, **optional}, {**_demands(asked), **lenient}
+
+
+def _demands(columns: Mapping[str, str]) -> dict[str, Field]:
+    """Of two of ours that read the same column, the stricter demand counts."""
+    demands: dict[str, Field] = {}
+    for ours, theirs in columns.items():
+        new, old = DEMANDS[ours], demands.get(theirs, DEMANDS[ours])
+        demands[theirs] = Field(blank=new.blank and old.blank, number=new.number and old.number)
+    return demands
+
+
+def _read(
+    path: Paths, columns: Mapping[str, str], demands: Mapping[str, Field], reading: Reading
+) -> Loaded[Example]:
+    files = _files(path)
+    together = os.path.commonpath([file.parent for file in files])
+
+    def one(file: Path) -> Iterator[Record | BadRecord]:
+        # Short, and the same wherever the data lies: it ends up in example ids.
+        name = Path(os.path.relpath(file, together)).as_posix()
+        return records.read_records(file, demands, reading, name=name)
+
+    found = chain.from_iterable(map(one, files))
+    return records.load(found, lambda record: _example(record, columns), reading)
+
+
+def _files(path: Paths) -> list[Path]:
+    """Every file that is meant, absolute; of a folder those we can read, in alphabetical order."""
+    given = [path] if isinstance(path, str | Path) else list(path)
+    files: list[Path] = []
+    for item in given:
+        place = Path(item).expanduser().absolute()
+        if place.is_dir():
+            inside = sorted(file for file in place.iterdir() if file.is_file() and _readable(file))
+            if not inside:
+                raise DataError(f"{item}: no {', '.join(FORMATS)} file in this folder (empty-folder).")
+            files += inside
+        elif not place.exists() and (matches := sorted(glob.glob(str(place), recursive=True))):
+            files += map(Path, matches)
+        else:
+            files.append(place)
+    if not files:
+        raise ConfigError("Expected at least one file to read, got none.")
+    if len(set(files)) < len(files):
+        raise ConfigError("A file is named twice in data.path; its records would count double.")
+    return files
+
+
+def _readable(file: Path) -> bool:
+    plain = file.with_suffix("") if file.suffix.lower() in ARCHIVES else file
+    return plain.suffix.lower() in FORMATS
+
+
+def _example(record: Record, columns: Mapping[str, str]) -> Example:
+    def text(ours: str) -> str:
+        value = record.values.get(columns[ours]) if ours in columns else None
+        return "" if value is None else str(value)
+
+    return Example(
+        instruction=text("instruction"),
+        response=text("response"),
+        context=text("context"),
+        category=text("category"),
+        owner=text("owner"),
+        id=str(record.place),
+    )
+
+
+def _load_dataset(name: str, split: str, revision: str | None, allow_download: bool) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            'data.source = "hub" needs the package datasets: pip install "fedloom[data]".'
+        ) from None
+    local = Path(name).is_dir()
+    dataset, _, subset = (name, "", "") if local else name.partition(":")
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    # Read by the library at every call; also keeps it from reporting the use of a local folder.
+    datasets.config.HF_HUB_OFFLINE = was_offline or local or not allow_download
+    try:
+        return datasets.load_dataset(dataset, subset or None, split=split, revision=revision)
+    except Exception as error:  # the library, its file formats and the network raise dozens of kinds
+        offline = datasets.config.HF_HUB_OFFLINE and not local
+        hint = "Nothing is downloaded unless model.allow_download = true and HF_HUB_OFFLINE is not set. "
+        raise ConfigError(
+            f"The data set {name!r} (split {split!r}) could not be loaded. {hint if offline else ''}"
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
