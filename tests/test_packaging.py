@@ -1,0 +1,66 @@
+"""What a user installs: the wheel and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    [file] = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel):
+    package = {
+        f.relative_to(ROOT).as_posix() for f in (ROOT / "fedloom").rglob("*") if f.is_file() and "__pycache__" not in f.parts
+    }
+    assert package - set(wheel.namelist()) == set()
+
+
+@pytest.mark.parametrize("needed", ["fedloom/recipes/quickstart.toml", "fedloom/embedded/model.safetensors"])
+def test_the_wheel_holds_what_is_not_python(wheel, needed):
+    assert wheel.getinfo(needed).file_size > 0
+
+
+def test_the_wheel_holds_nothing_but_the_package(wheel):
+    assert {name.split("/")[0] for name in wheel.namelist()} == {"fedloom", f"fedloom-{PROJECT['version']}.dist-info"}
+
+
+def test_the_embedded_model_fits_the_repository():
+    assert sum(f.stat().st_size for f in (ROOT / "fedloom/embedded").iterdir()) < 32_000_000
+
+
+def test_importing_the_package_loads_no_torch():
+    subprocess.run([sys.executable, "-c", "import fedloom, sys; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_the_help_page_needs_no_torch():
+    code = "import fedloom.cli.main, sys; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_version_is_in_the_changelog():
+    assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_constraints_pin_everything_the_project_asks_for():
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    asked = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    assert {d.split(">=")[0].lower() for d in asked} - pinned == set()
