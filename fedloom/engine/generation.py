@@ -1,0 +1,253 @@
+"""Answers Generate: prompts under different adapters continued in one batch, with a key-value cache.
+
+Prompts are sorted by length and padded on the left; each row has its own adapter, limit, stop tokens and
+temperature. A finished row leaves the batch once enough have finished. What a prompt is answered with does
+not depend on its neighbours: greedy answers up to the rounding of sums, sampled ones too, since the random
+number of a token is a function of its name alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedloom import rng
+from fedloom.engine.packing import DENSE_COLUMNS
+from fedloom.errors import ModelError
+from fedloom.state import AdapterState
+from fedloom.steps import Generate
+
+if TYPE_CHECKING:
+    from fedloom.engine.lora_engine import LoraEngine, Rows
+
+TOKENS_PER_BATCH = 16_384  # rows times length of prompt and answer: bounds the cache
+LEAVE_SHARE = 0.25  # of a batch's rows; when so many have finished, the rest moves to a smaller batch
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt and everything that decides its answer."""
+
+    key: Hashable  # of the request
+    index: int  # in the request
+    ids: Sequence[int]
+    row: int  # of the adapter; -1: the base model
+    limit: int  # most tokens to answer with
+    stop: frozenset[int]
+    temperature: float
+    stream: tuple[rng.Name, ...]
+
+
+def generate_all(
+    engine: LoraEngine, requests: Mapping[Hashable, Generate]
+) -> dict[Hashable, list[list[int]]]:
+    """Answer every prompt of every request. An answer also ends where the model's positions do.
+
+    Raises ModelError for a prompt that is empty or longer than the model reads.
+    """
+    longest = _positions(engine.model)
+    answers: dict[Hashable, list[list[int]]] = {
+        key: [[] for _ in request.prompts] for key, request in requests.items()
+    }
+    for wave in _waves(requests, width=max(1, DENSE_COLUMNS // engine.layout.spec.rank)):
+        with engine.rows({id(requests[key].adapter): requests[key].adapter for key in wave}) as rows:
+            prompts = [prompt for key in wave for prompt in _prompts(key, requests[key], rows, longest)]
+            for batch in _batches(prompts):
+                for prompt, answer in zip(batch, _answered(engine, rows, batch), strict=True):
+                    answers[prompt.key][prompt.index] = answer
+    return answers
+
+
+def stream(
+    engine: LoraEngine,
+    prompt_ids: Sequence[int],
+    adapter: AdapterState | None,
+    *,
+    max_new_tokens: int = 256,
+    stop: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens of one answer as they come, the stop token left out.
+
+    They are what a `Generate` of this prompt alone would answer in a run with this seed. The engine may
+    answer other requests between two tokens.
+    """
+    request = Generate([prompt_ids], adapter, max_new_tokens, stop, temperature)
+    with engine.rows({id(adapter): adapter}) as rows:
+        prompts = _prompts("", request, rows, _positions(engine.model))
+    if prompts:
+        for tokens in _continued(engine.model, rows, prompts, seed):
+            yield from (token for _, token in tokens)
+
+
+def _answered(engine: LoraEngine, rows: Rows, batch: Sequence[_Prompt]) -> list[list[int]]:
+    """The answers to a batch; where memory does not suffice, to one half and then the other."""
+    answers: list[list[int]] = [[] for _ in batch]
+    try:
+        for tokens in _continued(engine.model, rows, batch, engine.seed):
+            for place, token in tokens:
+                answers[place].append(token)
+        return answers
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise ModelError(
+                f"Out of memory while answering one prompt of {len(batch[0].ids)} tokens: shorten it, or ask "
+                "for fewer new tokens."
+            ) from error
+    middle = len(batch) // 2
+    return _answered(engine, rows, batch[:middle]) + _answered(engine, rows, batch[middle:])
+
+
+def _continued(
+    model: Any, rows: Rows, prompts: Sequence[_Prompt], seed: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Step by step, the new tokens as (place in `prompts`, token); stop tokens are not among them.
+
+    Nothing is in force between two steps, so the model may serve somebody else meanwhile.
+    """
+    ids, mask = (tensor.to(model.device) for tensor in _padded(prompts))  # (B, L)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    known = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    places = list(range(len(prompts)))  # which prompt each row of the batch is
+    finished: set[int] = set()
+    cache, step = None, 0
+    while True:
+        owner = torch.tensor([prompts[place].row for place in places])[:, None].expand(ids.shape)
+        counted = {"position_ids": positions} if "position_ids" in known else {}
+        with torch.no_grad(), rows.tokens(owner):
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **counted,
+                **last_only,
+            )
+        cache = out.get("past_key_values")
+        if cache is None:
+            raise ModelError(f"{type(model).__name__} keeps no key-value cache, which generation needs.")
+        tokens = _chosen(out.logits[:, -1], [prompts[place] for place in places], step, seed)
+        step += 1
+        new: list[tuple[int, int]] = []
+        for place, token in zip(places, tokens, strict=True):
+            if place in finished:
+                continue
+            if token in prompts[place].stop:
+                finished.add(place)
+                continue
+            new.append((place, token))
+            if step == prompts[place].limit:
+                finished.add(place)
+        if new:
+            yield new
+        if len(finished) == len(prompts):
+            return
+        ids = torch.tensor(tokens, device=model.device)[:, None]  # (B, 1)
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(places), 1)], 1)
+        going = [row for row, place in enumerate(places) if place not in finished]
+        if len(going) <= (1 - LEAVE_SHARE) * len(places):
+            chosen = torch.tensor(going, device=model.device)
+            ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
+            places = [places[row] for row in going]
+            cache.batch_select_indices(chosen)
+
+
+def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) -> list[int]:
+    """The next token of each row: the likeliest, or one drawn by the row's own random number."""
+    tokens: list[int] = logits.argmax(-1).tolist()  # (B, V) -> (B,)
+    drawn = [row for row, prompt in enumerate(prompts) if prompt.temperature > 0]
+    if drawn:
+        heat = torch.tensor([prompts[row].temperature for row in drawn], dtype=torch.float64)[:, None]
+        share = torch.tensor(
+            [
+                rng.key(seed, "sample", *prompts[row].stream, prompts[row].index, step) / 2**63
+                for row in drawn
+            ],
+            dtype=torch.float64,
+        )[:, None]
+        place = "cpu" if logits.device.type == "mps" else logits.device  # which has no float64
+        scores = logits[drawn].to(place).double() / heat.to(place)
+        below = torch.softmax(scores, -1).cumsum(-1)  # (drawn, V)
+        picked = torch.searchsorted(below, share.to(place) * below[:, -1:], right=True)
+        for row, token in zip(drawn, picked[:, 0].clamp_max(logits.shape[-1] - 1).tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _padded(prompts: Sequence[_Prompt]) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, L), each prompt at the right end of its row."""
+    width = max(len(prompt.ids) for prompt in prompts)
+    rows = [[0] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])[:, None]
+    return torch.tensor(rows), (torch.arange(width) >= width - lengths).long()
+
+
+def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) -> list[_Prompt]:
+    """The prompts of a request that have anything to answer."""
+    found = []
+    for index, ids in enumerate(request.prompts):
+        if not len(ids):
+            raise ModelError(f"Prompt {index} of {key!r} is empty; a model continues one token at least.")
+        if longest is not None and len(ids) > longest:
+            raise ModelError(
+                f"Prompt {index} of {key!r} has {len(ids)} tokens and the model reads {longest}; shorten it."
+            )
+        # The last token of an answer needs no position: nothing is predicted from it.
+        limit = (
+            request.max_new_tokens if longest is None else min(request.max_new_tokens, longest - len(ids) + 1)
+        )
+        if limit > 0:
+            row = rows.index[id(request.adapter)]
+            found.append(
+                _Prompt(key, index, ids, row, limit, request.stop, request.temperature, request.stream)
+            )
+    return found
+
+
+def _waves(requests: Mapping[Hashable, Generate], *, width: int) -> list[list[Hashable]]:
+    """Keys of requests answered over one set of at most `width` adapters.
+
+    An adapter that has diverged goes alone: the product of its NaN with another row's zero is NaN.
+    """
+    keys: dict[int, list[Hashable]] = {}  # by adapter
+    for key, request in requests.items():
+        keys.setdefault(id(request.adapter), []).append(key)
+    waves: list[list[Hashable]] = []
+    sound: list[list[Hashable]] = []
+    for mine in keys.values():
+        adapter = requests[mine[0]].adapter
+        if adapter is None or adapter.is_finite():
+            sound.append(mine)
+        else:
+            waves.append(mine)
+    for start in range(0, len(sound), width):
+        waves.append([key for mine in sound[start : start + width] for key in mine])
+    return waves
+
+
+def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
+    """Prompts of like length together, within the budget; one that exceeds it alone."""
+    batch: list[_Prompt] = []
+    room = 0  # longest prompt and answer of the batch
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
+        needed = max(room, len(prompt.ids) + prompt.limit)
+        if batch and needed * (len(batch) + 1) > TOKENS_PER_BATCH:
+            yield batch
+            batch, needed = [], len(prompt.ids) + prompt.limit
+        batch.append(prompt)
+        room = needed
+    if batch:
+        yield batch
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model reads; None where nothing limits it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
