@@ -219,6 +219,13 @@ def test_shepherd_without_a_minimum_leaves_clients_smaller_than_that():
     assert min(smallest) < 60
 
 
+def test_shepherd_gives_no_more_to_a_client_that_has_its_fair_share():
+    labels = examples(*[10] * 20)
+    for seed in range(5):
+        sizes = [len(part) for part in ShepherdDirichlet(0.1, min_size=1)(labels, 4, seed).values()]
+        assert max(sizes) < 60  # 200 / 4 = 50 is fair; one label of 10 may carry a client past it
+
+
 def test_shepherd_gives_up_after_its_tries_and_says_how_close_it_came():
     with pytest.raises(ConfigError, match=r"in 5 draws .* 10 clients 150 examples \(the best left one with"):
         ShepherdDirichlet(0.1, min_size=150, tries=5)(EIGHT, 10, 0)
@@ -290,9 +297,10 @@ def test_hold_out_takes_at_most_half_of_a_small_category():
 
 def test_hold_out_never_tests_on_a_prompt_that_is_trained_on():
     data = [Example("twice", f"answer {i}") for i in range(2)] + [Example(f"q{i}", "a") for i in range(8)]
-    _, test = hold_out(data, per_category=5, seed=0)
-    assert len(test) == 5
-    assert all(data[i].instruction != "twice" for i in test)
+    for seed in range(10):
+        _, test = hold_out(data, per_category=5, seed=seed)
+        assert len(test) == 5
+        assert all(data[i].instruction != "twice" for i in test)
 
 
 def test_hold_out_depends_on_its_seed_alone():
