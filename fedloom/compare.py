@@ -11,24 +11,29 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from fedloom import checkpoint, journal
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.local_only import LocalOnly
-from fedloom.config import Experiment
+from fedloom.config import Experiment, parse
+from fedloom.errors import FedloomError, RunError
 from fedloom.experiment import Dataset, Machine, federated_clients, load_data, load_machine, pooled_client
 from fedloom.results import LOCAL, measure, write_json
 from fedloom.rng import numpy_stream
 from fedloom.run import Listener, Training
 from fedloom.selection import All
 from fedloom.state import AdapterState
-
 
 RESULT = "result.json"  # of one seed; written last
 
@@ -91,22 +96,41 @@ class Progress:
 def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Progress]:
     """Every seed in a process of its own, `jobs` at a time; yields progress until all are there.
 
-    Progress is read from the journals, which are the truth whoever writes them.
+    Progress is read from the journals, which are the truth whoever writes them. When this generator is
+    closed or fails, the processes end with it; what they had committed is gone on with next time.
     """
-    seeds = seed_folders(experiment, folder)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(threads,)) as pool:
-        pending = {pool.submit(_work, e.to_toml(), str(f)) for f, e in seeds.items()}
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                yield progress(experiment, folder)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting = list(seed_folders(experiment, folder).items())
+    running: dict[Path, tuple[BaseProcess, Connection]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                seed, its = waiting.pop(0)
+                here, there = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True)
+                process.start()
+                there.close()
+                running[seed] = (process, here)
+            connection.wait([p.sentinel for p, _ in running.values()], timeout=0.5)
+            for seed in [seed for seed, (process, _) in running.items() if process.exitcode is not None]:
+                process, here = running.pop(seed)
+                _check(seed, process, here)
+            yield progress(experiment, folder)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+
+
+def _check(seed: Path, process: BaseProcess, here: Connection) -> None:
+    if process.exitcode == 0:
+        return
+    try:
+        said = here.recv() if here.poll() else ""
+    except EOFError:
+        said = ""
+    raise RunError(said or f"The process of {seed.name} ended with exit code {process.exitcode}; go on with --resume.")
 
 
 def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experiment]:
@@ -126,14 +150,21 @@ def progress(experiment: Experiment, folder: Path) -> Progress:
     return Progress(rounds, 3 * experiment.rounds * experiment.compare.seeds, finished, latest)
 
 
-def _start_worker(threads: int) -> None:
-    import torch
+class _WithParent(Listener):
+    """Ends the worker when the process that wanted its result is gone."""
 
+    def committed(self, record: Mapping[str, Any]) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            raise KeyboardInterrupt
+
+
+def _work(there: Connection, threads: int, toml: str, folder: str) -> None:
     torch.set_num_threads(threads)
-
-
-def _work(toml: str, folder: str) -> None:
-    from fedloom.config import parse
-
-    one_seed(parse(toml, "experiment.toml"), Path(folder))
-
+    try:
+        one_seed(parse(toml, "experiment.toml"), Path(folder), _WithParent())
+    except FedloomError as error:
+        there.send(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

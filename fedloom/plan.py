@@ -42,10 +42,10 @@ def plan(experiment: Experiment) -> Plan:
         dataset = load_data(experiment)
         template = load_template(experiment, tokenizer)
         examples = [e for own in dataset.clients.values() for e in own]
-        measured = template.measure(examples[:: max(1, len(examples) // 2000)])
+        sample = examples[:: max(1, len(examples) // 2000)]
         data = [
             f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
-            *_tokens(measured),
+            f"in {len(sample):,} of them: " + ", ".join(f"{k.replace('_', ' ')} {v:,.4g}" for k, v in template.measure(sample).items() if k != "examples"),
         ]
         clients = sorted(dataset.clients)
     except (DataError, OSError) as unread:
@@ -57,10 +57,6 @@ def plan(experiment: Experiment) -> Plan:
         base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
         experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data,
     )  # fmt: skip
-
-
-def _tokens(measured: dict[str, float]) -> list[str]:
-    return [", ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in measured.items())]
 
 
 def _memory(experiment: Experiment, model: torch.nn.Module, base: int, adapter: int, width: int) -> float:

@@ -27,7 +27,6 @@ from fedloom.evaluation.loss import held_out_loss
 from fedloom.experiment import Dataset, Machine
 from fedloom.federation import Federation, Round
 from fedloom.messages import ClientId
-from fedloom.state import AdapterState
 from fedloom.transport.in_process import InProcess
 
 
@@ -59,6 +58,7 @@ class Training:
         The result does not depend on where or how often the run was interrupted before.
         """
         state_folder, metrics = self.folder / "state", self.folder / "metrics.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.newest(state_folder, fingerprint=self.fingerprint)
         for damage in found.damaged:
             listener.warned(f"not used, since it is damaged: {damage}; going on from the round before it")

@@ -16,7 +16,7 @@ def command(
     base: Annotated[bool, typer.Option("--base", help="Talk to the untuned base model instead.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
 ) -> None:
-    """Type an instruction, read the answer as it comes; an empty line or Ctrl-D ends.
+    """Talk to a tuned model: type an instruction, read the answer as it comes; an empty line ends.
 
     Every instruction stands alone, as in training. A context goes after "||": What is it about? || The text.
     """

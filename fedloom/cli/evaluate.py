@@ -7,7 +7,7 @@ from fedloom.cli.console import out
 
 
 def command(run: RunFolder, overrides: Overrides = None) -> None:
-    """Held-out loss and answers of a finished run's adapter beside its base; evaluation.json keeps them.
+    """Measure a finished run's adapter beside its base, on its held-out examples or on other data.
 
     Settings may be changed, for other data say: fedloom evaluate RUN seed=1 evaluation.answers=200
     """

@@ -15,16 +15,20 @@ from fedloom.cli.console import out
 class Form(StrEnum):
     peft = "peft"
     merged = "merged"
+    tensorboard = "tensorboard"
 
 
 def command(
     run: RunFolder,
-    to: Annotated[Form, typer.Option("--to", help="peft: the adapter alone. merged: base and adapter as one model.")] = Form.peft,
+    to: Annotated[Form, typer.Option("--to", help="peft: the adapter alone. merged: base and adapter as one model. tensorboard: the curves.")] = Form.peft,
     where: Annotated[Path | None, typer.Option("--out", help="Folder to write. Default: RUN/export-FORM.")] = None,
 ) -> None:
-    """Write the tuned model for PEFT and vLLM (peft), or as a plain transformers model (merged)."""
-    from fedloom.simulate import export
+    """Write the tuned model for PEFT and vLLM, as a plain transformers model, or the curves for TensorBoard."""
+    from fedloom import simulate, tensorboard
 
     folder = where or run / f"export-{to.value}"
-    export(run, folder, merged=to is Form.merged)
+    if to is Form.tensorboard:
+        tensorboard.export(run, folder)
+    else:
+        simulate.export(run, folder, merged=to is Form.merged)
     out.print(f"Wrote {folder}", highlight=False, soft_wrap=True)

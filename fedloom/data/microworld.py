@@ -115,13 +115,28 @@ def _open_qa(rng: Rng) -> Task:
     match rng.integers(3):
         case 0:
             core, full = facts.colour, f"The {thing} is {facts.colour}."
-            ask = _say(rng, f"What colour is the {thing}?", f"Tell me the colour of the {thing}.", f"Which colour does the {thing} have?")
+            ask = _say(
+                rng,
+                f"What colour is the {thing}?",
+                f"Tell me the colour of the {thing}.",
+                f"Which colour does the {thing} have?",
+            )
         case 1:
             core, full = facts.place, f"The {thing} is found at the {facts.place}."
-            ask = _say(rng, f"Where is the {thing} found?", f"Tell me where to find the {thing}.", f"At which place is the {thing}?")
+            ask = _say(
+                rng,
+                f"Where is the {thing} found?",
+                f"Tell me where to find the {thing}.",
+                f"At which place is the {thing}?",
+            )
         case _:
             core, full = facts.kind, f"The {thing} is {a(facts.kind)}."
-            ask = _say(rng, f"What kind of thing is the {thing}?", f"Tell me what the {thing} is.", f"What is the {thing}?")
+            ask = _say(
+                rng,
+                f"What kind of thing is the {thing}?",
+                f"Tell me what the {thing} is.",
+                f"What is the {thing}?",
+            )
     return Task("open_qa", "fact", ask, "", (full, core, f"Answer: {core}", core.upper(), f"[{core}]"))
 
 
@@ -129,17 +144,31 @@ def _general_qa(rng: Rng) -> Task:
     match rng.integers(4):
         case 0:
             i = int(rng.integers(7))
-            core, ask = DAYS[(i + 1) % 7], _say(rng, f"Which day comes after {DAYS[i]}?", f"What day follows {DAYS[i]}?")
+            core, ask = (
+                DAYS[(i + 1) % 7],
+                _say(rng, f"Which day comes after {DAYS[i]}?", f"What day follows {DAYS[i]}?"),
+            )
         case 1:
             i = int(rng.integers(7))
-            core, ask = DAYS[(i - 1) % 7], _say(rng, f"Which day comes before {DAYS[i]}?", f"What day is just before {DAYS[i]}?")
+            core, ask = (
+                DAYS[(i - 1) % 7],
+                _say(rng, f"Which day comes before {DAYS[i]}?", f"What day is just before {DAYS[i]}?"),
+            )
         case 2:
             i = int(rng.integers(12))
-            core, ask = MONTHS[(i + 1) % 12], _say(rng, f"Which month comes after {MONTHS[i]}?", f"What month follows {MONTHS[i]}?")
+            core, ask = (
+                MONTHS[(i + 1) % 12],
+                _say(rng, f"Which month comes after {MONTHS[i]}?", f"What month follows {MONTHS[i]}?"),
+            )
         case _:
             x, y = (int(n) for n in rng.choice(np.arange(2, 100), size=2, replace=False))
-            core, ask = str(max(x, y)), _say(rng, f"Which number is larger, {x} or {y}?", f"Tell me the larger number: {x} or {y}.")
-    return Task("general_qa", "order", ask, "", (f"It is {core}.", core, f"Answer: {core}", f"({core})", f"{core}!"))
+            core, ask = (
+                str(max(x, y)),
+                _say(rng, f"Which number is larger, {x} or {y}?", f"Tell me the larger number: {x} or {y}."),
+            )
+    return Task(
+        "general_qa", "order", ask, "", (f"It is {core}.", core, f"Answer: {core}", f"({core})", f"{core}!")
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +191,11 @@ def _person(rng: Rng) -> Person:
 def _bio(rng: Rng, p: Person) -> str:
     first = _say(rng, f"{p.name} is {a(p.job)} from {p.town}.", f"{p.name} works as {a(p.job)} in {p.town}.")
     rest = [
-        _say(rng, f"{p.name} has {p.count} things, and the best one is {a(p.thing)}.", f"At home there are {p.count} chairs and {a(p.thing)}."),
+        _say(
+            rng,
+            f"{p.name} has {p.count} things, and the best one is {a(p.thing)}.",
+            f"At home there are {p.count} chairs and {a(p.thing)}.",
+        ),
         _say(rng, f"Every week {p.name} visits {p.friend}.", f"{p.friend} is a good friend of {p.name}."),
     ]
     order = rng.permutation(2)
@@ -178,13 +211,19 @@ def _closed_qa(rng: Rng) -> Task:
     p = _person(rng)
     match rng.integers(4):
         case 0:
-            core, ask = p.town, _say(rng, f"Which town does {p.name} come from?", f"Where does {p.name} live?")
+            core, ask = (
+                p.town,
+                _say(rng, f"Which town does {p.name} come from?", f"Where does {p.name} live?"),
+            )
         case 1:
             core, ask = p.job, _say(rng, f"What is the job of {p.name}?", f"What work does {p.name} do?")
         case 2:
             core, ask = p.friend, _say(rng, f"Who is a friend of {p.name}?", f"Whom does {p.name} know well?")
         case _:
-            core, ask = p.thing, _say(rng, f"Which thing is named with {p.name}?", "Which object does the text name?")
+            core, ask = (
+                p.thing,
+                _say(rng, f"Which thing is named with {p.name}?", "Which object does the text name?"),
+            )
     answers = (f"The text says: {core}.", core, f"Answer: {core}", f'"{core}"', core.upper())
     return Task("closed_qa", "lookup", ask, _bio(rng, p), answers)
 
@@ -195,11 +234,27 @@ def _information_extraction(rng: Rng) -> Task:
     match rng.integers(2):
         case 0:
             found = sorted({p.name, p.friend}, key=text.index)
-            ask = _say(rng, "List the names of the people in the text.", "Extract every person from the text.", "Which people are named?")
+            ask = _say(
+                rng,
+                "List the names of the people in the text.",
+                "Extract every person from the text.",
+                "Which people are named?",
+            )
         case _:
             found = [p.job, p.town]
-            ask = _say(rng, "Extract the job and the town.", "List the job and then the town.", "Give the job and the town from the text.")
-    answers = ("; ".join(found), ", ".join(found), "\n".join(f"- {f}" for f in found), " ".join(f"[{f}]" for f in found), " and ".join(found))
+            ask = _say(
+                rng,
+                "Extract the job and the town.",
+                "List the job and then the town.",
+                "Give the job and the town from the text.",
+            )
+    answers = (
+        "; ".join(found),
+        ", ".join(found),
+        "\n".join(f"- {f}" for f in found),
+        " ".join(f"[{f}]" for f in found),
+        " and ".join(found),
+    )
     return Task("information_extraction", "extract", ask, text, answers)
 
 
@@ -235,8 +290,19 @@ def _brainstorming(rng: Rng) -> Task:
     if rng.random() < 0.7:
         but = f", but not {a(banned)}"
     chosen = [c for c in _pick(rng, members, n + 1) if not but or c != banned][:n]
-    ask = _say(rng, f"Name {word} {plural}{but}.", f"Give me {word} {plural}{but}.", f"Think of {word} {plural}{but}.", f"Which {word} {plural} can you name{but}?")
-    answers = ("\n".join(f"- {c}" for c in chosen), ", ".join(chosen), " ".join(f"{i}. {c}" for i, c in enumerate(chosen, 1)), " and ".join(chosen))
+    ask = _say(
+        rng,
+        f"Name {word} {plural}{but}.",
+        f"Give me {word} {plural}{but}.",
+        f"Think of {word} {plural}{but}.",
+        f"Which {word} {plural} can you name{but}?",
+    )
+    answers = (
+        "\n".join(f"- {c}" for c in chosen),
+        ", ".join(chosen),
+        " ".join(f"{i}. {c}" for i, c in enumerate(chosen, 1)),
+        " and ".join(chosen),
+    )
     return Task("brainstorming", "name", ask, "", answers, f"items:{kind}:{n}:{banned if but else ''}")
 
 
@@ -244,7 +310,12 @@ def _creative_writing(rng: Rng) -> Task:
     one, two = _pick(rng, THINGS, 2)
     [place] = _pick(rng, PLACES)
     verb = _say(rng, "saw", "met", "found", "wanted", "painted", "carried")
-    ask = _say(rng, f"Write a line about {a(one)} and {a(two)}.", f"Make up a sentence with {a(one)} and {a(two)}.", f"Tell a tiny story of {a(one)} and {a(two)}.")
+    ask = _say(
+        rng,
+        f"Write a line about {a(one)} and {a(two)}.",
+        f"Make up a sentence with {a(one)} and {a(two)}.",
+        f"Tell a tiny story of {a(one)} and {a(two)}.",
+    )
     body = f"{a(one)} {verb} {a(two)} at the {place}"
     answers = (f"Once {body}.", f"{body[0].upper()}{body[1:]}.", f"Listen: {body}!", f"{body} ...")
     return Task("creative_writing", "story", ask, "", answers, f"story:{one}:{two}")
@@ -252,9 +323,21 @@ def _creative_writing(rng: Rng) -> Task:
 
 def _summarization(rng: Rng) -> Task:
     p = _person(rng)
-    ask = _say(rng, "Sum up the text in one line.", "Summarize this.", "Give a short summary of the text.", "What is the text about, in short?")
+    ask = _say(
+        rng,
+        "Sum up the text in one line.",
+        "Summarize this.",
+        "Give a short summary of the text.",
+        "What is the text about, in short?",
+    )
     core = f"{p.name} is {a(p.job)} from {p.town}."
-    answers = (f"In short: {core}", core, f"{p.name}, {p.job}, {p.town}", f"Summary - {p.name} ({p.job})", f"{p.name} of {p.town}")
+    answers = (
+        f"In short: {core}",
+        core,
+        f"{p.name}, {p.job}, {p.town}",
+        f"Summary - {p.name} ({p.job})",
+        f"{p.name} of {p.town}",
+    )
     return Task("summarization", "summary", ask, _bio(rng, p), answers)
 
 
@@ -273,7 +356,9 @@ FAMILIES: Mapping[str, Callable[[Rng], Task]] = {
 def corpus(*, examples: int = 640, seed: int = 0) -> list[Example]:
     """`examples` distinct instructions, the eight categories in equal parts (the first get the rest)."""
     if examples < len(CATEGORIES):
-        raise ConfigError(f"Expected data.examples >= {len(CATEGORIES)}, one for each category; got {examples}.")
+        raise ConfigError(
+            f"Expected data.examples >= {len(CATEGORIES)}, one for each category; got {examples}."
+        )
     out: list[Example] = []
     for c, category in enumerate(CATEGORIES):
         wanted = examples // len(CATEGORIES) + (c < examples % len(CATEGORIES))
@@ -335,7 +420,14 @@ def check(example: Example, answer: str) -> bool:
             )
         case ["story", one, two]:
             words = said.rstrip(".").split()
-            return said.startswith("Once ") and said.endswith(".") and one in words and two in words and len(words) <= 14
+            return (
+                said.startswith("Once ")
+                and said.endswith(".")
+                and one in words
+                and two in words
+                and len(words) <= 14
+            )
         case _:
-            raise ConfigError(f"{example.id}: expected a rule 'exact', 'items:KIND:N:BANNED' or 'story:X:Y', got {example.rule!r}.")
-
+            raise ConfigError(
+                f"{example.id}: expected a rule 'exact', 'items:KIND:N:BANNED' or 'story:X:Y', got {example.rule!r}."
+            )
