@@ -63,18 +63,17 @@ def attend(
     if cap is not None or (query.device.type == "cpu" and longest <= DENSE_LENGTH):
         return _Dense.apply(query, key, value, blocks.lengths, scale, window, cap), None
     padding = query.shape[2] - sum(blocks.lengths)
-    parts = []
     sizes = [*blocks.lengths, padding]
-    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2)):
-        if len(parts) == len(blocks.lengths):
-            parts.append(q.new_zeros(*q.shape[:3], v.shape[-1]))
-            continue
+    parts: list[Tensor] = []
+    *examples, rest = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    for q, k, v in examples:
         visible = None if window is None else _visible(q.shape[2], window, q.device)
         parts.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
             )
         )
+    parts.append(rest[0].new_zeros(*rest[0].shape[:3], value.shape[-1]))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
@@ -150,9 +149,17 @@ class _Dense(torch.autograd.Function):
             dk[part] = torch.bmm(dscores.transpose(1, 2), q).transpose(0, 1)
         dq.mul_(ctx.scale)
         dk.mul_(ctx.scale)
-        return dq.transpose(0, 1)[None], dk.transpose(0, 1)[None], dv.transpose(0, 1)[None], None, None, None, None
+        return (
+            dq.transpose(0, 1)[None],
+            dk.transpose(0, 1)[None],
+            dv.transpose(0, 1)[None],
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _parts(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [(slice(end - n, end), n) for end, n in zip(ends, lengths)]
+    return [(slice(end - n, end), n) for end, n in zip(ends, lengths, strict=True)]

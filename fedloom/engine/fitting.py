@@ -160,7 +160,7 @@ def fit_all(
             rows = torch.tensor([item.row for item in items])
             losses = torch.zeros(len(jobs), dtype=torch.float64).index_add_(0, rows, weighted).tolist()
             running = [job for job in ready if job.step(bank, losses[job.row])]
-        answers.update((key, job.answer(bank)) for key, job in zip(wave, jobs))
+        answers.update((key, job.answer(bank)) for key, job in zip(wave, jobs, strict=True))
     return answers
 
 
@@ -187,7 +187,7 @@ def score_all(
         items = [Item(row, encode(example)) for row, key in mine for example in requests[key].examples]
         bank = AdapterBank(layout, wave, dtype=dtype, device=device, training=False)
         nll = packed.losses(items, bank).tolist()
-        scored = iter(zip(nll, items))
+        scored = iter(zip(nll, items, strict=True))
         for _, key in mine:
             for _ in requests[key].examples:
                 value, item = next(scored)

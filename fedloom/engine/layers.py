@@ -42,7 +42,7 @@ class ActivePass:
 class GroupedLora(nn.Module):
     """A frozen linear map, plus for each token the low-rank update of the token's own row."""
 
-    def __init__(self, base: nn.Module, target: Target, active: ActivePass):
+    def __init__(self, base: Any, target: Target, active: ActivePass):
         nn.Module.__init__(self)
         self.base = base
         self.target = target
@@ -115,7 +115,7 @@ class _Lora(torch.autograd.Function):
         if lora.select is not None:
             dh = (dy @ b).mul_(lora.select)  # (T, k*r)
             da, db = dh.t() @ z, dy.t() @ h
-            dz = dh @ a if ctx.needs_input_grad[0] else None  # (T, in)
+            dz = dh @ a if ctx.needs_input_grad[0] else dh.new_empty(0)  # (T, in)
         else:
             da, db = torch.zeros_like(a), torch.zeros_like(b)
             dz = torch.zeros_like(tokens)

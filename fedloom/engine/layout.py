@@ -100,7 +100,9 @@ class AdapterLayout:
             for end in wanted:
                 if not any(_ends_with(name, end) for name in chosen):
                     known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-                    raise ModelError(f"No linear module is called {end!r}; this model has {', '.join(known)}.")
+                    raise ModelError(
+                        f"No linear module is called {end!r}; this model has {', '.join(known)}."
+                    )
         if not chosen:
             raise ModelError("The model has no linear module to adapt.")
         targets: list[Target] = []

@@ -1,14 +1,16 @@
 """LoraEngine: answers Fit, Generate and Score of many clients over one frozen base model.
 
-    layout.py     which modules are adapted, where their factors lie in a flat row
-    packing.py    examples of many jobs end to end, and which row each token belongs to
-    layers.py     the frozen linear map plus each token's own low-rank update
-    attention.py  each example attends to itself only
-    head.py       logits and loss at labelled positions only
-    forward.py    these four put together: items in, losses out, gradients in the bank
-    optimizer.py  AdamW and SGD, row by row
-    fitting.py    the loop: batches of all jobs in shared passes
-    reference.py  the same answers from plain PEFT; selfcheck.py compares the two at build time
+Its parts, in reading order:
+
+- layout.py: which modules are adapted, where their factors lie in a flat row
+- packing.py: examples of many jobs end to end, and which row each token belongs to
+- layers.py: the frozen linear map plus each token's own low-rank update
+- attention.py: each example attends to itself only
+- head.py: logits and loss at labelled positions only
+- forward.py: these four put together: items in, losses out, gradients in the bank
+- optimizer.py: AdamW and SGD, row by row
+- fitting.py: the loop: batches of all jobs in shared passes
+- reference.py: the same answers from plain PEFT; selfcheck.py compares the two at build time
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ class LoraEngine:
             packed = PackedModel(model, active, chosen, checkpointing=checkpointing)
             reason = selfcheck.mismatch(packed, slow, model, layout, dtype=dtype) or ""
             if reason and path == "fast":
-                raise ModelError(f"The fast path does not fit this model. {reason}. Use path = \"auto\".")
+                raise ModelError(f'The fast path does not fit this model. {reason}. Use path="auto".')
         return cls(
             model,
             layout,
@@ -138,7 +140,7 @@ class LoraEngine:
             answers |= score_all(self._packed, self.layout, scores, **kind)
         elif self._slow is not None:
             answers |= reference.answer_all(
-                self._slow, fits | scores, encode=self._encode, local=self.local, seed=self.seed
+                self._slow, {**fits, **scores}, encode=self._encode, local=self.local, seed=self.seed
             )
         if prompts:
             from fedloom.engine.generation import generate_all

@@ -48,7 +48,9 @@ class Encoder:
 
     def _checked(self, tokens: Tokens) -> Encoded:
         if len(tokens.ids) != len(tokens.labelled):
-            raise DataError(f"Expected a label flag a token, got {len(tokens.labelled)} for {len(tokens.ids)}.")
+            raise DataError(
+                f"Expected a label flag a token, got {len(tokens.labelled)} for {len(tokens.ids)}."
+            )
         if tokens.labelled and tokens.labelled[0]:
             raise DataError("The first token is labelled, but nothing precedes it to predict it from.")
         if tokens.ids and not 0 <= min(tokens.ids) <= max(tokens.ids) < self._vocabulary:
@@ -132,13 +134,16 @@ def pack(
         return torch.cat([*parts, torch.full((pad,), fill, dtype=torch.long)])
 
     starts = [sum(lengths[:i]) for i in range(len(items))]
+    label_at = [start + item.example.at for start, (_, item) in zip(starts, items, strict=True)]
     place = {row: index for index, row in enumerate(rows)} | {-1: -1}
-    owner = joined([torch.full((n,), place[item.row]) for n, (_, item) in zip(lengths, items)], padding, -1)
+    owner = joined([torch.full((len(i.example.ids),), place[i.row]) for _, i in items], padding, -1)
     keys = [item.keys for _, item in items if item.keys is not None]
     counts = torch.tensor([len(item.example.at) for _, item in items])
     labels = int(counts.sum())
     weights = torch.zeros(labels + -labels % multiple, dtype=torch.float64)
-    weights[:labels] = torch.tensor([i.weight for _, i in items], dtype=torch.float64).repeat_interleave(counts)
+    weights[:labels] = torch.tensor([i.weight for _, i in items], dtype=torch.float64).repeat_interleave(
+        counts
+    )
     return Packed(
         ids=joined([item.example.ids for _, item in items], padding)[None].to(device),
         positions=joined([torch.arange(n) for n in lengths], padding)[None].to(device),
@@ -149,7 +154,7 @@ def pack(
             dtype=dtype,
             dropout=Dropout(*dropout, joined(keys, padding).to(device)) if dropout and keys else None,
         ),
-        label_at=joined([s + i.example.at for s, (_, i) in zip(starts, items)], -labels % multiple).to(device),
+        label_at=joined(label_at, -labels % multiple).to(device),
         targets=joined([item.example.targets for _, item in items], -labels % multiple).to(device),
         weights=weights.to(device, torch.promote_types(dtype, torch.float32)),
         labels=labels,

@@ -23,6 +23,7 @@ from fedloom.engine.fitting import Push, batches
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.optimizer import LocalTraining
 from fedloom.engine.packing import Encoded, Encoder
+from fedloom.errors import ModelError
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Fitted, Score, Scored
 
@@ -36,7 +37,7 @@ class ReferenceModel:
         spec = layout.spec
         config = LoraConfig(
             r=spec.rank,
-            lora_alpha=spec.alpha,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # any number works
             lora_dropout=spec.dropout,
             use_rslora=spec.rslora,
             target_modules=[target.name for target in layout],
@@ -45,16 +46,18 @@ class ReferenceModel:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out layer by layer, and says so
-            self._model = get_peft_model(copy.deepcopy(model, memo), config)
+            try:
+                self._model: Any = get_peft_model(copy.deepcopy(model, memo), config)
+            except ValueError as error:
+                raise ModelError(f"PEFT cannot adapt these targets: {error}") from error
         self._model.eval()
         self.layout = layout
         self.factors: dict[str, nn.Parameter] = {}
         self._masks: list[_CountedDropout] = []
         for target in layout:
-            layer = self._model.get_submodule(f"base_model.model.{target.name}")
+            layer: Any = self._model.get_submodule(f"base_model.model.{target.name}")
             for key, side in ((target.a_key, "lora_A"), (target.b_key, "lora_B")):
-                factor = layer.get_submodule(side).get_submodule("default")
-                factor.to(dtype)
+                factor = getattr(layer, side)["default"].to(dtype)
                 self.factors[key] = factor.weight
             if spec.dropout:
                 self._masks.append(_CountedDropout(target.name))
@@ -143,7 +146,7 @@ def fit_one(model: ReferenceModel, fit: Fit, *, encode: Encoder, local: LocalTra
             tokens += len(example.ids)
         grad = model.vector("grad")
         push.add_to(grad, model.vector())
-        for param, part in zip(params, grad.split([p.numel() for p in params])):
+        for param, part in zip(params, grad.split([p.numel() for p in params]), strict=True):
             param.grad = part.view_as(param)
         if local.clip is not None:
             nn.utils.clip_grad_norm_(params, local.clip)

@@ -42,7 +42,7 @@ def mismatch(
     rate = layout.spec.dropout
     lengths = _lengths(config)
     items: list[Item] = []
-    for number, (row, length) in enumerate(zip((0, 0, 1), lengths)):
+    for number, (row, length) in enumerate(zip((0, 0, 1), lengths, strict=True)):
         example = _random_example(length, config.vocab_size, seed=number)
         keys = token_keys(0, ("check",), number, length) if rate else None
         items.append(Item(row, example, weight=1.0 / 10, keys=keys))
@@ -79,9 +79,9 @@ def mismatch(
         for target in layout:
             span = slice(target.offset, target.end)
             ours, theirs = bank.grads[row, span], slow_grads[span]
-            error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
-            if not error <= tolerance:
-                return f"gradient of {target.name}: relative error {error:.1e}"
+            off = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+            if not off <= tolerance:
+                return f"gradient of {target.name}: relative error {off:.1e}"
     return None
 
 
@@ -121,7 +121,8 @@ def _windows(config: Any, blocks: Blocks) -> str | None:
 def _lengths(config: Any) -> tuple[int, int, int]:
     """Unlike lengths; one is longer than a small sliding window."""
     window = getattr(config, "sliding_window", None)
-    return (7, 40 if window is None or window > 256 else window + 9, 13)
+    most = getattr(config, "max_position_embeddings", None) or 40
+    return (min(7, most), min(40 if window is None or window > 256 else window + 9, most), min(13, most))
 
 
 def _random_example(length: int, vocabulary: int, *, seed: int) -> Encoded:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fedloom.engine.fitting import LocalTraining
+from fedloom.engine.fitting import LocalTraining, batches
 from fedloom.engine.layout import AdapterLayout, LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.state import AdapterState
-from fedloom.steps import Tokens
+from fedloom.steps import Fit, Tokens
 
 VOCABULARY = 120
 _SHAPE = dict(
@@ -56,11 +59,18 @@ def examples(count: int, seed: int = 0) -> list[Tokens]:
     return [example(5 + (7 * i + 3 * seed) % 29, 1000 * seed + i) for i in range(count)]
 
 
-def engine(model: Any, *, lora: LoraSpec | None = None, local: LocalTraining | None = None, **options: Any) -> Any:
-    """An engine over a copy of `model`, whose examples already are Tokens."""
+def engine(
+    model: Any,
+    *,
+    lora: LoraSpec | None = None,
+    local: LocalTraining | None = None,
+    encode: Callable[[Any], Tokens] = lambda tokens: tokens,
+    **options: Any,
+) -> LoraEngine:
+    """An engine over a copy of `model`; unless told otherwise, examples already are Tokens."""
     return LoraEngine.build(
         copy.deepcopy(model),
-        lambda tokens: tokens,
+        encode,
         lora=lora or LoraSpec(rank=4, alpha=8.0),
         local=local or LocalTraining(batch_size=4, learning_rate=3e-3),
         **options,
@@ -76,6 +86,53 @@ def moved(layout: AdapterLayout, dtype: torch.dtype = torch.float32, seed: int =
 
 def distance(one: AdapterState, other: AdapterState) -> float:
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def plain_peft(model: Any, spec: LoraSpec) -> Any:
+    """`model` in PEFT, untouched by us but for the adapter's dtype."""
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.rslora,
+        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        fan_in_fan_out=model.config.model_type == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a renamed property
+        return get_peft_model(copy.deepcopy(model), config).to(model.dtype).eval()
+
+
+def peft_factors(peft: Any) -> dict[str, torch.nn.Parameter]:
+    return {n.replace(".default", ""): p for n, p in peft.named_parameters() if p.requires_grad}
+
+
+def train_by_hand(peft: Any, fit: Fit, local: LocalTraining, seed: int = 0) -> AdapterState:
+    """One client after the textbook: padded batches, cross-entropy over their labels, torch's AdamW or SGD."""
+    factors = peft_factors(peft)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.copy_(fit.adapter[name])
+    rate = local.learning_rate_at(fit.round)
+    params = list(factors.values())
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(params, lr=rate)
+    if local.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=local.weight_decay)
+    for places in batches(fit, local, seed):
+        batch = [fit.examples[index] for index, _ in places]
+        longest = max(len(tokens.ids) for tokens in batch)
+        ids, mask, labels = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(3))
+        labels.fill_(-100)
+        for i, tokens in enumerate(batch):
+            n = len(tokens.ids)
+            ids[i, :n], mask[i, :n] = torch.tensor(tokens.ids), 1
+            labels[i, :n] = torch.where(torch.tensor(tokens.labelled), ids[i, :n], -100)
+        optimizer.zero_grad()
+        logits = peft(input_ids=ids, attention_mask=mask).logits[:, :-1]  # .loss would round to float32
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(params, local.clip or math.inf)
+        optimizer.step()
+    return AdapterState({name: p.detach().clone() for name, p in factors.items()})
 
 
 @contextmanager

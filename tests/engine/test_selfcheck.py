@@ -1,0 +1,106 @@
+"""The self-check must see what it is for: each part is broken once, and must be named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import causal_lm, engine, examples, llama, moved, shape
+
+from fedloom.engine import attention, head, packing
+from fedloom.engine.bank import RowGroup
+from fedloom.engine.layout import LoraSpec
+from fedloom.errors import ModelError
+from fedloom.steps import Fit
+
+
+def test_a_sound_model_takes_the_fast_path_and_gives_no_reason():
+    sound = engine(llama())
+    assert (sound.path, sound.path_reason) == ("fast", "")
+
+
+def test_the_reference_path_can_be_asked_for():
+    asked = engine(llama(), path="reference")
+    assert (asked.path, asked.path_reason) == ("reference", "asked for")
+
+
+def test_examples_that_see_each_other_are_noticed(monkeypatch):
+    parts = attention._parts
+    monkeypatch.setattr(attention, "_parts", lambda lengths: parts((sum(lengths),)))
+    monkeypatch.setattr(attention, "_visible", lambda n, w, d: torch.ones(60, 60, dtype=torch.bool).tril_())
+    assert engine(llama()).path_reason.startswith("attention or positions: loss")
+
+
+def test_positions_that_do_not_restart_are_noticed(monkeypatch):
+    def shifted(*args, **options):
+        packed = pack(*args, **options)
+        object.__setattr__(packed, "positions", packed.positions * 2)
+        return packed
+
+    pack = packing.pack
+    monkeypatch.setattr("fedloom.engine.selfcheck.pack", shifted)
+    assert engine(llama()).path_reason.startswith("attention or positions: loss")
+
+
+def test_a_lost_logit_scale_is_noticed(monkeypatch):
+    logits = head.LabelHead.logits
+    monkeypatch.setattr(head.LabelHead, "logits", lambda self, hidden: logits(self, hidden) * 1.01)
+    assert engine(llama()).path_reason.startswith("head: loss")
+
+
+def test_a_wrong_gradient_is_noticed_and_its_layer_named(monkeypatch):
+    add = RowGroup.add_gradient
+
+    def wrong(self, target, da, db):
+        add(self, target, da * (1.001 if target.name.endswith("layers.1.mlp.up_proj") else 1.0), db)
+
+    monkeypatch.setattr(RowGroup, "add_gradient", wrong)
+    assert engine(llama()).path_reason.startswith("gradient of model.layers.1.mlp.up_proj: relative error")
+
+
+def test_rows_that_are_mixed_up_are_noticed(monkeypatch):
+    factors = RowGroup.factors
+
+    def swapped(self, target, dtype):
+        a, b = factors(self, target, dtype)
+        return a.roll(target.rank, 0), b
+
+    monkeypatch.setattr(RowGroup, "factors", swapped)
+    assert engine(llama()).path == "reference"
+
+
+def test_a_window_longer_than_the_check_must_be_asked_for():
+    """The window is 4096 tokens here; no short example could show that a layer has lost it."""
+    options = shape(use_sliding_window=True, sliding_window=4096, max_window_layers=0)
+    model = causal_lm(transformers.Qwen2Config(**options))
+    assert engine(model).path == "fast"
+    model.model.layers[1].self_attn.sliding_window = None
+    assert engine(model).path_reason == "attention: 2 layers have a sliding window, 1 asked for it"
+
+
+def test_a_broken_fast_path_is_refused_where_it_was_demanded(monkeypatch):
+    logits = head.LabelHead.logits
+    monkeypatch.setattr(head.LabelHead, "logits", lambda self, hidden: logits(self, hidden) * 1.01)
+    with pytest.raises(ModelError, match=r"does not fit this model\. head: loss"):
+        engine(llama(), path="fast")
+
+
+def test_after_falling_back_jobs_are_trained_right(monkeypatch):
+    expected = engine(llama(), path="reference")
+    job = {0: Fit(moved(expected.layout), examples(5))}
+    with monkeypatch.context() as broken:
+        logits = head.LabelHead.logits
+        broken.setattr(head.LabelHead, "logits", lambda self, hidden: logits(self, hidden) * 1.01)
+        fallen = engine(llama())
+    assert fallen.path == "reference"
+    assert fallen.answer(job)[0].adapter.sha256() == expected.answer(job)[0].adapter.sha256()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_rounding_of_the_dtype_is_not_taken_for_a_fault(dtype, dropout):
+    assert engine(llama(dtype), lora=LoraSpec(dropout=dropout)).path == "fast"
+
+
+def test_a_model_shorter_than_the_check_is_checked_within_its_length():
+    assert engine(llama(max_position_embeddings=6)).path == "fast"
