@@ -25,7 +25,7 @@ from fedloom.errors import DataError, ModelError
 from fedloom.steps import Tokens
 
 Format = Literal["auto", "chat", "alpaca", "plain"]
-Cut = Literal["none", "context", "response"]
+Cut = Literal["none", "context", "response", "instruction"]
 Part = int | str  # a control token, or text with slots
 
 # Slots: where the user's words go. Private-use characters, so that no chat template touches them.
@@ -121,9 +121,9 @@ class Template:
     def prompt_ids(self, instruction: str, context: str = "", *, room: int = 0) -> list[int]:
         """What a model is given to answer: exactly what `encode` puts before the response.
 
-        At most `max_length - room` tokens; the end of the context is cut to get there.
+        At most `max_length - room` tokens; the end of the context, then of the instruction, is cut to get there.
         """
-        ids, _ = self._fit_prompt(instruction, context, self.max_length - room, name="the prompt")
+        ids, _ = self._fit_prompt(instruction, context, self.max_length - room)
         return ids
 
     def encode(self, example: Example) -> Tokens:
@@ -131,7 +131,7 @@ class Template:
 
         Where that is more than `max_length`, first the end of the context is cut, then the end of the
         response (which then has no end token, since it does not end there), but the response keeps at
-        least 16 tokens. `truncation` tells which. Raises DataError where even that does not fit.
+        least 16 tokens; at last the end of the instruction. `truncation` tells which was the last resort.
         """
         return self._encode(example)[0]
 
@@ -140,24 +140,20 @@ class Template:
         return self._encode(example)[1]
 
     def measure(self, examples: Iterable[Example]) -> dict[str, float]:
-        """How long the examples are and what `encode` cuts, in counts; examples that do not fit are counted too."""
-        cuts: dict[str, int] = {"none": 0, "context": 0, "response": 0}
-        lengths, labelled, too_long = [], 0, 0
+        """How long the examples are and what `encode` cuts, in counts."""
+        cuts: dict[Cut, int] = {"none": 0, "context": 0, "response": 0, "instruction": 0}
+        lengths, labelled = [], 0
         for example in examples:
-            try:
-                tokens, cut = self._encode(example)
-            except DataError:
-                too_long += 1
-                continue
+            tokens, cut = self._encode(example)
             cuts[cut] += 1
             lengths.append(len(tokens.ids))
             labelled += tokens.targets
         total = sum(lengths)
         return {
-            "examples": len(lengths) + too_long,
+            "examples": len(lengths),
             "context_cut": cuts["context"],
             "response_cut": cuts["response"],
-            "too_long": too_long,
+            "instruction_cut": cuts["instruction"],
             "tokens_mean": total / max(len(lengths), 1),
             "tokens_max": max(lengths, default=0),
             "labelled_share": labelled / max(total, 1),
@@ -178,38 +174,44 @@ class Template:
         text = example.response.strip() if self._trim else example.response
         answer = self._text.ids(self._lead + text + self._tail, after=last)
         shortest = min(SHORTEST_CUT, len(answer))
-        prompt, context_cut = self._fit_prompt(
+        prompt, cut = self._fit_prompt(
             example.instruction,
             example.context,
             self.max_length - len(answer) - 1,
             at_most=self.max_length - shortest,
-            name=f"example {example.id!r}" if example.id else "an example without id",
         )
         kept = [*answer, self.end][: self.max_length - len(prompt)]
-        cut: Cut = "response" if len(kept) <= len(answer) else "context" if context_cut else "none"
+        if cut != "instruction" and len(kept) <= len(answer):
+            cut = "response"
         ids = (*prompt, *kept)
         unlabelled = 1 if self.loss_on == "all" else max(len(prompt), 1)
         return Tokens(ids, (False,) * unlabelled + (True,) * (len(ids) - unlabelled)), cut
 
     def _fit_prompt(
-        self, instruction: str, context: str, wanted: int, *, name: str, at_most: int | None = None
-    ) -> tuple[list[int], bool]:
-        """The prompt in `wanted` tokens if cutting the context gets it there, else the shortest there is,
-        if that is within `at_most`; and whether the context was cut."""
+        self, instruction: str, context: str, wanted: int, *, at_most: int | None = None
+    ) -> tuple[list[int], Cut]:
+        """The prompt in `wanted` tokens if cutting the context's end gets it there, else in `at_most` by
+        cutting the instruction's end too; and what was cut."""
         limit = wanted if at_most is None else at_most
-        ids, cut = self._prompt_ids(instruction, context), False
+        ids, cut = self._prompt_ids(instruction, context), "none"
         while len(ids) > wanted and context:
-            pieces = self._text.offsets(context)
-            keep = len(pieces) - (len(ids) - wanted)
-            # Tokens of the shortened context may merge otherwise, hence the loop; it loses a character at least.
-            context = context[: min(pieces[keep][0], len(context) - 1)] if keep > 0 else ""
-            ids, cut = self._prompt_ids(instruction, context), True
+            context = self._shortened(context, len(ids) - wanted)
+            ids, cut = self._prompt_ids(instruction, context), "context"
+        while len(ids) > limit and instruction:
+            instruction = self._shortened(instruction, len(ids) - limit)
+            ids, cut = self._prompt_ids(instruction, context), "instruction"
         if len(ids) > limit:
             raise DataError(
-                f"too-long: {name} has {len(ids)} prompt tokens without its context, and max_length="
-                f"{self.max_length} leaves {max(limit, 0)}; raise max_length or shorten the instruction."
+                f"too-long: the prompt format alone takes {len(ids)} tokens and max_length={self.max_length} "
+                f"leaves {max(limit, 0)}; raise prompt.max_length."
             )
         return ids, cut
+
+    def _shortened(self, text: str, tokens: int) -> str:
+        """Without its last `tokens` tokens; what remains may merge into other tokens, so callers look again."""
+        pieces = self._text.offsets(text)
+        keep = len(pieces) - tokens
+        return text[: min(pieces[keep][0], len(text) - 1)] if keep > 0 else ""
 
     def _prompt_ids(self, instruction: str, context: str) -> list[int]:
         words = self._words(instruction, context)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,10 @@ def shared(name: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(SHARED / name)
 
 
+EMBEDDED = Path(str(files("fedloom"))) / "embedded"
+
 KINDS = {
+    "embedded": lambda: Template(AutoTokenizer.from_pretrained(EMBEDDED), format="plain"),
     "gpt2": lambda: Template(shared("tokenizers/gpt2/tokenizer.json")),
     "gpt2-plain": lambda: Template(shared("tokenizers/gpt2/tokenizer.json"), format="plain"),
     "stories260K": lambda: Template(shared("models/stories260K")),
@@ -291,11 +295,17 @@ def test_a_response_cut_short_does_not_learn_an_end():
     assert LONG.response.startswith(template.decode(tokens.ids[-tokens.targets :]))
 
 
-def test_a_response_keeps_sixteen_tokens_or_the_example_is_refused_by_name():
+def test_a_response_keeps_sixteen_tokens_even_at_the_instruction_s_cost():
     prompt = len(Template(byte_level(), format="plain").prompt_ids("Do it."))
     assert Template(byte_level(), format="plain", max_length=prompt + 16).encode(LONG).targets == 16
-    with pytest.raises(DataError, match="too-long: example 'long:1'"):
-        Template(byte_level(), format="plain", max_length=prompt + 15).encode(LONG)
+    tight = Template(byte_level(), format="plain", max_length=prompt + 15)
+    assert tight.encode(LONG).targets == 16
+    assert tight.truncation(LONG) == "instruction"
+
+
+def test_a_length_that_the_prompt_format_alone_fills_is_refused():
+    with pytest.raises(DataError, match="too-long: the prompt format alone"):
+        Template(byte_level(), format="plain", max_length=20).encode(LONG)
 
 
 def test_a_refusal_does_not_quote_the_example():
@@ -314,7 +324,7 @@ def test_measure_counts_what_is_cut():
     template = Template(byte_level(), format="plain", max_length=60)
     huge = Example("x " * 200, "y")
     measured = template.measure([CASES[0], LONG, huge])
-    assert (measured["examples"], measured["response_cut"], measured["too_long"]) == (3, 1, 1)
+    assert (measured["examples"], measured["response_cut"], measured["instruction_cut"]) == (3, 1, 1)
     assert measured["tokens_max"] == 60
 
 
