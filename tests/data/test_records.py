@@ -264,9 +264,9 @@ def test_a_json_list_reads_like_json_lines(tmp_path, indent):
     assert read(tmp_path, b" \n" + json.dumps(rows, indent=indent).encode() + b"\n", "d.json") == (rows, [])
 
 
-@pytest.mark.parametrize("shift", range(7))
+@pytest.mark.parametrize("shift", range(6))
 def test_a_list_on_one_line_may_be_longer_than_what_is_read_at_once(tmp_path, shift):
-    rows = [{"instruction": "a" * (shift + 1), "response": '"]},\\' * 30_000}, GOOD]  # marks at every offset
+    rows = [{"instruction": "a" * (shift + 1), "response": '\n]}"' * 30_000}, GOOD]  # marks at every offset
     assert read(tmp_path, json.dumps(rows).encode(), "d.json", Reading()) == (rows, [])
 
 
