@@ -1,0 +1,72 @@
+"""The examples run, and the one without the library agrees with it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.client import Client
+from fedloom.data.template import Template
+from fedloom.engine.layout import LoraSpec
+from fedloom.engine.lora_engine import LoraEngine
+from fedloom.engine.optimizer import LocalTraining
+from fedloom.federation import Federation
+from fedloom.selection import Fixed
+from fedloom.state import AdapterState
+from fedloom.transport.in_process import InProcess
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = ["--examples=48", "--held_out=8", "--clients=4", "--cohort=2", "--rounds=3", "--epochs=2", "--rank=4"]
+
+
+def by_hand(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
+    """Everything the flat script has in its hands when it ends."""
+    monkeypatch.setattr(sys, "argv", ["01_fedit_from_scratch.py", *TINY, *flags])
+    return runpy.run_path(str(EXAMPLES / "01_fedit_from_scratch.py"))
+
+
+def with_the_library(script: dict[str, Any], dtype: torch.dtype) -> AdapterState:
+    """The same clients, cohorts, rounds and settings."""
+    settings = script["settings"]
+    tokenizer = AutoTokenizer.from_pretrained(settings.base)
+    model = AutoModelForCausalLM.from_pretrained(settings.base, dtype=dtype)
+    template = Template(tokenizer, format="plain")
+    engine = LoraEngine.build(
+        model,
+        template.encode,
+        lora=LoraSpec(rank=settings.rank, alpha=2 * settings.rank),
+        local=LocalTraining(
+            epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate
+        ),
+        seed=settings.seed,
+    )
+    clients = {c: Client(c, own) for c, own in script["clients"].items()}
+    algorithm = FedAvg()
+    select = Fixed(sorted(clients), settings.seed, count=settings.cohort)
+    federation = Federation(algorithm, InProcess(algorithm, engine, clients), select)
+    start = algorithm.init(engine.initial_adapter().to(dtype))
+    return federation.run(start, settings.rounds).adapter
+
+
+def difference(script: dict[str, Any], library: AdapterState) -> float:
+    """Norm of the difference, relative to the norm of the adapter."""
+    mine = AdapterState({name.replace(".default", ""): t for name, t in script["adapter"].items()})
+    return (mine - library).norm() / library.norm()
+
+
+def test_the_flat_script_and_the_library_end_in_the_same_adapter(monkeypatch, capsys):
+    script = by_hand(monkeypatch, "--dtype=float64")
+    assert difference(script, with_the_library(script, torch.float64)) < 1e-9
+
+
+def test_a_client_more_or_less_is_not_the_same_adapter(monkeypatch, capsys):
+    script = by_hand(monkeypatch, "--dtype=float64")
+    script["settings"].cohort += 1
+    assert difference(script, with_the_library(script, torch.float64)) > 1e-3
