@@ -35,7 +35,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
     """
     _claim(folder, experiment, resume=resume)
     with checkpoint.lock(folder):
-        finished = read_summary(folder)
+        finished = _finished(folder)
         if finished is not None:
             return finished
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
@@ -66,7 +66,7 @@ def compare(
     """
     _claim(folder, experiment, resume=resume)
     with checkpoint.lock(folder):
-        finished = read_summary(folder)
+        finished = _finished(folder)
         if finished is not None:
             return finished
         on_progress(progress(experiment, folder))
@@ -116,6 +116,14 @@ def export(run: Path, folder: Path, *, merged: bool) -> None:
         export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder)
     else:
         shutil.copytree(run / "adapter", folder)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The summary, if there is one; the page, which comes after it, is made if a crash came between."""
+    summary = read_summary(folder)
+    if summary is not None and not (folder / "report.html").exists():
+        page.write(folder)
+    return summary
 
 
 def _base_name(experiment: Experiment) -> str:

@@ -90,7 +90,7 @@ class RunDisplay(Listener):
             f"up {size(record['bytes_up'])} down {size(record['bytes_down'])}",
             f"{record['seconds']:.1f} s",
         ]
-        err.print(" · ".join(parts), highlight=False)
+        err.print(" · ".join(parts), highlight=False, soft_wrap=True)
         for client, code in record["refused"].items():
             self.warned(f"round {record['round']}: {client} was refused ({code})")
 
