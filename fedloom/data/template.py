@@ -108,8 +108,11 @@ class Template:
         self.stop = frozenset({end} | ({tokenizer.eos_token_id} - {None}))
 
     def prompt(self, example: Example | str, context: str = "") -> str:
-        """The prompt of an example, or of an instruction and its context, as text to be shown. Models are given `prompt_ids`, which may differ from
-        tokenising this text: here a control token cannot be told from a user who spells one."""
+        """The prompt of an example, or of an instruction and its context, as text to be shown.
+
+        Models are given `prompt_ids`, which may differ from tokenising this text: here a control token
+        cannot be told from a user who spells one.
+        """
         instruction = example if isinstance(example, str) else example.instruction
         context = context if isinstance(example, str) else example.context
         words = self._words(instruction, context)
@@ -173,7 +176,7 @@ class Template:
         last = self._parts[bool(example.context)][-1]
         text = example.response.strip() if self._trim else example.response
         answer = self._text.ids(self._lead + text + self._tail, after=last)
-        shortest = min(SHORTEST_CUT, len(answer))
+        shortest = min(SHORTEST_CUT, len(answer) + 1)  # a short answer keeps its end, too
         prompt, cut = self._fit_prompt(
             example.instruction,
             example.context,
@@ -193,7 +196,8 @@ class Template:
         """The prompt in `wanted` tokens if cutting the context's end gets it there, else in `at_most` by
         cutting the instruction's end too; and what was cut."""
         limit = wanted if at_most is None else at_most
-        ids, cut = self._prompt_ids(instruction, context), "none"
+        ids = self._prompt_ids(instruction, context)
+        cut: Cut = "none"
         while len(ids) > wanted and context:
             context = self._shortened(context, len(ids) - wanted)
             ids, cut = self._prompt_ids(instruction, context), "context"
@@ -257,9 +261,8 @@ class _TextTokenizer:
         self._control = re.compile("|".join(patterns)) if patterns else None
 
         whole, bare = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (True, False))
-        self.opening: list[int] = whole[
-            : _find(whole, bare)
-        ]  # beginning of text, where the tokenizer adds one
+        # The beginning of text, where the tokenizer adds one.
+        self.opening: list[int] = whole[: _find(whole, bare)]
         self._after_control = self._later
         for content, token in self._controls.items():
             joint = tokenizer(f"{content}a b", add_special_tokens=False).input_ids

@@ -160,6 +160,8 @@ def export_merged(
     try:
         plain.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        for file in draft.iterdir():
+            file.chmod(0o644)  # some come out private to the user
         draft.chmod(0o755)
         draft.replace(folder)
     finally:

@@ -295,24 +295,27 @@ def test_a_response_cut_short_does_not_learn_an_end():
     assert LONG.response.startswith(template.decode(tokens.ids[-tokens.targets :]))
 
 
-def test_a_response_keeps_sixteen_tokens_even_at_the_instruction_s_cost():
+def test_a_response_keeps_sixteen_tokens_before_the_instruction_is_cut():
     prompt = len(Template(byte_level(), format="plain").prompt_ids("Do it."))
-    assert Template(byte_level(), format="plain", max_length=prompt + 16).encode(LONG).targets == 16
-    tight = Template(byte_level(), format="plain", max_length=prompt + 15)
-    assert tight.encode(LONG).targets == 16
-    assert tight.truncation(LONG) == "instruction"
+    exact = Template(byte_level(), format="plain", max_length=prompt + 16)
+    assert (exact.encode(LONG).targets, exact.truncation(LONG)) == (16, "response")
+    tighter = Template(byte_level(), format="plain", max_length=prompt + 15)
+    assert (tighter.encode(LONG).targets, tighter.truncation(LONG)) == (16, "instruction")
 
 
-def test_a_length_that_the_prompt_format_alone_fills_is_refused():
-    with pytest.raises(DataError, match="too-long: the prompt format alone"):
-        Template(byte_level(), format="plain", max_length=20).encode(LONG)
+def test_an_instruction_loses_its_end():
+    template = Template(byte_level(), format="plain", max_length=80)
+    ids = template.encode(Example("Name red, green and blue. " * 20, "Red.")).ids
+    text = template._tokenizer.decode(ids)
+    assert 75 < len(ids) <= 80
+    assert text.startswith("Instruction: Name red, green")
+    assert text.endswith("\nResponse: Red.<|endoftext|>")
 
 
-def test_a_refusal_does_not_quote_the_example():
-    with pytest.raises(DataError) as error:
+def test_a_format_that_leaves_no_room_is_refused_without_quoting_the_example():
+    with pytest.raises(DataError, match="too-long: the prompt format alone") as error:
         Template(byte_level(), format="plain", max_length=20).encode(LONG)
     assert "Do it" not in str(error.value)
-    assert "red" not in str(error.value)
 
 
 def test_a_prompt_leaves_the_room_asked_for():
@@ -322,9 +325,9 @@ def test_a_prompt_leaves_the_room_asked_for():
 
 def test_measure_counts_what_is_cut():
     template = Template(byte_level(), format="plain", max_length=60)
-    huge = Example("x " * 200, "y")
-    measured = template.measure([CASES[0], LONG, huge])
-    assert (measured["examples"], measured["response_cut"], measured["instruction_cut"]) == (3, 1, 1)
+    measured = template.measure([CASES[0], LONG, Example("x " * 200, "y")])
+    assert [measured[f"{what}_cut"] for what in ("context", "response", "instruction")] == [0, 1, 1]
+    assert measured["examples"] == 3
     assert measured["tokens_max"] == 60
 
 

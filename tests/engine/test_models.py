@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -84,26 +83,20 @@ def test_published_small_models_load(name):
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_random_models_are_the_same_every_time(kind, embedded):
+def test_random_models_are_the_same_every_time(kind):
     one, two = (load_base(f"random:{kind}", device="cpu")[0] for _ in range(2))
     assert base_hash(one) == base_hash(two)
     assert one.config.model_type == kind
     assert torch.isfinite(logits(one)).all()
 
 
-@pytest.fixture
-def embedded():
-    if not (Path(str(files("fedloom"))) / "embedded" / "tokenizer.json").exists():
-        pytest.skip("the embedded model is not built")
-
-
-def test_the_embedded_model_loads_by_name(embedded):
+def test_the_embedded_model_loads_by_name():
     model, spelling = load_base("embedded", device="cpu")
     assert count_parameters(model) <= 16_000_000
     assert spelling.eos_token_id is not None
 
 
-def test_a_random_model_leaves_the_callers_random_numbers_alone(embedded):
+def test_a_random_model_leaves_the_callers_random_numbers_alone():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -233,7 +226,7 @@ def test_a_file_is_refused_as_a_folder(saved):
         base_folder(str(saved / "config.json"))
 
 
-def test_an_unknown_random_kind_names_the_known_ones(embedded):
+def test_an_unknown_random_kind_names_the_known_ones():
     with pytest.raises(ModelError, match="llama, qwen2"):
         load_base("random:mamba")
 

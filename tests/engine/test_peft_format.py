@@ -84,6 +84,7 @@ def test_a_merged_export_gives_the_engines_logits_in_plain_transformers(case, tm
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", use_safetensors=True)
     assert (ours - merged(input_ids=IDS).logits).abs().max() <= 1e-5
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "2"
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "merged").iterdir())
 
 
 def test_an_adapter_survives_saving_to_the_bit(case, tmp_path):
