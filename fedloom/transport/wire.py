@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from fedloom.errors import RefusedUpdate
 from fedloom.messages import Broadcast, Update
@@ -24,7 +26,8 @@ def pack_broadcast(message: Broadcast) -> bytes:
 
 
 def unpack_broadcast(data: bytes) -> Broadcast:
-    fields, states = _unpack(data, "broadcast")
+    """Raises RefusedUpdate("malformed" or "schema") for bytes that are not a broadcast of this schema."""
+    fields, states = _unpack(data, "broadcast", {"round": int, "task": str})
     return Broadcast(fields["round"], states, fields["task"])
 
 
@@ -34,8 +37,10 @@ def pack_update(update: Update) -> bytes:
 
 
 def unpack_update(data: bytes) -> Update:
-    """Raises RefusedUpdate("malformed") for bytes that are not an update of this schema."""
-    fields, states = _unpack(data, "update")
+    """Raises RefusedUpdate("malformed" or "schema") for bytes that are not an update of this schema."""
+    fields, states = _unpack(data, "update", {"client": str, "weight": int | float, "metrics": dict})
+    if strange := [name for name, value in fields["metrics"].items() if not isinstance(value, int | float)]:
+        raise _malformed("update", f"metric {strange[0]!r} is not a number")
     return Update(fields["client"], states, fields["weight"], fields["metrics"])
 
 
@@ -45,19 +50,35 @@ def _pack(fields: Mapping[str, object], states: Mapping[str, AdapterState]) -> b
     return save(tensors, {"fedloom": json.dumps(header)})
 
 
-def _unpack(data: bytes, kind: str) -> tuple[dict, dict[str, AdapterState]]:
+def _unpack(
+    data: bytes, kind: str, expected: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, AdapterState]]:
     try:
         (length,) = struct.unpack("<Q", data[:8])
         fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fedloom"])
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as broken:
-        raise RefusedUpdate("malformed", f"expected a fedloom {kind}, got bytes that are not one ({broken})") from broken
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, struct.error) as broken:
+        raise _malformed(kind, f"{type(broken).__name__}: {broken}") from broken
+    if not isinstance(fields, dict):
+        raise _malformed(kind, "its header is not a table")
     if (fields.get("schema"), fields.get("kind")) != (SCHEMA, kind):
         raise RefusedUpdate(
             "schema", f"expected a {kind} of schema {SCHEMA}, got {fields.get('kind')!r} of schema {fields.get('schema')!r}"
         )
-    states: dict[str, dict] = {state: {} for state in fields["states"]}
+    for field, type_ in expected.items():
+        if not isinstance(fields.get(field), type_) or isinstance(fields[field], bool):
+            raise _malformed(kind, f"{field!r} is missing or of another type")
+    named = fields.get("states")
+    if not (isinstance(named, list) and all(isinstance(state, str) for state in named)):
+        raise _malformed(kind, "'states' is missing or no list of names")
+    states: dict[str, dict[str, Tensor]] = {state: {} for state in named}
     for key, tensor in tensors.items():
         state, _, name = key.partition("/")
+        if state not in states:
+            raise _malformed(kind, f"tensor {key!r} belongs to no state")
         states[state][name] = tensor
-    return fields, {state: AdapterState(named) for state, named in states.items()}
+    return fields, {state: AdapterState(tensors) for state, tensors in states.items()}
+
+
+def _malformed(kind: str, why: str) -> RefusedUpdate:
+    return RefusedUpdate("malformed", f"expected a fedloom {kind}, got bytes that are not one ({why})")

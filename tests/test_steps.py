@@ -1,0 +1,90 @@
+"""drive: many clients' requests answered in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import pytest
+
+from fedloom.steps import Generate, Score, Steps, Tokens, drive, generate, score
+from tests.fakes import state
+
+
+class Echo:
+    """Answers a request with ten times itself, and remembers who asked together."""
+
+    def __init__(self) -> None:
+        self.together: list[list[Hashable]] = []
+
+    def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        self.together.append(list(requests))
+        return {key: 10 * request for key, request in requests.items()}
+
+
+def ask(*requests: int) -> Steps[list[int]]:
+    answers = []
+    for request in requests:
+        answers.append((yield request))
+    return answers
+
+
+def test_everybody_gets_the_answers_to_its_own_requests() -> None:
+    assert list(drive({"a": ask(1, 2), "b": ask(3, 4)}, Echo())) == [[10, 20], [30, 40]]
+
+
+def test_requests_of_one_step_are_answered_together() -> None:
+    engine = Echo()
+    list(drive({"a": ask(1, 2, 3), "b": ask(4), "c": ask(5, 6)}, engine))
+    assert engine.together == [["a", "b", "c"], ["a", "c"], ["a"]]
+
+
+def test_who_is_done_first_is_handed_out_first() -> None:
+    assert list(drive({"slow": ask(1, 2, 3), "quick": ask(4)}, Echo())) == [[40], [10, 20, 30]]
+
+
+def test_a_client_that_asks_nothing_needs_no_engine() -> None:
+    engine = Echo()
+    assert list(drive({"a": ask()}, engine)) == [[]]
+    assert engine.together == []
+
+
+def test_nobody_to_drive_is_nothing_to_do() -> None:
+    assert list(drive({}, Echo())) == []
+
+
+def test_an_error_in_a_client_comes_through() -> None:
+    def broken() -> Steps[int]:
+        yield 1
+        raise LookupError("of this client")
+
+    with pytest.raises(LookupError, match="of this client"):
+        list(drive({"a": ask(1, 2), "b": broken()}, Echo()))
+
+
+def test_an_error_of_the_engine_comes_through() -> None:
+    class Broken:
+        def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+            raise MemoryError("of the device")
+
+    with pytest.raises(MemoryError, match="of the device"):
+        list(drive({"a": ask(1)}, Broken()))
+
+
+def test_an_answer_for_nobody_is_not_passed_over() -> None:
+    class Forgetful:
+        def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+            return {}
+
+    with pytest.raises(KeyError):
+        list(drive({"a": ask(1)}, Forgetful()))
+
+
+def test_the_verbs_yield_what_they_are_called() -> None:
+    assert next(generate([[1, 2]], max_new_tokens=3)) == Generate([[1, 2]], max_new_tokens=3)
+    adapter = state(1.0)
+    assert next(score(["x"], adapter)) == Score(["x"], adapter)
+
+
+def test_targets_counts_the_labelled_tokens() -> None:
+    assert Tokens((5, 6, 7), (False, True, True)).targets == 2
