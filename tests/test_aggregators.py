@@ -50,8 +50,12 @@ def test_the_mean_lies_between_the_extremes(entries: list[tuple[float, int]]) ->
 
 def test_the_order_of_arrival_changes_no_bit() -> None:
     chance = random.Random(0)
-    updates = [update(f"client-{i}", chance.randint(1, 99), *(chance.gauss(0, 10 ** chance.uniform(-6, 6)) for _ in range(8)))
-               for i in range(5)]  # fmt: skip
+
+    def drawn(client: str) -> Update:
+        values = [chance.gauss(0, 10 ** chance.uniform(-6, 6)) for _ in range(8)]
+        return Update(client, {"delta": state(*values, dtype=torch.float64)}, chance.randint(1, 99))
+
+    updates = [drawn(f"client-{i}") for i in range(5)]
     hashes = {mean(*order).sha256() for order in itertools.permutations(updates)}
     assert len(hashes) == 1
 

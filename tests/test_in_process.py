@@ -9,7 +9,8 @@ import pytest
 
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
-from fedloom.messages import Broadcast
+from fedloom.messages import Broadcast, Update
+from fedloom.steps import Steps
 from fedloom.transport import wire
 from fedloom.transport.in_process import InProcess
 from tests.fakes import FOUR, ToyEngine, state
@@ -44,17 +45,22 @@ def test_only_the_selected_take_part() -> None:
 
 
 def test_a_round_that_fails_leaves_the_memory_as_it_was() -> None:
+    class FitsTwice(FedAvg):
+        def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+            yield from client.fit(message.adapter, round=0, purpose="first")
+            return (yield from FedAvg.client(self, message, client))
+
     class Breaks(ToyEngine):
         def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-            if self.sent:
+            if len(self.sent) == 3:  # two fits of a and b, one of c and d
                 raise MemoryError
             return super().answer(requests)
 
-    mine = transport(Breaks(), width=2)
+    clients = {c: Client(c, xs) for c, xs in FOUR.items()}
     with pytest.raises(MemoryError):
-        list(mine.exchange(broadcasts()))
-    assert {c: dict(client.memory) for c, client in mine.clients.items()} == {
-        "a": {"seen/local": 3}, "b": {"seen/local": 2}, "c": {}, "d": {},
+        list(InProcess(FitsTwice(), Breaks(), clients, width=2).exchange(broadcasts()))
+    assert {c: dict(client.memory) for c, client in clients.items()} == {
+        "a": {"seen/first": 3, "seen/local": 3}, "b": {"seen/first": 2, "seen/local": 2}, "c": {}, "d": {},
     }  # fmt: skip
 
 
