@@ -66,9 +66,9 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
     if lying:
         height = 24 * len(clients) + 90 + (0 if one_each else 50)
         return _figure(traces, height=height, barmode="stack", bargap=0.25, hovermode="closest",
-                       xaxis={"title": {"text": "training examples"}}, yaxis={**names, "autorange": "reversed"})  # fmt: skip
+                       xaxis={"title": _title("training examples")}, yaxis={**names, "autorange": "reversed"})  # fmt: skip
     return _figure(traces, height=400, barmode="stack", bargap=0.1 if len(clients) <= 60 else 0, hovermode="closest",
-                   xaxis={**names, "title": {"text": "client"}}, yaxis={"title": {"text": "training examples"}})  # fmt: skip
+                   xaxis={**names, "title": _title("client"), "showgrid": False}, yaxis={"title": _title("training examples")})  # fmt: skip
 
 
 def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Literal["train", "held_out"]) -> go.Figure:
@@ -99,7 +99,7 @@ def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Lit
     notes = [] if base is None else [{"xref": "paper", "x": 1, "y": base, "text": f"base {base:.3f}", "showarrow": False,
                                       "xanchor": "right", "yanchor": "bottom"}]  # fmt: skip
     return _figure(traces, height=340, hovermode="x unified", shapes=lines, annotations=notes, showlegend=True,
-                   xaxis=_rounds(journals), yaxis={"title": {"text": "nats per token"}})  # fmt: skip
+                   xaxis=_rounds(journals), yaxis={"title": _title("nats per token")})  # fmt: skip
 
 
 def curve_title(row: str) -> str:
@@ -158,11 +158,11 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
         zmin=-0.5, zmax=len(kinds) - 0.5, colorscale=steps, showscale=False, xgap=gap, ygap=gap, text=hover, hoverinfo="text",
     )  # fmt: skip
     legend = [
-        go.Scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 11, "color": PARTS[kind]}, name=kind)
+        go.Scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 11, "color": PARTS[kind], "line": {"width": 1, "color": "rgba(128,128,128,0.5)"}}, name=kind)
         for kind in kinds
         if kind in present
     ]
-    across = {"title": {"text": "round"}, "dtick": _step(len(rounds)), "showgrid": False}
+    across = {"title": _title("round"), "dtick": _step(len(rounds)), "showgrid": False}
     return _figure([grid, *legend], height=height, xaxis=across, showlegend=True, hovermode="closest",
                    yaxis={**_ticks(names), "showgrid": False, "autorange": "reversed"})  # fmt: skip
 
@@ -174,6 +174,8 @@ def _reason(record: Record, client: str) -> str:
 def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
     """Bytes sent so far, to the server and back, by round."""
     across = [r["round"] for r in rounds]
+    total = max((sum(r[key] for r in rounds) for key in ("bytes_up", "bytes_down")), default=0)
+    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if total >= s or s == 1)
     traces = []
     for key, name, colour in (
         ("bytes_up", "clients to server", ROW_COLOURS["federated"]),
@@ -182,14 +184,12 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
         sums = list(accumulate(r[key] for r in rounds))
         dash = "solid" if key == "bytes_up" else "dash"  # often equal: both must be seen
         traces.append(
-            go.Scatter(x=across, y=sums, mode="lines", line={"color": colour, "width": 2.5, "dash": dash}, name=name,
+            go.Scatter(x=across, y=[s / scale for s in sums], mode="lines", line={"color": colour, "width": 2.5, "dash": dash}, name=name,
                        text=[f"{name}: {byte_size(s)}" for s in sums], hoverinfo="text")
         )  # fmt: skip
-    top = max((sum(r[key] for r in rounds) for key in ("bytes_up", "bytes_down")), default=0)
-    marks = [top * k / 4 for k in range(5)] if top else [0]
     return _figure(traces, height=300, showlegend=True, hovermode="x unified",
-                   xaxis={"title": {"text": "round"}, "dtick": _step(len(rounds))},
-                   yaxis={"tickvals": marks, "ticktext": [byte_size(m) for m in marks], "rangemode": "tozero"})  # fmt: skip
+                   xaxis={"title": _title("round"), "dtick": _step(len(rounds))},
+                   yaxis={"title": _title(unit), "rangemode": "tozero"})  # fmt: skip
 
 
 def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
@@ -209,7 +209,7 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
             continue
         colour, mean, ci95 = ROW_COLOURS.get(row, GROUP_COLOURS[0]), shown["mean"], shown["ci95"]
         if len(shown["values"]) > 1:
-            traces.append(_dots([scale * v for v in shown["values"]], y, colour, size=5, opacity=0.4, hover=None))
+            traces.append(_dots([scale * v for v in shown["values"]], y + 0.24, colour, size=5, opacity=0.5, hover=None))
         bars = None if ci95 is None else {"type": "data", "array": [scale * (ci95[1] - mean)], "thickness": 2, "width": 7}
         interval = "" if ci95 is None else f"<br>95% interval {value(metric, ci95[0])} to {value(metric, ci95[1])}"
         traces.append(
@@ -219,11 +219,11 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
     names_ = {"tickvals": list(range(len(lines))), "ticktext": ["Local only, each client" if n == LOCAL else title(n) for n in lines]}
     below = metric_title(metric) + (", nats per token (lower is better)" if metric == "loss" else ", %")
     return _figure(traces, height=44 * len(lines) + 80, hovermode="closest",
-                   xaxis={"title": {"text": below}, **({} if metric == "loss" else {"rangemode": "tozero"})},
+                   xaxis={"title": _title(below), **({} if metric == "loss" else {"rangemode": "tozero"})},
                    yaxis={**names_, "range": [len(lines) - 0.5, -0.5]})  # fmt: skip
 
 
-def _dots(xs: Sequence[float], y: int, colour: str, *, size: int, opacity: float, hover: Sequence[str] | None) -> go.Scatter:
+def _dots(xs: Sequence[float], y: float, colour: str, *, size: int, opacity: float, hover: Sequence[str] | None) -> go.Scatter:
     return go.Scatter(x=list(xs), y=[y] * len(xs), mode="markers", marker={"size": size, "color": colour, "opacity": opacity},
                       showlegend=False, hovertext=hover, hoverinfo="skip" if hover is None else "text")  # fmt: skip
 
@@ -243,8 +243,10 @@ def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.F
         reversescale=metric == "loss", showscale=False, xgap=2, ygap=2, text=written, hovertext=hover, hoverinfo="text",
         texttemplate="%{text}",
     )  # fmt: skip
-    return _figure([grid], height=30 * len(names) + 130, hovermode="closest",
-                   xaxis={**_ticks(groups, longest=18), "showgrid": False, "side": "top", "tickangle": -35},
+    # Broken at spaces and underscores, names of several words fit above their columns.
+    heads = [_label(g, 32).replace("_", " ").replace(" ", "<br>") for g in groups]
+    return _figure([grid], height=30 * len(names) + 70, hovermode="closest", margin={"l": 10, "r": 16, "t": 30, "b": 8},
+                   xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
                    yaxis={"tickvals": list(range(len(names))), "ticktext": [_label(title(n)) for n in names],
                           "showgrid": False, "autorange": "reversed"})  # fmt: skip
 
@@ -274,7 +276,7 @@ def clients_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.
         )  # fmt: skip
     below = metric_title(metric) + (", nats per token (lower is better)" if metric == "loss" else ", %")
     return _figure(traces, height=24 * len(clients) + 130, hovermode="closest", showlegend=True,
-                   xaxis={"title": {"text": below}},
+                   xaxis={"title": _title(below)},
                    yaxis={**_ticks(clients, every=True), "range": [len(clients) - 0.5, -0.5]})  # fmt: skip
 
 
@@ -290,10 +292,15 @@ def _figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 10, "r": 16, "t": 16, "b": 44},
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemclick": False,
+                   "itemdoubleclick": False, "traceorder": "normal"},
         **layout,
     }  # fmt: skip
     return go.Figure(traces, settings)
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "font": {"size": 13}}
 
 
 def _ticks(names: Sequence[str], *, longest: int = 28, every: bool = False) -> dict[str, Any]:
@@ -305,7 +312,7 @@ def _ticks(names: Sequence[str], *, longest: int = 28, every: bool = False) -> d
 
 def _rounds(journals: Mapping[str, Sequence[Sequence[Record]]]) -> dict[str, Any]:
     last = max((r["round"] for seeds in journals.values() for records in seeds for r in records), default=1)
-    return {"title": {"text": "round"}, "dtick": _step(last)}
+    return {"title": _title("round"), "dtick": _step(last)}
 
 
 def _step(rounds: int) -> int:

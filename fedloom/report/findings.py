@@ -20,7 +20,7 @@ class Metric:
 
 # In reading order; the first that a summary holds is the one the page is about.
 METRICS = {
-    "rule": Metric("Right", "Share of held-out instructions whose answer passes the rule that comes with the instruction."),
+    "rule": Metric("Answered right", "Share of held-out instructions whose answer passes the rule that comes with the instruction."),
     "rouge_l": Metric(
         "ROUGE-L",
         "Overlap with the reference answer: F-measure of the longest common subsequence of words, 100% for "
@@ -40,6 +40,9 @@ TITLES = {
     "federated": "Federated",
     "centralised": "Centralised, pooled data",
 }
+
+
+SHORT = {"base": "Base", "local mean": "Mean client", "local best": "Best client", "federated": "Federated", "centralised": "Centralised"}
 
 
 def title(row: str) -> str:
@@ -169,7 +172,7 @@ def verdict(summary: Summary) -> list[str]:
         f"{_interval(metric, ci95, len(seeds(summary)), digits)}."
     ]
     if ci95 is None:
-        sentences.append("One seed gives no interval: a difference of this size may be chance.")
+        sentences.append("This is one seed, which gives no interval: how much of the difference is chance is not known.")
     elif not excludes_zero(ci95):
         sentences.append("The interval includes zero, so these seeds do not show which of the two is better.")
     if rival != "base" and (base := entry(summary, "base", metric)) is not None:

@@ -138,8 +138,10 @@ def _picture(key: str, label: str, figure: go.Figure, head: Sequence[str] = (), 
 
 def _pictures(summary: Summary, journals: Journals, metric: str) -> dict[str, Picture]:
     partition = summary["partition"]
-    shown = [_picture("rows", f"{findings.metric_title(metric)} of every row with its 95% interval; the table above holds the numbers.",
-                      figures.rows_figure(summary))]  # fmt: skip
+    shown = []
+    if len(findings.seeds(summary)) > 1 or findings.single_clients(summary):  # else it shows less than the table
+        shown.append(_picture("rows", f"{findings.metric_title(metric)} of every row; the table above holds the numbers.",
+                              figures.rows_figure(summary)))  # fmt: skip
     groups = _by_group(summary, metric)
     if groups and any(groups.values()):
         labels = list(dict.fromkeys(g for found in groups.values() for g in found))
@@ -266,8 +268,8 @@ def _differences(summary: Summary) -> dict[str, list[dict[str, Any]]]:
     """metric -> lines; what the federated row is compared with comes first."""
     table = {}
     for metric in findings.metrics(summary):
-        lines = sorted((d for d in summary["differences"] if d["metric"] == metric), key=lambda d: "federated" not in (d["a"], d["b"]))
-        table[metric] = [_difference(d, metric) for d in lines]
+        lines = [d for d in summary["differences"] if d["metric"] == metric]
+        table[metric] = [_difference(d, metric) for d in sorted(lines, key=lambda d: "federated" not in (d["a"], d["b"]))]
     return {metric: lines for metric, lines in table.items() if lines}
 
 
@@ -276,16 +278,20 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
     clear = findings.excludes_zero(ci95)
     reading = "one seed: no interval" if ci95 is None else "not distinguishable"
     if clear:
-        reading = f"{findings.title(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
+        reading = f"{_short(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
     return {
-        "a": findings.title(d["a"]),
-        "b": findings.title(d["b"]),
+        "a": _short(d["a"]),
+        "b": _short(d["b"]),
         "mean": f"{findings.change(metric, d['mean'])} {findings.unit(metric)}",
         "interval": "–" if ci95 is None else f"{findings.change(metric, ci95[0])} to {findings.change(metric, ci95[1])}",
         "p": "–" if d["p_value"] is None else "< 0.001" if d["p_value"] < 0.001 else f"{d['p_value']:.3f}",
         "reading": reading,
-        "clear": clear,
+        "decided": clear,
     }
+
+
+def _short(row: str) -> str:
+    return findings.SHORT.get(row, row)
 
 
 def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[str, Any]:
@@ -315,7 +321,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str]]:
         ("training examples", f"{summary['data']['train']:,}"),
         ("held-out examples", f"{summary['data']['test']:,}"),
         ("parameters trained", f"{summary['engine']['trained_parameters']:,}"),
-        *([("sent in all", findings.byte_size(sent))] if sent else []),
+        *([("sent, both ways", findings.byte_size(sent))] if sent else []),
     ]
 
 
