@@ -11,15 +11,17 @@ from fedloom import durable
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole line. A partial last line, left by a crash, is not a line."""
+    """Every whole line. A partial last line, left by a crash, is not a line; a damaged one is passed over."""
     if not path.exists():
         return []
     records = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break  # damage inside the file: what follows cannot be trusted to be in order
+            continue
+        if isinstance(record, dict) and "round" in record:
+            records.append(record)
     return records
 
 
@@ -27,11 +29,13 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     durable.append_line(path, json.dumps(record, allow_nan=False))
 
 
-def align(path: Path, last: Mapping[str, Any] | None) -> None:
-    """After a crash: cut the journal back to the committed round, or complete it with that round's line."""
-    records = read(path)
-    if last is None:
-        kept: list[Mapping[str, Any]] = []
-    else:
-        kept = [r for r in records if r["round"] < last["round"]] + [last]
+def align(path: Path, last: Mapping[str, Any] | None) -> list[int]:
+    """After a crash: cut the journal back to the committed round, or complete it with that round's line.
+
+    Returns the earlier rounds whose lines are lost, which takes more than a crash.
+    """
+    kept: list[Mapping[str, Any]] = []
+    if last is not None:
+        kept = [r for r in read(path) if r["round"] < last["round"]] + [last]
     durable.write(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept).encode())
+    return [] if last is None else sorted(set(range(last["round"])) - {r["round"] for r in kept})

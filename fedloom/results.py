@@ -6,6 +6,7 @@ A row is one model on the held-out examples: "base", "federated", "local:client-
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import Any
 
 from fedloom import durable
 from fedloom.config import Experiment
+from fedloom.errors import RunError
 from fedloom.evaluation.answers import answer, grade
 from fedloom.evaluation.loss import held_out_loss
 from fedloom.evaluation.statistics import estimate, paired
@@ -30,9 +32,17 @@ LOCAL = "local:"  # prefix of the rows of single clients
 def measure(
     experiment: Experiment, dataset: Dataset, machine: Machine, rows: Mapping[str, AdapterState | None]
 ) -> dict[str, Any]:
-    """Every row on the same held-out examples: metrics, overall and by group, and a few answers."""
+    """Every row on the same held-out examples: metrics, overall and by group, and a few answers.
+
+    Raises RunError for a row that has diverged.
+    """
     groups = dataset.groups()
     losses = held_out_loss(machine.engine, dataset.test, groups, rows)
+    if diverged := [row for row in rows if not math.isfinite(losses[row].loss)]:
+        raise RunError(
+            f"The held-out loss of {diverged[0]!r} is no finite number: its training diverged. "
+            "Start anew with a lower local.learning_rate."
+        )
     asked = _evenly(range(len(dataset.test)), experiment.evaluation.answers)
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens

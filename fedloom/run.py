@@ -64,14 +64,15 @@ class Training:
             listener.warned(f"not used, since it is damaged: {damage}; going on from the round before it")
         if found.checkpoint is None:
             state = self.algorithm.init(self.machine.engine.initial_adapter())
-            record = self._record(state, Round(-1, ()), seconds=0.0)
+            record: Mapping[str, Any] = self._record(state, Round(-1, ()), seconds=0.0)
             journal.align(metrics, None)
             self._commit(state, record)
         else:
             state, record = found.checkpoint.state, found.checkpoint.record
             for client, memory in found.checkpoint.memories.items():
                 self.clients[client].memory = dict(memory)
-            journal.align(metrics, record)
+            if lost := journal.align(metrics, record):
+                listener.warned(f"{metrics} was damaged and lacks round {', '.join(map(str, lost))}; the result is not affected")
         sizes = [len(self.select(r)) for r in range(self.experiment.rounds)]
         listener.started(rounds=self.experiment.rounds, completed=state.round, cohort=fmean(sizes))
         clock = time.monotonic()
@@ -93,7 +94,7 @@ class Training:
         journal.append(self.folder / "metrics.jsonl", record)
 
     def _record(self, state: ServerState, seen: Round, *, seconds: float) -> dict[str, Any]:
-        clients = {c: {k: _number(v) for k, v in u.metrics.items()} for c, u in sorted(seen.updates.items())}
+        clients = {c: _numbers(u.metrics) for c, u in sorted(seen.updates.items())}
         weights = {c: u.weight for c, u in seen.updates.items() if math.isfinite(u.metrics.get("loss", math.nan))}
         loss = sum(seen.updates[c].metrics["loss"] * w for c, w in weights.items()) / sum(weights.values()) if weights else None
         return {
@@ -119,7 +120,7 @@ class Training:
         adapter = state.adapter if state.round else None
         found = held_out_loss(self.machine.engine, test, groups, {"global": adapter})["global"]
         mixes = {c: found.of_mix(self.dataset.mix(c)) for c in self.clients if c in self.dataset.clients}
-        return {"loss": _number(found.loss), "groups": found.groups, "clients": mixes}
+        return {"loss": _number(found.loss), "groups": _numbers(found.groups), "clients": _numbers(mixes)}
 
 
 def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[Any], list[str]]:
@@ -133,5 +134,9 @@ def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[An
     return [dataset.test[i] for i in chosen], [groups[i] for i in chosen]
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value  # JSON has no NaN
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in values.items()}

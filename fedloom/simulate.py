@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
     With `resume`, goes on from the newest committed round; a finished run is only read. However often
     it is interrupted and resumed, the adapter is the same to the bit. Raises: FedloomError.
     """
-    _claim(folder, experiment, resume=resume)
-    with checkpoint.lock(folder):
+    with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder)
         if finished is not None:
             return finished
@@ -64,8 +64,7 @@ def compare(
 
     `jobs` seeds run at a time, each in a process of its own. Resumes like `run`, seed by seed.
     """
-    _claim(folder, experiment, resume=resume)
-    with checkpoint.lock(folder):
+    with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder)
         if finished is not None:
             return finished
@@ -131,15 +130,20 @@ def _base_name(experiment: Experiment) -> str:
     return str(base_folder("embedded")) if experiment.model.base == "embedded" else experiment.model.base
 
 
-def _claim(folder: Path, experiment: Experiment, *, resume: bool) -> None:
+@contextmanager
+def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
+    """Hold the folder against other processes, for this experiment and no other."""
     saved = folder / "experiment.toml"
-    if saved.exists() and not resume:
-        raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
-    if not saved.exists():
-        if resume:
-            raise RunError(f"Nothing to resume: there is no {saved}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        durable.write(saved, experiment.to_toml().encode())
+    if resume and not saved.exists():
+        raise RunError(f"Nothing to resume: there is no {saved}.")
+    with checkpoint.lock(folder):
+        if not saved.exists():
+            durable.write(saved, experiment.to_toml().encode())
+        elif not resume:
+            raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
+        elif load(saved).fingerprint() != experiment.fingerprint():
+            raise RunError(f"{folder} holds another experiment: {saved} differs. Resume that one, or choose another --out.")
+        yield
 
 
 def _export(folder: Path, experiment: Experiment, adapter: AdapterState, summary: Mapping[str, Any]) -> None:

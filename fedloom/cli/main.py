@@ -41,6 +41,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as failed:  # a full disk, a missing permission: nothing that a traceback would explain
+        complain(f"{failed}. What a run committed before is intact; mend this and go on with --resume.")
+        sys.exit(2)
     except Exception:
         traceback.print_exc()
         complain("This is a bug in fedloom, not a mistake of yours. The run's folder is intact and can be resumed.")
