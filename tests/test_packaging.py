@@ -18,7 +18,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            folder,
+            ROOT,
+        ],
         capture_output=True,
         text=True,
     )
@@ -29,7 +40,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     package = {
-        f.relative_to(ROOT).as_posix() for f in (ROOT / "fedloom").rglob("*") if f.is_file() and "__pycache__" not in f.parts
+        f.relative_to(ROOT).as_posix()
+        for f in (ROOT / "fedloom").rglob("*")
+        if f.is_file() and "__pycache__" not in f.parts
     }
     assert package - set(wheel.namelist()) == set()
 
@@ -40,7 +53,10 @@ def test_the_wheel_holds_what_is_not_python(wheel, needed):
 
 
 def test_the_wheel_holds_nothing_but_the_package(wheel):
-    assert {name.split("/")[0] for name in wheel.namelist()} == {"fedloom", f"fedloom-{PROJECT['version']}.dist-info"}
+    assert {name.split("/")[0] for name in wheel.namelist()} == {
+        "fedloom",
+        f"fedloom-{PROJECT['version']}.dist-info",
+    }
 
 
 def test_the_embedded_model_fits_the_repository():
@@ -48,7 +64,9 @@ def test_the_embedded_model_fits_the_repository():
 
 
 def test_importing_the_package_loads_no_torch():
-    subprocess.run([sys.executable, "-c", "import fedloom, sys; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import fedloom, sys; assert 'torch' not in sys.modules"], check=True
+    )
 
 
 def test_the_help_page_needs_no_torch():
@@ -61,6 +79,12 @@ def test_the_version_is_in_the_changelog():
 
 
 def test_constraints_pin_everything_the_project_asks_for():
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    asked = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    asked = [
+        *PROJECT["dependencies"],
+        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
+    ]
     assert {d.split(">=")[0].lower() for d in asked} - pinned == set()

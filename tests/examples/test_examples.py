@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,25 @@ def test_a_client_more_or_less_is_not_the_same_adapter(monkeypatch, capsys):
     script = by_hand(monkeypatch, "--dtype=float64")
     script["settings"].cohort += 1
     assert difference(script, with_the_library(script, torch.float64)) > 1e-3
+
+
+def test_the_python_api_example_runs(tmp_path):
+    shorter = [
+        "rounds=1",
+        "data.examples=48",
+        "data.hold_out=2",
+        "data.clients=4",
+        "local.epochs=1",
+        "adapter.rank=2",
+    ]
+    shorter += [
+        "compare.seeds=2",
+        "compare.local_clients=1",
+        "evaluation.answers=4",
+        "evaluation.max_new_tokens=4",
+    ]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "02_python_api.py", tmp_path, *shorter], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "federated - local best, loss:" in done.stdout
