@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import accumulate
-from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import plotly.graph_objects as go
 
-from fedloom.report.findings import LOCAL, byte_size, entry, main_metric, metric_title, rows, single_clients, title, value
+from fedloom.report.findings import (
+    byte_size,
+    entry,
+    main_metric,
+    metric_title,
+    rows,
+    single_clients,
+    title,
+    value,
+)
+from fedloom.report.rounds import Part, Record, What, base_loss, loss_curve, mean_curve, part
+from fedloom.results import LOCAL
 
 # Mid-tones that stand out on white and on near-black alike.
 ROW_COLOURS = {
@@ -26,14 +36,22 @@ ROW_COLOURS = {
     "centralised": "#2a9d78",
 }
 # Paul Tol's "muted", its darkest lightened so that they show on black: safe for colour-blind readers.
-GROUP_COLOURS = ("#88ccee", "#cc6677", "#ddcc77", "#3f9a55", "#6f69c9", "#44aa99", "#aa4499", "#999933", "#b0527c", "#9aa0a8")
+GROUP_COLOURS = (
+    "#88ccee",
+    "#cc6677",
+    "#ddcc77",
+    "#3f9a55",
+    "#6f69c9",
+    "#44aa99",
+    "#aa4499",
+    "#999933",
+    "#b0527c",
+    "#9aa0a8",
+)
 FAINT = "rgba(128,128,128,0.14)"
-REFUSED, SILENT = "#d0524a", "#d9a441"
 
 SHOWN_CLIENTS = 400  # more would be thinner than a pixel; evenly chosen from more
 ROW_BY_ROW = 24  # up to here every client gets a line with its name
-
-Record = Mapping[str, Any]
 
 
 def shown_clients(names: Sequence[str], limit: int = SHOWN_CLIENTS) -> list[str]:
@@ -57,24 +75,44 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
         hover = [f"{_label(c)}<br>{_label(group)}: {n}" for c, n in zip(clients, counts, strict=True)]
         traces.append(
             go.Bar(
-                x=counts if lying else place, y=place if lying else counts, orientation="h" if lying else "v",
-                name=_label(group), marker={"color": colour, "line": {"width": 0}}, hovertext=hover, hoverinfo="text",
+                x=counts if lying else place,
+                y=place if lying else counts,
+                orientation="h" if lying else "v",
+                name=_label(group),
+                marker={"color": colour, "line": {"width": 0}},
+                hovertext=hover,
+                hoverinfo="text",
                 showlegend=not one_each,
             )
-        )  # fmt: skip
+        )
     names = _ticks(clients)
     if lying:
         height = 24 * len(clients) + 90 + (0 if one_each else 50)
-        return _figure(traces, height=height, barmode="stack", bargap=0.25, hovermode="closest",
-                       xaxis={"title": _title("training examples")}, yaxis={**names, "autorange": "reversed"})  # fmt: skip
-    return _figure(traces, height=400, barmode="stack", bargap=0.1 if len(clients) <= 60 else 0, hovermode="closest",
-                   xaxis={**names, "title": _title("client"), "showgrid": False}, yaxis={"title": _title("training examples")})  # fmt: skip
+        return _figure(
+            traces,
+            height=height,
+            barmode="stack",
+            bargap=0.25,
+            hovermode="closest",
+            xaxis={"title": _title("training examples")},
+            yaxis={**names, "autorange": "reversed"},
+        )
+    return _figure(
+        traces,
+        height=400,
+        barmode="stack",
+        bargap=0.1 if len(clients) <= 60 else 0,
+        hovermode="closest",
+        xaxis={**names, "title": _title("client"), "showgrid": False},
+        yaxis={"title": _title("training examples")},
+    )
 
 
-def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Literal["train", "held_out"]) -> go.Figure:
-    """A loss by round: thin lines for the seeds, a thick one for their mean. `journals` is row -> seeds -> records.
+def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: What) -> go.Figure:
+    """A loss by round: thin lines for the seeds, a thick one for their mean.
 
-    The horizontal line is the base model on the same held-out examples, the mean over seeds.
+    `journals` is row -> seeds -> records. The horizontal line is the base model on the
+    same held-out examples, the mean over seeds.
     """
     traces: list[Any] = []
     for row, seeds in journals.items():
@@ -82,62 +120,83 @@ def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Lit
         curves = [curve for records in seeds if (curve := loss_curve(records, what=what))]
         if len(curves) > 1:
             traces += [
-                go.Scatter(x=list(c), y=list(c.values()), mode="lines", line={"color": colour, "width": 1}, opacity=0.35,
-                           showlegend=False, hoverinfo="skip")
+                go.Scatter(
+                    x=list(c),
+                    y=list(c.values()),
+                    mode="lines",
+                    line={"color": colour, "width": 1},
+                    opacity=0.35,
+                    showlegend=False,
+                    hoverinfo="skip",
+                )
                 for c in curves
-            ]  # fmt: skip
+            ]
         mean = mean_curve(curves)
         if mean:
             traces.append(
-                go.Scatter(x=list(mean), y=list(mean.values()), mode="lines+markers" if len(mean) <= 30 else "lines",
-                           line={"color": colour, "width": 2.5}, marker={"size": 6}, name=_label(curve_title(row)),
-                           hovertemplate=f"{_label(curve_title(row))}: %{{y:.3f}}<extra></extra>")
-            )  # fmt: skip
+                go.Scatter(
+                    x=list(mean),
+                    y=list(mean.values()),
+                    mode="lines+markers" if len(mean) <= 30 else "lines",
+                    line={"color": colour, "width": 2.5},
+                    marker={"size": 6},
+                    name=_label(curve_title(row)),
+                    hovertemplate=f"{_label(curve_title(row))}: %{{y:.3f}}<extra></extra>",
+                )
+            )
     base = base_loss(journals) if what == "held_out" else None
-    lines = [] if base is None else [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": base, "y1": base,
-                                      "line": {"color": ROW_COLOURS["base"], "width": 1.5, "dash": "dot"}}]  # fmt: skip
-    notes = [] if base is None else [{"xref": "paper", "x": 1, "y": base, "text": f"base {base:.3f}", "showarrow": False,
-                                      "xanchor": "right", "yanchor": "bottom"}]  # fmt: skip
-    return _figure(traces, height=340, hovermode="x unified", shapes=lines, annotations=notes, showlegend=True,
-                   xaxis=_rounds(journals), yaxis={"title": _title("nats per token")})  # fmt: skip
+    lines = (
+        []
+        if base is None
+        else [
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": base,
+                "y1": base,
+                "line": {"color": ROW_COLOURS["base"], "width": 1.5, "dash": "dot"},
+            }
+        ]
+    )
+    notes = (
+        []
+        if base is None
+        else [
+            {
+                "xref": "paper",
+                "x": 1,
+                "y": base,
+                "text": f"base {base:.3f}",
+                "showarrow": False,
+                "xanchor": "right",
+                "yanchor": "bottom",
+            }
+        ]
+    )
+    return _figure(
+        traces,
+        height=340,
+        hovermode="x unified",
+        shapes=lines,
+        annotations=notes,
+        showlegend=True,
+        xaxis=_rounds(journals),
+        yaxis={"title": _title("nats per token")},
+    )
 
 
 def curve_title(row: str) -> str:
     return {"local_only": "Local only, all clients"}.get(row, title(row))
 
 
-def loss_curve(records: Sequence[Record], *, what: Literal["train", "held_out"]) -> dict[int, float]:
-    """round -> loss, where there is one."""
-    found = {r["round"]: r["loss"] if what == "train" else (r["held_out"] or {}).get("loss") for r in records}
-    return {r: loss for r, loss in found.items() if loss is not None}
-
-
-def mean_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """The mean over seeds, in the rounds that every seed has."""
-    if not curves:
-        return {}
-    return {r: fmean(c[r] for c in curves) for r in curves[0] if all(r in c for c in curves)}
-
-
-def base_loss(journals: Mapping[str, Sequence[Sequence[Record]]]) -> float | None:
-    """Held-out loss before the first round, when nothing is tuned; the mean over seeds."""
-    for seeds in journals.values():
-        before = [c[0] for records in seeds if 0 in (c := loss_curve(records, what="held_out"))]
-        if before:
-            return fmean(before)
-    return None
-
-
-PARTS = {"not selected": FAINT, "took part": ROW_COLOURS["federated"], "refused": REFUSED, "no answer": SILENT}
-
-
-def part(record: Record, client: str) -> str:
-    """What a client did in a round: a key of PARTS."""
-    if client in record["refused"]:
-        return "refused"
-    if client in record["clients"]:
-        return "took part"
-    return "no answer" if client in record["cohort"] else "not selected"
+PARTS: dict[Part, str] = {
+    "not selected": FAINT,
+    "took part": ROW_COLOURS["federated"],
+    "refused": "#d0524a",
+    "no answer": "#d9a441",
+}
 
 
 def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> go.Figure:
@@ -146,25 +205,56 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
     kinds = list(PARTS)
     cells = [[part(r, c) for r in rounds] for c in names]
     hover = [
-        [f"{_label(c)}, round {r['round']}: {kind}" + _reason(r, c) for r, kind in zip(rounds, line, strict=True)]
+        [
+            f"{_label(c)}, round {r['round']}: {kind}" + _reason(r, c)
+            for r, kind in zip(rounds, line, strict=True)
+        ]
         for c, line in zip(names, cells, strict=True)
     ]
-    steps = [(edge, PARTS[kind]) for k, kind in enumerate(kinds) for edge in (k / len(kinds), (k + 1) / len(kinds))]
+    steps = [
+        (edge, PARTS[kind]) for k, kind in enumerate(kinds) for edge in (k / len(kinds), (k + 1) / len(kinds))
+    ]
     present = {kind for line in cells for kind in line}
     gap = 2 if len(names) <= ROW_BY_ROW else 1 if len(names) <= 120 else 0
     height = (22 * len(names) if len(names) <= ROW_BY_ROW else min(900, max(380, 7 * len(names)))) + 110
     grid = go.Heatmap(
-        x=[r["round"] for r in rounds], y=list(range(len(names))), z=[[kinds.index(kind) for kind in line] for line in cells],
-        zmin=-0.5, zmax=len(kinds) - 0.5, colorscale=steps, showscale=False, xgap=gap, ygap=gap, text=hover, hoverinfo="text",
-    )  # fmt: skip
+        x=[r["round"] for r in rounds],
+        y=list(range(len(names))),
+        z=[[kinds.index(kind) for kind in line] for line in cells],
+        zmin=-0.5,
+        zmax=len(kinds) - 0.5,
+        colorscale=steps,
+        showscale=False,
+        xgap=gap,
+        ygap=gap,
+        text=hover,
+        hoverinfo="text",
+    )
     legend = [
-        go.Scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 11, "color": PARTS[kind], "line": {"width": 1, "color": "rgba(128,128,128,0.5)"}}, name=kind)
+        go.Scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            marker={
+                "symbol": "square",
+                "size": 11,
+                "color": PARTS[kind],
+                "line": {"width": 1, "color": "rgba(128,128,128,0.5)"},
+            },
+            name=kind,
+        )
         for kind in kinds
         if kind in present
     ]
     across = {"title": _title("round"), "dtick": _step(len(rounds)), "showgrid": False}
-    return _figure([grid, *legend], height=height, xaxis=across, showlegend=True, hovermode="closest",
-                   yaxis={**_ticks(names), "showgrid": False, "autorange": "reversed"})  # fmt: skip
+    return _figure(
+        [grid, *legend],
+        height=height,
+        xaxis=across,
+        showlegend=True,
+        hovermode="closest",
+        yaxis={**_ticks(names), "showgrid": False, "autorange": "reversed"},
+    )
 
 
 def _reason(record: Record, client: str) -> str:
@@ -175,7 +265,9 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
     """Bytes sent so far, to the server and back, by round."""
     across = [r["round"] for r in rounds]
     total = max((sum(r[key] for r in rounds) for key in ("bytes_up", "bytes_down")), default=0)
-    unit, scale = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if total >= s or s == 1)
+    unit, scale = next(
+        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if total >= s or s == 1
+    )
     traces = []
     for key, name, colour in (
         ("bytes_up", "clients to server", ROW_COLOURS["federated"]),
@@ -184,52 +276,112 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
         sums = list(accumulate(r[key] for r in rounds))
         dash = "solid" if key == "bytes_up" else "dash"  # often equal: both must be seen
         traces.append(
-            go.Scatter(x=across, y=[s / scale for s in sums], mode="lines", line={"color": colour, "width": 2.5, "dash": dash}, name=name,
-                       text=[f"{name}: {byte_size(s)}" for s in sums], hoverinfo="text")
-        )  # fmt: skip
-    return _figure(traces, height=300, showlegend=True, hovermode="x unified",
-                   xaxis={"title": _title("round"), "dtick": _step(len(rounds))},
-                   yaxis={"title": _title(unit), "rangemode": "tozero"})  # fmt: skip
+            go.Scatter(
+                x=across,
+                y=[s / scale for s in sums],
+                mode="lines",
+                line={"color": colour, "width": 2.5, "dash": dash},
+                name=name,
+                text=[f"{name}: {byte_size(s)}" for s in sums],
+                hoverinfo="text",
+            )
+        )
+    return _figure(
+        traces,
+        height=300,
+        showlegend=True,
+        hovermode="x unified",
+        xaxis={"title": _title("round"), "dtick": _step(len(rounds))},
+        yaxis={"title": _title(unit), "rangemode": "tozero"},
+    )
 
 
 def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
-    """The main metric of every row: mean and 95% interval, the seeds as faint dots; single clients on one line."""
+    """The main metric of every row: mean, 95% interval, seeds as faint dots; single clients on one line."""
     metric, names, alone = main_metric(summary), rows(summary), single_clients(summary)
     scale = 1 if metric == "loss" else 100
-    lines = [*names[:1], *([LOCAL] if alone else []), *names[1:]]  # base, then the clients one by one, then the rest
+    lines = [
+        *names[:1],
+        *([LOCAL] if alone else []),
+        *names[1:],
+    ]  # base, then the clients one by one, then the rest
     traces: list[Any] = []
     for y, row in enumerate(lines):
         if row == LOCAL:
             found = [e for c in alone if (e := entry(summary, c, metric)) is not None]
             hover = [f"{_label(title(e['row']))}: {value(metric, e['mean'])}" for e in found]
-            traces.append(_dots([scale * e["mean"] for e in found], y, ROW_COLOURS["local_only"], size=8, opacity=0.55, hover=hover))
+            traces.append(
+                _dots(
+                    [scale * e["mean"] for e in found],
+                    y,
+                    ROW_COLOURS["local_only"],
+                    size=8,
+                    opacity=0.55,
+                    hover=hover,
+                )
+            )
             continue
         shown = entry(summary, row, metric)
         if shown is None:
             continue
         colour, mean, ci95 = ROW_COLOURS.get(row, GROUP_COLOURS[0]), shown["mean"], shown["ci95"]
         if len(shown["values"]) > 1:
-            traces.append(_dots([scale * v for v in shown["values"]], y + 0.24, colour, size=5, opacity=0.5, hover=None))
-        bars = None if ci95 is None else {"type": "data", "array": [scale * (ci95[1] - mean)], "thickness": 2, "width": 7}
-        interval = "" if ci95 is None else f"<br>95% interval {value(metric, ci95[0])} to {value(metric, ci95[1])}"
+            traces.append(
+                _dots([scale * v for v in shown["values"]], y + 0.24, colour, size=5, opacity=0.5, hover=None)
+            )
+        bars = (
+            None
+            if ci95 is None
+            else {"type": "data", "array": [scale * (ci95[1] - mean)], "thickness": 2, "width": 7}
+        )
+        interval = (
+            "" if ci95 is None else f"<br>95% interval {value(metric, ci95[0])} to {value(metric, ci95[1])}"
+        )
         traces.append(
-            go.Scatter(x=[scale * mean], y=[y], mode="markers", marker={"size": 12, "color": colour}, error_x=bars,
-                       showlegend=False, hovertext=[f"{title(row)}: {value(metric, mean)}{interval}"], hoverinfo="text")
-        )  # fmt: skip
-    names_ = {"tickvals": list(range(len(lines))), "ticktext": ["Local only, each client" if n == LOCAL else title(n) for n in lines]}
+            go.Scatter(
+                x=[scale * mean],
+                y=[y],
+                mode="markers",
+                marker={"size": 12, "color": colour},
+                error_x=bars,
+                showlegend=False,
+                hovertext=[f"{title(row)}: {value(metric, mean)}{interval}"],
+                hoverinfo="text",
+            )
+        )
+    names_ = {
+        "tickvals": list(range(len(lines))),
+        "ticktext": ["Local only, each client" if n == LOCAL else title(n) for n in lines],
+    }
     below = metric_title(metric) + (", nats per token (lower is better)" if metric == "loss" else ", %")
-    return _figure(traces, height=44 * len(lines) + 80, hovermode="closest",
-                   xaxis={"title": _title(below), **({} if metric == "loss" else {"rangemode": "tozero"})},
-                   yaxis={**names_, "range": [len(lines) - 0.5, -0.5]})  # fmt: skip
+    return _figure(
+        traces,
+        height=44 * len(lines) + 80,
+        hovermode="closest",
+        xaxis={"title": _title(below), **({} if metric == "loss" else {"rangemode": "tozero"})},
+        yaxis={**names_, "range": [len(lines) - 0.5, -0.5]},
+    )
 
 
-def _dots(xs: Sequence[float], y: float, colour: str, *, size: int, opacity: float, hover: Sequence[str] | None) -> go.Scatter:
-    return go.Scatter(x=list(xs), y=[y] * len(xs), mode="markers", marker={"size": size, "color": colour, "opacity": opacity},
-                      showlegend=False, hovertext=hover, hoverinfo="skip" if hover is None else "text")  # fmt: skip
+def _dots(
+    xs: Sequence[float], y: float, colour: str, *, size: int, opacity: float, hover: Sequence[str] | None
+) -> go.Scatter:
+    return go.Scatter(
+        x=list(xs),
+        y=[y] * len(xs),
+        mode="markers",
+        marker={"size": size, "color": colour, "opacity": opacity},
+        showlegend=False,
+        hovertext=hover,
+        hoverinfo="skip" if hover is None else "text",
+    )
 
 
 def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.Figure:
-    """Rows by groups of the held-out examples; the fuller the colour, the better. `table` is row -> group -> value."""
+    """Rows by groups of the held-out examples; the fuller the colour, the better.
+
+    `table` is row -> group -> value.
+    """
     names = list(table)
     groups = list(dict.fromkeys(g for found in table.values() for g in found))
     cells = [[table[n].get(g) for g in groups] for n in names]
@@ -237,18 +389,41 @@ def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.F
     low, high = (min(known, default=0.0), max(known, default=1.0)) if metric == "loss" else (0.0, 1.0)
     scale = [(0.0, "rgba(59,125,216,0.03)"), (1.0, "rgba(59,125,216,0.62)")]
     written = [[_cell(metric, x) for x in line] for line in cells]
-    hover = [[f"{_label(title(n))}<br>{_label(g)}: {value(metric, table[n].get(g))}" for g in groups] for n in names]
+    hover = [
+        [f"{_label(title(n))}<br>{_label(g)}: {value(metric, table[n].get(g))}" for g in groups]
+        for n in names
+    ]
     grid = go.Heatmap(
-        x=list(range(len(groups))), y=list(range(len(names))), z=cells, zmin=low, zmax=high, colorscale=scale,
-        reversescale=metric == "loss", showscale=False, xgap=2, ygap=2, text=written, hovertext=hover, hoverinfo="text",
+        x=list(range(len(groups))),
+        y=list(range(len(names))),
+        z=cells,
+        zmin=low,
+        zmax=high,
+        colorscale=scale,
+        reversescale=metric == "loss",
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        text=written,
+        hovertext=hover,
+        hoverinfo="text",
         texttemplate="%{text}",
-    )  # fmt: skip
+    )
     # Broken at spaces and underscores, names of several words fit above their columns.
     heads = [_label(g, 32).replace("_", " ").replace(" ", "<br>") for g in groups]
-    return _figure([grid], height=30 * len(names) + 70, hovermode="closest", margin={"l": 10, "r": 16, "t": 30, "b": 8},
-                   xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
-                   yaxis={"tickvals": list(range(len(names))), "ticktext": [_label(title(n)) for n in names],
-                          "showgrid": False, "autorange": "reversed"})  # fmt: skip
+    return _figure(
+        [grid],
+        height=30 * len(names) + 70,
+        hovermode="closest",
+        margin={"l": 10, "r": 16, "t": 30, "b": 8},
+        xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
+        yaxis={
+            "tickvals": list(range(len(names))),
+            "ticktext": [_label(title(n)) for n in names],
+            "showgrid": False,
+            "autorange": "reversed",
+        },
+    )
 
 
 def _cell(metric: str, x: float | None) -> str:
@@ -256,46 +431,86 @@ def _cell(metric: str, x: float | None) -> str:
 
 
 def clients_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.Figure:
-    """What each client gets, in its own mix of groups. `table` is client -> row -> value, a row named as in ROW_COLOURS."""
+    """What each client gets, in its own mix of groups.
+
+    `table` is client -> row -> value, a row named as in ROW_COLOURS.
+    """
     clients = shown_clients(list(table), 40)
     scale = 1 if metric == "loss" else 100
     traces: list[Any] = []
     for y, client in enumerate(clients):
         ends = [scale * x for x in table[client].values()]
-        traces.append(go.Scatter(x=[min(ends), max(ends)], y=[y, y], mode="lines", line={"color": FAINT, "width": 5},
-                                 showlegend=False, hoverinfo="skip"))  # fmt: skip
+        traces.append(
+            go.Scatter(
+                x=[min(ends), max(ends)],
+                y=[y, y],
+                mode="lines",
+                line={"color": FAINT, "width": 5},
+                showlegend=False,
+                hoverinfo="skip",
+            )
+        )
     for row in dict.fromkeys(r for found in table.values() for r in found):
         having = [(y, c) for y, c in enumerate(clients) if row in table[c]]
         name = "This client alone" if row == "local_only" else title(row)
         traces.append(
             go.Scatter(
-                x=[scale * table[c][row] for _, c in having], y=[y for y, _ in having], mode="markers", name=name,
+                x=[scale * table[c][row] for _, c in having],
+                y=[y for y, _ in having],
+                mode="markers",
+                name=name,
                 marker={"size": 10, "color": ROW_COLOURS.get(row, GROUP_COLOURS[0]), "opacity": 0.9},
-                hovertext=[f"{_label(c)}<br>{name}: {value(metric, table[c][row])}" for _, c in having], hoverinfo="text",
+                hovertext=[f"{_label(c)}<br>{name}: {value(metric, table[c][row])}" for _, c in having],
+                hoverinfo="text",
             )
-        )  # fmt: skip
+        )
     below = metric_title(metric) + (", nats per token (lower is better)" if metric == "loss" else ", %")
-    return _figure(traces, height=24 * len(clients) + 130, hovermode="closest", showlegend=True,
-                   xaxis={"title": _title(below)},
-                   yaxis={**_ticks(clients, every=True), "range": [len(clients) - 0.5, -0.5]})  # fmt: skip
+    return _figure(
+        traces,
+        height=24 * len(clients) + 130,
+        hovermode="closest",
+        showlegend=True,
+        xaxis={"title": _title(below)},
+        yaxis={**_ticks(clients, every=True), "range": [len(clients) - 0.5, -0.5]},
+    )
 
 
 # --- what all of them share ------------------------------------------------------------------------------
 
 
 def _figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
-    axis = {"gridcolor": "rgba(128,128,128,0.18)", "linecolor": "rgba(128,128,128,0.35)", "zeroline": False,
-            "fixedrange": True, "automargin": True}  # fmt: skip
-    layout["xaxis"], layout["yaxis"] = {**axis, **layout.get("xaxis", {})}, {**axis, **layout.get("yaxis", {})}
+    axis = {
+        "gridcolor": "rgba(128,128,128,0.18)",
+        "linecolor": "rgba(128,128,128,0.35)",
+        "zeroline": False,
+        "fixedrange": True,
+        "automargin": True,
+    }
+    layout["xaxis"], layout["yaxis"] = (
+        {**axis, **layout.get("xaxis", {})},
+        {**axis, **layout.get("yaxis", {})},
+    )
     settings = {
-        "template": go.layout.Template(), "height": height, "autosize": True, "dragmode": False, "showlegend": None,
-        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+        "template": go.layout.Template(),
+        "height": height,
+        "autosize": True,
+        "dragmode": False,
+        "showlegend": None,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 10, "r": 16, "t": 16, "b": 44},
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemclick": False,
-                   "itemdoubleclick": False, "traceorder": "normal"},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "yanchor": "bottom",
+            "itemclick": False,
+            "itemdoubleclick": False,
+            "traceorder": "normal",
+        },
         **layout,
-    }  # fmt: skip
+    }
     return go.Figure(traces, settings)
 
 

@@ -20,16 +20,21 @@ class Metric:
 
 # In reading order; the first that a summary holds is the one the page is about.
 METRICS = {
-    "rule": Metric("Answered right", "Share of held-out instructions whose answer passes the rule that comes with the instruction."),
+    "rule": Metric(
+        "Answered right",
+        "Share of held-out instructions whose answer passes the rule that comes with the instruction.",
+    ),
     "rouge_l": Metric(
         "ROUGE-L",
         "Overlap with the reference answer: F-measure of the longest common subsequence of words, 100% for "
         "the same words in the same order.",
     ),
-    "exact": Metric("Exact match", "Share of answers equal to the reference after folding white space and case."),
+    "exact": Metric(
+        "Exact match", "Share of answers equal to the reference after folding white space and case."
+    ),
     "loss": Metric(
         "Held-out loss",
-        "How surprised the model is by the reference answers, in nats per token of the answer; lower is better.",
+        "How surprised the model is by the reference answers, in nats per token of them; lower is better.",
     ),
 }
 
@@ -42,7 +47,13 @@ TITLES = {
 }
 
 
-SHORT = {"base": "Base", "local mean": "Mean client", "local best": "Best client", "federated": "Federated", "centralised": "Centralised"}
+SHORT = {
+    "base": "Base",
+    "local mean": "Mean client",
+    "local best": "Best client",
+    "federated": "Federated",
+    "centralised": "Centralised",
+}
 
 
 def title(row: str) -> str:
@@ -84,7 +95,9 @@ def best(summary: Summary, names: Sequence[str], metric: str) -> set[str]:
     means = {n: found["mean"] for n in names if (found := entry(summary, n, metric)) is not None}
     if len(means) < 2:
         return set()
-    return {n for n, mean in means.items() if not any(better(metric, other, mean) for other in means.values())}
+    return {
+        n for n, mean in means.items() if not any(better(metric, other, mean) for other in means.values())
+    }
 
 
 def difference(summary: Summary, a: str, b: str, metric: str) -> tuple[float, Interval] | None:
@@ -172,7 +185,9 @@ def verdict(summary: Summary) -> list[str]:
         f"{_interval(metric, ci95, len(seeds(summary)), digits)}."
     ]
     if ci95 is None:
-        sentences.append("This is one seed, which gives no interval: how much of the difference is chance is not known.")
+        sentences.append(
+            "This is one seed, which gives no interval: how much of the difference is chance is not known."
+        )
     elif not excludes_zero(ci95):
         sentences.append("The interval includes zero, so these seeds do not show which of the two is better.")
     if rival != "base" and (base := entry(summary, "base", metric)) is not None:
@@ -187,9 +202,10 @@ def _alone(summary: Summary, metric: str) -> list[str]:
     mean, top, base = (entry(summary, row, metric) for row in ("local mean", "local best", "base"))
     if mean is None or top is None or base is None:
         return ["Only the untuned base model was measured."]
+    floor = _short(metric, base["mean"], 0)
     return [
         f"{_scores('Tuned alone, the best client', metric, top['mean'], 0)} and the mean client reaches "
-        f"{_short(metric, mean['mean'], 0)}, against {_short(metric, base['mean'], 0)} for the untuned base model.",
+        f"{_short(metric, mean['mean'], 0)}, against {floor} for the untuned base model.",
         "Nothing was shared between clients in this run.",
     ]
 
@@ -198,11 +214,19 @@ def _against_pooled(summary: Summary, metric: str, pooled: float) -> str:
     found = difference(summary, "centralised", "federated", metric)
     gap, ci95 = found if found is not None else (0.0, None)
     digits = 0 if abs(gap) >= 0.1 else 1
-    begin = f"Centralised tuning, with everybody's data in one place, reaches {_short(metric, pooled, digits)}"
+    begin = (
+        f"Centralised tuning, with everybody's data in one place, reaches {_short(metric, pooled, digits)}"
+    )
     if found is None or ci95 is None:
         return f"{begin}."
-    said = f"{_amount(metric, gap, digits)} than federated{_interval(metric, ci95, len(seeds(summary)), digits)}"
-    return f"{begin}: {said}." if excludes_zero(ci95) else f"{begin}: no clear difference from federated ({_range(metric, ci95, digits)})."
+    said = (
+        f"{_amount(metric, gap, digits)} than federated{_interval(metric, ci95, len(seeds(summary)), digits)}"
+    )
+    return (
+        f"{begin}: {said}."
+        if excludes_zero(ci95)
+        else f"{begin}: no clear difference from federated ({_range(metric, ci95, digits)})."
+    )
 
 
 def _scores(who: str, metric: str, mean: float, digits: int) -> str:

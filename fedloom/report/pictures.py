@@ -1,0 +1,176 @@
+"""Which figures a page shows, each with a text in its place and the table it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import plotly.graph_objects as go
+from jinja2.utils import htmlsafe_json_dumps
+
+from fedloom.report import figures, rounds
+from fedloom.report.findings import (
+    Summary,
+    byte_size,
+    duration,
+    main_metric,
+    metric_title,
+    seeds,
+    single_clients,
+    title,
+    value,
+)
+from fedloom.report.rounds import Record, What
+from fedloom.results import LOCAL
+
+Journals = Mapping[str, Sequence[Sequence[Record]]]  # row -> seeds -> records
+
+
+@dataclass(frozen=True)
+class Picture:
+    key: str
+    label: str  # what a screen reader says in its place
+    figure: go.Figure
+    head: Sequence[str] = ()
+    body: Sequence[Sequence[str | int]] = ()
+
+    @property
+    def json(self) -> str:
+        """The figure, safe inside a script element."""
+        return htmlsafe_json_dumps(self.figure.to_plotly_json())
+
+
+def pictures(summary: Summary, journals: Journals) -> dict[str, Picture]:
+    """Key -> picture, without those for which this summary or its journals hold nothing."""
+    made = (_rows, _groups, _clients, _partition, _bytes)
+    return {p.key: p for p in (*(p for make in made for p in make(summary)), *_rounds(summary, journals))}
+
+
+def federated(journals: Journals) -> Sequence[Record]:
+    """The first seed's records of what the page is about; empty where the journal is lost."""
+    of_row = journals.get("federated") or journals.get("local_only") or [()]
+    return of_row[0]
+
+
+def _rows(summary: Summary) -> Iterator[Picture]:
+    if len(seeds(summary)) > 1 or single_clients(summary):  # else it shows less than the table
+        label = f"{metric_title(main_metric(summary))} of every row; the table above holds the numbers."
+        yield Picture("rows", label, figures.rows_figure(summary))
+
+
+def _groups(summary: Summary) -> Iterator[Picture]:
+    metric, table = main_metric(summary), _by_group(summary)
+    groups = list(dict.fromkeys(g for found in table.values() for g in found))
+    if groups:
+        label = f"{metric_title(metric)} of every row in each {summary['partition']['by']}."
+        body = [[title(row), *(value(metric, found.get(g)) for g in groups)] for row, found in table.items()]
+        yield Picture("groups", label, figures.groups_figure(table, metric), ["row", *groups], body)
+
+
+def _by_group(summary: Summary) -> dict[str, dict[str, float]]:
+    """row -> group -> value in the first seed; the single clients' mean, and each where they are few."""
+    metric = main_metric(summary)
+    table = {
+        row: {g: found[metric] for g, found in groups.items() if metric in found}
+        for row, groups in summary["groups"].items()
+    }
+    alone = {row: table.pop(row) for row in list(table) if row.startswith(LOCAL)}
+    base = {"base": table.pop("base")} if "base" in table else {}
+    groups = list(dict.fromkeys(g for found in alone.values() for g in found))
+    mean = {g: fmean(found[g] for found in alone.values() if g in found) for g in groups}
+    each = alone if len(alone) <= figures.ROW_BY_ROW else {}
+    return {**base, **each, **({"local mean": mean} if alone else {}), **table}
+
+
+def _clients(summary: Summary) -> Iterator[Picture]:
+    metric, table = main_metric(summary), _by_client(summary)
+    rows = list(dict.fromkeys(row for found in table.values() for row in found))
+    if rows:
+        label = f"{metric_title(metric)} for each client in its own mix of data."
+        head = ["client", *("This client alone" if row == "local_only" else title(row) for row in rows)]
+        body = [[client, *(value(metric, found.get(row)) for row in rows)] for client, found in table.items()]
+        yield Picture("clients", label, figures.clients_figure(table, metric), head, body)
+
+
+def _by_client(summary: Summary) -> dict[str, dict[str, float]]:
+    """client -> row -> value in the client's own mix of groups, in the first seed.
+
+    Only the clients that were tuned alone, where some were. A row without a value in one of the client's
+    groups is left out: a mean over the others would be another mix.
+    """
+    metric, groups = main_metric(summary), summary["groups"]
+    clients = summary["partition"]["clients"]
+    table: dict[str, dict[str, float]] = {}
+    for client in [c for c in clients if LOCAL + c["client"] in groups] or clients:
+        names = {"base": "base", "local_only": LOCAL + client["client"]}
+        names |= {"federated": "federated", "centralised": "centralised"}
+        held = {g: n for g, n in client["counts"].items() if n}
+        found = {
+            row: sum(n * groups[name][g][metric] for g, n in held.items()) / sum(held.values())
+            for row, name in names.items()
+            if held and name in groups and all(metric in groups[name].get(g, {}) for g in held)
+        }
+        if len(found) > 1:
+            table[client["client"]] = found
+    return table
+
+
+def _partition(summary: Summary) -> Iterator[Picture]:
+    partition = summary["partition"]
+    groups = list(partition["totals"])
+    head = ["client", "examples", *groups, "distance"]
+    body = [
+        [c["client"], c["size"], *(c["counts"].get(g, 0) for g in groups), f"{c['distance']:.2f}"]
+        for c in partition["clients"]
+    ]
+    label = f"Training examples of each client by {partition['by']}."
+    yield Picture("partition", label, figures.partition_figure(partition), head, body)
+
+
+def _bytes(summary: Summary) -> Iterator[Picture]:
+    records = summary["rounds"]
+    if any(r["bytes_up"] or r["bytes_down"] for r in records):
+        head = ["round", "to the server", "to the clients", "tokens", "time"]
+        body: list[list[str | int]] = [
+            [
+                r["round"],
+                byte_size(r["bytes_up"]),
+                byte_size(r["bytes_down"]),
+                f"{r['tokens']:,}",
+                duration(r["seconds"]),
+            ]
+            for r in records
+        ]
+        label = "Bytes sent so far by round, in both directions."
+        yield Picture("bytes", label, figures.bytes_figure(records), head, body)
+
+
+def _rounds(summary: Summary, journals: Journals) -> Iterator[Picture]:
+    # Where nobody shares an adapter there is none to measure on held-out examples.
+    yield from _loss(
+        "held_out", "Held-out loss by round.", {r: j for r, j in journals.items() if r != "local_only"}
+    )
+    yield from _loss("train", "Training loss by round.", journals)
+    records = federated(journals)
+    if any(r["round"] > 0 for r in records):
+        clients = [c["client"] for c in summary["partition"]["clients"]]
+        yield Picture(
+            "participation",
+            "Which clients took part in which round.",
+            figures.participation_figure(clients, records),
+            ["client", "selected", "took part", "refused"],
+            [[client, *rounds.counts(client, records)] for client in clients],
+        )
+
+
+def _loss(what: What, label: str, journals: Journals) -> Iterator[Picture]:
+    curves = {row: [rounds.loss_curve(r, what=what) for r in of_seeds] for row, of_seeds in journals.items()}
+    means = {row: mean for row, found in curves.items() if (mean := rounds.mean_curve(found))}
+    if means:
+        head = ["round", *map(figures.curve_title, means)]
+        across = sorted({r for mean in means.values() for r in mean})
+        body: list[list[str | int]] = [
+            [r, *(value("loss", mean.get(r)) for mean in means.values())] for r in across
+        ]
+        yield Picture(what, label, figures.loss_figure(journals, what=what), head, body)
