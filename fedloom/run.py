@@ -58,7 +58,8 @@ class Training:
         The result does not depend on where or how often the run was interrupted before.
         """
         state_folder, metrics = self.folder / "state", self.folder / "metrics.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Before the journal is written, which syncs the folder that both lie in: else power loss could take `state` away.
+        state_folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.newest(state_folder, fingerprint=self.fingerprint)
         for damage in found.damaged:
             listener.warned(f"not used, since it is damaged: {damage}; going on from the round before it")

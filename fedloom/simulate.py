@@ -152,5 +152,6 @@ def _export(folder: Path, experiment: Experiment, adapter: AdapterState, summary
         folder / "adapter", adapter, experiment.adapter, base_name=_base_name(experiment),
         card=card.model_card(summary), fan_in_fan_out=summary["engine"]["conv1d"],
     )  # fmt: skip
+    durable.sync_folder(folder / "adapter")
     write_json(folder / "summary.json", summary)
     page.write(folder)

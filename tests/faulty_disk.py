@@ -10,6 +10,7 @@ import builtins
 import errno
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ class FaultyDisk:
         self._dead = False
         self._unsynced: dict[str, int] = {}  # path -> how many of its bytes are safe
         self._renames: list[tuple[str, str, bytes | None]] = []  # from, to, what was there before
+        self._made: list[str] = []  # folders
         self.operations: list[str] = []
         self._real: dict[str, Callable[..., Any]] = {
             "open": builtins.open, "replace": os.replace, "unlink": os.unlink, "mkdir": os.mkdir,
@@ -79,6 +81,8 @@ class FaultyDisk:
                 with self._real["open"](path, "rb") as file:
                     data = file.read()
                 self._put(path, data[: (safe + len(data)) // 2])
+        for folder in self._made:
+            shutil.rmtree(folder)
 
     def _put(self, path: str, data: bytes) -> None:
         with self._real["open"](path, "wb") as file:
@@ -100,6 +104,7 @@ class FaultyDisk:
         self._step("fsync", target)
         self._unsynced.pop(target, None)
         self._renames = [r for r in self._renames if os.path.dirname(r[1]) != target]
+        self._made = [folder for folder in self._made if os.path.dirname(folder) != target]
 
     def _replace(self, origin: Any, target: Any, **options: Any) -> None:
         if self._ours(target):
@@ -120,9 +125,12 @@ class FaultyDisk:
         self._real["unlink"](path, **options)
 
     def _mkdir(self, path: Any, *args: Any, **options: Any) -> None:
-        if self._ours(path):
+        new = self._ours(path) and not os.path.exists(path)
+        if new:
             self._step("mkdir", path)
         self._real["mkdir"](path, *args, **options)
+        if new and os.fspath(path) != self._folder:
+            self._made.append(os.fspath(path))
 
     def wrote(self, path: str, file: io.RawIOBase, data: bytes) -> None:
         self._step("write", path, halfway=lambda: file.write(data[: len(data) // 2]))

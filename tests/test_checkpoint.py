@@ -270,7 +270,7 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
 # --- the lock --------------------------------------------------------------------------------------------
 
 
-HOLD = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+HOLD = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
 
 
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:

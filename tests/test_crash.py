@@ -1,0 +1,152 @@
+"""A run cannot be lost: killed, starved of disk or unplugged at any instant, it ends in the same adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom import checkpoint, durable, results, simulate
+from fedloom.errors import RunError
+from fedloom.report import card, page
+from fedloom.run import Listener
+from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine
+from tests.faulty_disk import FaultyDisk, Killed, Mode
+
+TOY = experiment(
+    adapter={"rank": 1}, data={"clients": 4}, cohort={"kind": "fixed", "count": 3}, examples_per_round=2
+)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole runs in milliseconds: everything but the model, the data, what people read and fsync is real."""
+    monkeypatch.setattr(simulate, "load_data", lambda *_, **__: dataset(FOUR))
+    monkeypatch.setattr(simulate, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(page, "write", lambda folder: durable.write(folder / "report.html", b"a page"))
+    monkeypatch.setattr(card, "model_card", lambda summary: "a card")
+    monkeypatch.setattr(results, "environment", dict)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+class Told(Listener):
+    """The newest round that was said to be committed."""
+
+    round = -1
+
+    def committed(self, record: Mapping[str, Any]) -> None:
+        self.round = record["round"]
+
+
+def start_or_resume(folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
+    return simulate.run(TOY, folder, resume=(folder / "experiment.toml").exists(), listener=listener)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but for how long it took and what a crash left lying about."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for timed in (*lines, *summary["rounds"]):
+        del timed["seconds"]
+    # A crash after the last commit may leave one older round in place, which nobody reads.
+    rounds = sorted(folder.glob("state/round-*.safetensors"))[-2:]
+    binary = [*folder.glob("adapter/*"), *rounds, folder / "experiment.toml"]
+    return {
+        "lines": lines,
+        "summary": summary,
+        "files": {p.name: p.read_bytes() for p in binary if not p.name.startswith(".")},
+        "page": (folder / "report.html").exists(),
+    }
+
+
+@pytest.fixture
+def expected(toy: None, tmp_path: Path) -> dict[str, Any]:
+    start_or_resume(tmp_path / "whole")
+    return outcome(tmp_path / "whole")
+
+
+def operations(folder: Path) -> list[str]:
+    with FaultyDisk.failing(folder, at=None, mode="killed") as disk:
+        start_or_resume(folder)
+    return disk.operations
+
+
+def test_there_are_write_boundaries_in_every_part_of_a_run(toy: None, tmp_path: Path) -> None:
+    seen = operations(tmp_path / "run")
+    for part in (
+        "mkdir run", "replace experiment.toml", "replace round-00000.safetensors", "replace round-00003.json",
+        "fsync state", "unlink round-00001.json", "write metrics.jsonl", "write .adapter_model.safetensors.tmp",
+        "replace adapter_config.json", "replace summary.json", "replace report.html",
+    ):  # fmt: skip
+        assert part in seen
+    assert len(seen) > 90
+
+
+@pytest.mark.parametrize("mode", ["full", "killed", "power"])
+def test_every_write_boundary_may_fail_once(expected: dict[str, Any], tmp_path: Path, mode: Mode) -> None:
+    count = len(operations(tmp_path / "count"))
+    for n in range(count):
+        folder = tmp_path / f"{n:03d}"
+        failure, told = (OSError, RunError) if mode == "full" else Killed, Told()
+        with FaultyDisk.failing(folder, at=n, mode=mode) as disk, pytest.raises(failure):
+            start_or_resume(folder, told)
+        where = f"{mode} at operation {n}, {disk.operations[n]}"
+        found = checkpoint.newest(folder / "state", fingerprint=TOY.fingerprint()).checkpoint
+        assert (found.state.round if found else -1) >= told.round, where
+        start_or_resume(folder)
+        assert outcome(folder) == expected, where
+
+
+def test_every_second_boundary_may_fail_on_the_way_back(expected: dict[str, Any], tmp_path: Path) -> None:
+    """A run that dies again and again, each time at a later point of what is left, still gets there."""
+    folder, died = tmp_path / "run", 0
+    for n in range(0, 400, 2):
+        try:
+            with FaultyDisk.failing(folder, at=n % 40, mode="killed"):
+                start_or_resume(folder)
+        except Killed:
+            died += 1
+        else:
+            break
+    assert died > 3
+    assert outcome(folder) == expected
+
+
+def test_a_disk_that_is_really_full_leaves_a_run_to_go_on_with(expected: dict[str, Any], tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=28k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        with pytest.raises(RunError, match=r"No space left on device\. Everything committed before is intact"):
+            start_or_resume(small / "run")
+        subprocess.run(["mount", "-o", "remount,size=10m", str(small)], check=True)
+        start_or_resume(small / "run")
+        assert outcome(small / "run") == expected
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_crash_before_the_page_costs_no_page(toy: None, tmp_path: Path) -> None:
+    start_or_resume(tmp_path)
+    (tmp_path / "report.html").unlink()
+    start_or_resume(tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_resuming_another_experiment_is_refused(toy: None, tmp_path: Path) -> None:
+    start_or_resume(tmp_path)
+    with pytest.raises(RunError, match="holds another experiment"):
+        simulate.run(TOY.with_(seed=1), tmp_path, resume=True)
+
+
+def test_a_folder_with_a_run_is_not_started_over(toy: None, tmp_path: Path) -> None:
+    start_or_resume(tmp_path)
+    with pytest.raises(RunError, match="already holds a run"):
+        simulate.run(TOY, tmp_path)
