@@ -386,7 +386,8 @@ def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.F
     groups = list(dict.fromkeys(g for found in table.values() for g in found))
     cells = [[table[n].get(g) for g in groups] for n in names]
     known = [x for line in cells for x in line if x is not None]
-    low, high = (min(known, default=0.0), max(known, default=1.0)) if metric == "loss" else (0.0, 1.0)
+    # Shares begin at nothing, and a few percent are not painted as if they were much.
+    low, high = (min(known), max(known)) if metric == "loss" and known else (0.0, max([0.25, *known]))
     scale = [(0.0, "rgba(59,125,216,0.03)"), (1.0, "rgba(59,125,216,0.62)")]
     written = [[_cell(metric, x) for x in line] for line in cells]
     hover = [

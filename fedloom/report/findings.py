@@ -91,9 +91,9 @@ def entry(summary: Summary, row: str, metric: str) -> Mapping[str, Any] | None:
 
 
 def best(summary: Summary, names: Sequence[str], metric: str) -> set[str]:
-    """The row, or the equal rows, with the best mean; none where there is nothing to choose from."""
+    """The row, or the equal rows, with the best mean; none where all are equal."""
     means = {n: found["mean"] for n in names if (found := entry(summary, n, metric)) is not None}
-    if len(means) < 2:
+    if len(set(means.values())) < 2:
         return set()
     return {
         n for n, mean in means.items() if not any(better(metric, other, mean) for other in means.values())

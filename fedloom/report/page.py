@@ -180,7 +180,7 @@ def _differences(summary: Summary) -> dict[str, list[dict[str, Any]]]:
 def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
     ci95 = d["ci95"]
     clear = findings.excludes_zero(ci95)
-    reading = "one seed: no interval" if ci95 is None else "not distinguishable"
+    reading = "not distinguishable"
     if clear:
         reading = f"{_short(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
     return {

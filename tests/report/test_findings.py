@@ -93,10 +93,12 @@ def test_the_lowest_loss_and_the_highest_share_are_best() -> None:
 
 
 def test_equal_rows_are_best_together() -> None:
-    assert findings.best(summary({"base": 0.5, "federated": 0.5}), ["base", "federated"], "rule") == {
-        "base",
-        "federated",
-    }
+    table = summary({"base": 0.1, "local best": 0.5, "federated": 0.5})
+    assert findings.best(table, list(TABLE), "rule") == {"local best", "federated"}
+
+
+def test_where_all_rows_are_equal_none_is_best() -> None:
+    assert findings.best(summary({"base": 0.0, "federated": 0.0}), ["base", "federated"], "rule") == set()
 
 
 def test_a_difference_is_found_either_way_round() -> None:

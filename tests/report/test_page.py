@@ -148,8 +148,8 @@ def test_a_difference_within_chance_is_not_called_better(compare_folder: Folder)
     assert "not distinguishable" in shown
 
 
-def test_the_lower_loss_is_called_better(run_folder: Folder) -> None:
-    folder = run_folder(metrics=())
+def test_the_lower_loss_is_called_better(compare_folder: Folder) -> None:
+    folder = compare_folder(metrics=(), seeds=2)
     change(
         folder,
         differences=[
