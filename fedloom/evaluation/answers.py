@@ -6,15 +6,13 @@ after folding white space and case, "rouge_l" the F-measure of the longest commo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from statistics import fmean
-
-from rapidfuzz.distance import LCSseq
 
 from fedloom.data import microworld
 from fedloom.data.example import Example
 from fedloom.data.template import Template
+from fedloom.data.text import rouge_l
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
 
@@ -46,19 +44,6 @@ def grade(test: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
     if all(e.rule for e in test):
         metrics = {"rule": fmean(microworld.check(e, a) for e, a in pairs), **metrics}
     return metrics
-
-
-def rouge_l(reference: str, answer: str) -> float:
-    """F-measure of ROUGE-L over lower-case words and numbers, without stemming (Lin 2004)."""
-    said, wanted = _words(answer), _words(reference)
-    if not said or not wanted:
-        return float(said == wanted)
-    common = LCSseq.similarity(said, wanted)
-    return 2 * common / (len(said) + len(wanted))  # harmonic mean of common/len(said) and common/len(wanted)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
 
 
 def _folded(text: str) -> str:

@@ -1,0 +1,289 @@
+"""Judges: a language model that is asked in words, a rule, and the likelihood of a reference answer.
+
+`PromptJudge` asks whatever writes text: an endpoint (`endpoint.py`) or a `LocalModel`. The other two ask
+nobody and need no network: they score each answer on its own, so the order cannot matter to them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fedloom.data import microworld
+from fedloom.data.example import Example
+from fedloom.data.template import Template
+from fedloom.errors import ConfigError
+from fedloom.evaluation.judge import Shown
+from fedloom.evaluation.verdicts import (
+    ASPECTS,
+    LIKELIHOOD,
+    READERS,
+    RULE,
+    TOTAL,
+    Failed,
+    Rubric,
+    Scores,
+    Verdict,
+)
+from fedloom.state import AdapterState
+from fedloom.steps import Engine, Generate, Score, Scored
+
+T = TypeVar("T")
+
+BATCH = 16  # ratings a local model works on before they are kept
+RUBRICS: Mapping[str, Rubric] = {"aspects": ASPECTS, "total": TOTAL}
+_SLOT = re.compile(r"\{(question|first|second|reference)\}")
+
+
+# --- asking in words -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    prompt_tokens: int = 0  # as counted by whoever wrote it; 0: not told
+    reply_tokens: int = 0
+
+
+class Writer(Protocol):
+    """Text in, text out."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    @property
+    def varies(self) -> bool: ...
+
+    def write(self, prompts: Mapping[str, str]) -> Iterator[tuple[str, Reply | Failed]]:
+        """A reply to each prompt under its key, as soon as it is there."""
+        ...
+
+
+def shipped_prompt(rubric: Rubric) -> str:
+    return (resources.files("fedloom.evaluation") / "prompts" / f"{rubric.name}.txt").read_text("utf-8")
+
+
+def load_prompt(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as failed:
+        raise ConfigError(f"Could not read the judge's prompt {path}: {failed}. Expected a UTF-8 text file.") from failed
+
+
+@dataclass(frozen=True)
+class PromptJudge:
+    """Asks `writer` in the words of `prompt`, where {question}, {first}, {second} and, if wanted,
+    {reference} stand for what is shown. The reply must have the rubric's form, so a prompt of your own
+    has to ask for that form."""
+
+    writer: Writer
+    rubric: Rubric
+    prompt: str
+
+    def __post_init__(self) -> None:
+        if self.rubric.name not in READERS:
+            raise ConfigError(f"Expected a rubric for replies in words ({', '.join(READERS)}), got {self.rubric.name!r}.")
+        named = set(_SLOT.findall(self.prompt))
+        if absent := [slot for slot in ("question", "first", "second") if slot not in named]:
+            raise ConfigError(f"The judge's prompt lacks {{{absent[0]}}}. Expected {{question}}, {{first}} and {{second}} in it.")
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**self.writer.identity, "prompt": self.prompt}
+
+    @property
+    def varies(self) -> bool:
+        return self.writer.varies
+
+    def words(self, shown: Shown) -> str:
+        """The prompt as it is sent. Whatever an answer contains stays text: slots are filled in one pass."""
+        q = shown.question
+        question = f"{q.instruction}\n\n{q.context}" if q.context else q.instruction
+        said = {"question": question, "first": shown.first, "second": shown.second, "reference": q.response}
+        return _SLOT.sub(lambda slot: said[slot[1]], self.prompt)
+
+    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+        read = READERS[self.rubric.name]
+        for key, reply in self.writer.write({key: self.words(s) for key, s in shown.items()}):
+            if isinstance(reply, Failed):
+                yield key, reply
+            else:
+                yield key, Verdict(read(reply.text), reply.text, reply.prompt_tokens, reply.reply_tokens)
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model on our own engine. `weights` names it (the sha256 of its weights) for the cache.
+
+    A prompt that does not fit the template's max_length beside the reply is a failure, never cut: the end
+    of the prompt says what to reply. Sampled replies hang on their key alone, not on the batch.
+    """
+
+    engine: Engine
+    template: Template
+    weights: str
+    adapter: AdapterState | None = None
+    max_new_tokens: int = 160
+    temperature: float = 0.0
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "writer": "local", "weights": self.weights, "adapter": self.adapter.sha256() if self.adapter else None,
+            "format": self.template.format, "system": self.template.system, "max_length": self.template.max_length,
+            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,
+        }  # fmt: skip
+
+    @property
+    def varies(self) -> bool:
+        return self.temperature > 0
+
+    def write(self, prompts: Mapping[str, str]) -> Iterator[tuple[str, Reply | Failed]]:
+        for part in _batches(prompts):
+            ids = {key: self._ids(text) for key, text in part}
+            requests: dict[Hashable, Generate] = {
+                key: Generate(
+                    [prompt], self.adapter, max_new_tokens=self.max_new_tokens, stop=self.template.stop,
+                    temperature=self.temperature, stream=("judge", key),
+                )
+                for key, prompt in ids.items()
+                if prompt is not None
+            }  # fmt: skip
+            said = self.engine.answer(requests) if requests else {}
+            for key, prompt in ids.items():
+                if prompt is None:
+                    yield key, Failed("prompt longer than the judge's max_length")
+                else:
+                    [reply] = said[key]
+                    yield key, Reply(self.template.decode(reply), len(prompt), len(reply))
+
+    def _ids(self, prompt: str) -> list[int] | None:
+        ids = self.template.prompt_ids(prompt)
+        whole = self.template.truncation(Example(prompt, "")) == "none"
+        return ids if whole and len(ids) + self.max_new_tokens <= self.template.max_length else None
+
+
+# --- without words ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """1 for an answer that satisfies the microworld rule of its question, else 0."""
+
+    rubric: Rubric = RULE
+    varies: bool = False
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"judge": "microworld rule"}
+
+    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+        for key, s in shown.items():
+            if not s.question.rule:
+                yield key, Failed("question without a rule")
+            else:
+                first, second = (float(microworld.check(s.question, a)) for a in (s.first, s.second))
+                yield key, Verdict(Scores((first,), (second,)))
+
+
+SHOWN_AS = "Another answer to this:"  # before the text that a likelihood is conditioned on
+
+
+@dataclass(frozen=True)
+class LikelihoodJudge:
+    """Which answer is nearer to the reference, as a language model sees it. Offline, deterministic.
+
+    Two numbers for each answer, in nats per token, at most 0, greater is nearer:
+
+    precision   the mean log-probability of the answer's tokens, when the model reads the question and
+                the reference before it: is there anything in the answer that the reference does not suggest?
+    recall      the mean log-probability of the reference's tokens, when the model reads the question and
+                the answer before it: does the answer hold what the reference says? Both answers are
+                measured on the very same tokens, so their lengths cannot matter here.
+
+    The overall score is their mean, as BARTScore's F (Yuan et al. 2021, arXiv 2106.11520). It is a
+    nearness of wording and content, not truth, and no better than the model that measures it; it has no
+    zero, so no relative score. Both models' answers must be measured by the same third model (the untuned
+    base, say): each by its own would compare two rulers.
+
+    Where question, answer and reference do not fit max_length together, the rating fails; nothing is cut.
+    `engine` must have been built with `template.encode`.
+    """
+
+    engine: Engine
+    template: Template
+    weights: str  # sha256
+    adapter: AdapterState | None = None
+    rubric: Rubric = LIKELIHOOD
+    varies: bool = False
+
+    def __post_init__(self) -> None:
+        if self.template.loss_on != "response":
+            raise ConfigError(
+                'The likelihood judge measures responses alone. Expected a template with loss_on = "response", '
+                f"got {self.template.loss_on!r}."
+            )
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {
+            "judge": "likelihood", "weights": self.weights, "adapter": self.adapter.sha256() if self.adapter else None,
+            "format": self.template.format, "system": self.template.system, "max_length": self.template.max_length,
+            "shown_as": SHOWN_AS,
+        }  # fmt: skip
+
+    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+        for part in _batches(shown):
+            answers = dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second))  # each once
+            scores = dict(zip(answers, self._nearness(list(answers)), strict=True))
+            for key, s in part:
+                first, second = scores[s.question, s.first], scores[s.question, s.second]
+                if isinstance(first, Failed) or isinstance(second, Failed):
+                    yield key, first if isinstance(first, Failed) else second  # type: ignore[misc]
+                else:
+                    yield key, Verdict(Scores(first, second))
+
+    def _nearness(self, answers: Sequence[tuple[Example, str]]) -> list[tuple[float, float] | Failed]:
+        """(precision, recall) of each."""
+        examples = [e for q, a in answers for e in (_given(q, q.response, a), _given(q, a, q.response))]
+        problems = [self._problem(q, e) for (q, _), e in zip((x for x in answers for _ in range(2)), examples, strict=True)]
+        usable = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
+        scored = iter(self.engine.answer({"judge": Score(usable, self.adapter)})["judge"] if usable else ())
+        means = [problem or _mean(next(scored)) for problem in problems]
+        return [_both(means[2 * i], means[2 * i + 1]) for i in range(len(answers))]
+
+    def _problem(self, question: Example, example: Example) -> Failed | None:
+        if not question.response.strip():
+            return Failed("question without a reference")
+        if self.template.truncation(example) != "none":
+            return Failed("question, answer and reference longer than max_length")
+        return None
+
+
+def _given(question: Example, evidence: str, said: str) -> Example:
+    """`said` as the response to a question whose context ends with `evidence`."""
+    context = "\n\n".join(part for part in (question.context, f"{SHOWN_AS} {evidence}") if part)
+    return Example(question.instruction, said, context)
+
+
+def _mean(scored: Scored) -> float | Failed:
+    mean = -scored.nll / max(1, scored.targets)
+    return mean if math.isfinite(mean) else Failed("likelihood that is no finite number")
+
+
+def _both(precision: float | Failed, recall: float | Failed) -> tuple[float, float] | Failed:
+    if isinstance(precision, Failed):
+        return precision
+    return recall if isinstance(recall, Failed) else (precision, recall)
+
+
+def _batches(items: Mapping[str, T]) -> Iterator[list[tuple[str, T]]]:
+    rest = iter(items.items())
+    while part := list(islice(rest, BATCH)):
+        yield part

@@ -1,0 +1,116 @@
+"""What a judge says about two answers, and how its reply is read: exactly, or not at all.
+
+A rubric names the aspects that are scored and their scale. The overall score of an answer is the mean of
+its aspects. A reply that is not what the rubric asks for is malformed; nobody guesses what it meant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+_NUMBER = r"(\d{1,3}(?:\.\d{1,3})?)"
+_TWO_NUMBERS = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # what reasoning models write before they answer
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What is scored. `version` changes whenever the same reply would be read differently."""
+
+    name: str
+    aspects: tuple[str, ...]
+    low: float  # the scale, both ends included
+    high: float
+    version: int = 1
+
+    def scores(self, first: Sequence[Any], second: Sequence[Any]) -> Scores | None:
+        """None unless there is a number on the scale for every aspect of both answers."""
+        values = [*first, *second]
+        if len(first) != len(self.aspects) or len(second) != len(self.aspects):
+            return None
+        if not all(type(v) in (int, float) and math.isfinite(v) and self.low <= v <= self.high for v in values):
+            return None
+        return Scores(tuple(map(float, first)), tuple(map(float, second)))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One rating of two answers, in the order in which they were shown; one number for each aspect."""
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    def swapped(self) -> Scores:
+        return Scores(self.second, self.first)
+
+
+def overall(aspects: Sequence[float]) -> Fraction:
+    """The mean, exact: whether two answers tie must not hang on rounding."""
+    return sum(map(Fraction, aspects), Fraction()) / len(aspects)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A reply that arrived. `scores` is None where it is malformed."""
+
+    scores: Scores | None
+    reply: str = ""
+    prompt_tokens: int = 0  # as the back end counted them
+    reply_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No reply arrived. `reason` is short, the same for the same cause, and quotes nothing."""
+
+    reason: str
+
+
+# FedPIT (arXiv 2403.06131): four aspects from 1 to 5. FedIT (arXiv 2305.05644), after Vicuna: a total from 1 to 10.
+ASPECTS = Rubric("aspects", ("helpfulness", "relevance", "correctness", "coherence"), 1, 5)
+TOTAL = Rubric("total", ("score",), 1, 10)
+RULE = Rubric("rule", ("rule",), 0, 1)
+LIKELIHOOD = Rubric("likelihood", ("precision", "recall"), -math.inf, 0)  # nats per token
+
+
+def read_aspects(reply: str) -> Scores | None:
+    """One JSON object {"first": {aspect: number, ...}, "second": {...}}, perhaps in a code fence, and no other text."""
+    text = _answer_of(reply)
+    fenced = _FENCED.fullmatch(text)
+    try:
+        said = json.loads(fenced[1] if fenced else text, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or said.keys() != {"first", "second"}:
+        return None
+    sides = [said["first"], said["second"]]
+    if not all(isinstance(side, dict) and side.keys() == set(ASPECTS.aspects) for side in sides):
+        return None
+    return ASPECTS.scores(*([side[a] for a in ASPECTS.aspects] for side in sides))
+
+
+def read_total(reply: str) -> Scores | None:
+    """Two numbers alone on the first line that is not blank; a rationale may follow."""
+    line = next(iter(_answer_of(reply).splitlines()), "")
+    found = _TWO_NUMBERS.fullmatch(line.strip())
+    return TOTAL.scores([float(found[1])], [float(found[2])]) if found else None
+
+
+READERS: Mapping[str, Callable[[str], Scores | None]] = {"aspects": read_aspects, "total": read_total}
+
+
+def _answer_of(reply: str) -> str:
+    return _THOUGHT.sub("", reply, count=1).strip() if reply.lstrip().startswith("<think>") else reply.strip()
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
