@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from fedloom.errors import ModelError
 
 NAME = "fedloom"
-DENSE_LENGTH = 1024  # longest example for which all scores are kept; beyond it, flash kernels
+DENSE_LENGTH = 512  # longest example for which all scores are kept; beyond it, flash kernels
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")  # sinks, T5 and ALiBi biases
 
 

@@ -27,6 +27,7 @@ from fedloom.engine import reference, selfcheck
 from fedloom.engine.bank import AdapterBank, RowGroup
 from fedloom.engine.fitting import LocalTraining, fit_all, score_all
 from fedloom.engine.forward import PackedModel
+from fedloom.engine.generation import generate_all
 from fedloom.engine.layers import ActivePass, inject
 from fedloom.engine.layout import AdapterLayout, LoraSpec
 from fedloom.engine.packing import Encoder, Pass
@@ -143,8 +144,6 @@ class LoraEngine:
                 self._slow, {**fits, **scores}, encode=self._encode, local=self.local, seed=self.seed
             )
         if prompts:
-            from fedloom.engine.generation import generate_all
-
             answers |= generate_all(self, prompts)
         return {key: answers[key] for key in requests}
 

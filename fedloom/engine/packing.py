@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -133,8 +134,8 @@ def pack(
     def joined(parts: list[Tensor], pad: int, fill: int = 0) -> Tensor:
         return torch.cat([*parts, torch.full((pad,), fill, dtype=torch.long)])
 
-    starts = [sum(lengths[:i]) for i in range(len(items))]
-    label_at = [start + item.example.at for start, (_, item) in zip(starts, items, strict=True)]
+    starts = accumulate(lengths, initial=0)
+    label_at = [start + item.example.at for start, (_, item) in zip(starts, items, strict=False)]
     place = {row: index for index, row in enumerate(rows)} | {-1: -1}
     owner = joined([torch.full((len(i.example.ids),), place[i.row]) for _, i in items], padding, -1)
     keys = [item.keys for _, item in items if item.keys is not None]

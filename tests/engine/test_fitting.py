@@ -206,9 +206,11 @@ def test_more_jobs_than_rows_are_answered_in_waves():
     trained = engine(llama(), path="fast")
     jobs = {k: Fit(moved(trained.layout, seed=k), examples(2 + k, k)) for k in range(5)}
     jobs |= {("score", k): Score(examples(2, k), jobs[k].adapter) for k in range(5)}
+    jobs["base"] = Score(examples(3))
     whole = trained.answer(jobs)
     trained._packed.plan = replace(trained._packed.plan, rows=2)
     waves = trained.answer(jobs)
+    assert len(waves["base"]) == 3
     for k in range(5):
         assert distance(waves[k].adapter, whole[k].adapter) < 3e-4
         one, other = ([s.nll for s in answers[("score", k)]] for answers in (whole, waves))
