@@ -105,6 +105,7 @@ class Template:
                 "set eos_token in its tokenizer_config.json."
             )
         self.end = end
+        self._begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.stop = frozenset({end} | ({tokenizer.eos_token_id} - {None}))
 
     def prompt(self, example: Example | str, context: str = "") -> str:
@@ -137,6 +138,20 @@ class Template:
         least 16 tokens; at last the end of the instruction. `truncation` tells which was the last resort.
         """
         return self._encode(example)[0]
+
+    def contrast(self, example: Example) -> tuple[Tokens, Tokens]:
+        """The response after its prompt, and the very same tokens after the beginning of text alone.
+
+        In both exactly the response and its end are labelled, whatever `loss_on` says. Where the tokenizer
+        begins no text, the end of a text stands before the lone response, as it does in pretraining.
+        """
+        prompt, answer, _ = self._pieces(example)
+        beginning = self._text.opening or [self._begin]
+        return _labelled(prompt, answer), _labelled(beginning, answer)
+
+    def document_ids(self, text: str) -> list[int]:
+        """Text that a base model is to continue, from its beginning, in no format; all of it plain text."""
+        return [*self._text.opening, *self._text.ids(text, after=next(iter(self._text.opening), None))]
 
     def truncation(self, example: Example) -> Cut:
         """What `encode` cuts off this example."""
@@ -173,6 +188,13 @@ class Template:
         return text.strip()
 
     def _encode(self, example: Example) -> tuple[Tokens, Cut]:
+        prompt, answer, cut = self._pieces(example)
+        if self.loss_on == "all":
+            return _labelled(prompt[:1], [*prompt[1:], *answer]), cut
+        return _labelled(prompt, answer), cut
+
+    def _pieces(self, example: Example) -> tuple[list[int], list[int], Cut]:
+        """Prompt, response with its end, and what was cut to make both fit."""
         last = self._parts[bool(example.context)][-1]
         text = example.response.strip() if self._trim else example.response
         answer = self._text.ids(self._lead + text + self._tail, after=last)
@@ -186,9 +208,7 @@ class Template:
         kept = [*answer, self.end][: self.max_length - len(prompt)]
         if cut != "instruction" and len(kept) <= len(answer):
             cut = "response"
-        ids = (*prompt, *kept)
-        unlabelled = 1 if self.loss_on == "all" else max(len(prompt), 1)
-        return Tokens(ids, (False,) * unlabelled + (True,) * (len(ids) - unlabelled)), cut
+        return prompt, kept, cut
 
     def _fit_prompt(
         self, instruction: str, context: str, wanted: int, *, at_most: int | None = None
@@ -229,6 +249,13 @@ class Template:
     def _words(self, instruction: str, context: str) -> dict[str, str]:
         words = {INSTRUCTION: instruction, CONTEXT: context, SYSTEM: self.system}
         return {slot: text.strip() for slot, text in words.items()} if self._trim else words
+
+
+def _labelled(before: Sequence[int], after: Sequence[int]) -> Tokens:
+    """One sequence of which the second part is learnt, or all but the first token where there is no first part."""
+    ids = (*before, *after)
+    unlabelled = max(len(before), 1)
+    return Tokens(ids, (False,) * unlabelled + (True,) * (len(ids) - unlabelled))
 
 
 def _fill(text: str, words: dict[str, str]) -> str:

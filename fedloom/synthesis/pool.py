@@ -1,0 +1,36 @@
+"""Examples from a pool in the place of generated ones: what better or worse synthetic data would bring.
+
+FedPIT's ablation: real held-out examples of the same kind ("ideal"), of a related domain, of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedloom.data.example import Example
+from fedloom.errors import ConfigError
+from fedloom.rng import Name, numpy_stream
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+from fedloom.synthesis.candidates import Candidate, Synthesis
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPool:
+    """A synthesizer that asks no model: `candidates` of the pool without replacement, drawn by `stream`."""
+
+    pool: Sequence[Example]
+    seed: int = 0
+    candidates: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.candidates <= len(self.pool):
+            raise ConfigError(f"Expected {self.candidates=} between 1 and the {len(self.pool)} examples of the pool.")
+
+    def __call__(
+        self, examples: Sequence[Example], adapter: AdapterState | None, *, stream: tuple[Name, ...]
+    ) -> Steps[Synthesis]:
+        yield from ()
+        drawn = numpy_stream(self.seed, "synthesis", "pool", *stream).permutation(len(self.pool))
+        return Synthesis(tuple(Candidate(self.pool[i]) for i in drawn[: self.candidates]))

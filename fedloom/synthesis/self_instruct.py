@@ -1,0 +1,252 @@
+"""New instructions and responses from a client's own examples, by a model that continues numbered lists.
+
+FedPIT's self-generation (arXiv 2403.06131v3, section 3.3), after Self-Instruct (Wang et al. 2022,
+https://arxiv.org/abs/2212.10560), in two phases:
+
+1. Instructions. Eight of the client's instructions, drawn at random, as a numbered list; the model
+   writes the ninth.
+2. Responses. A few of the client's examples as numbered worked tasks, then the new instruction; the
+   model writes the rest, an input of its own first where it finds that one is needed. An answer
+   without the response marker is asked for again with other examples, three times in all.
+
+What the filters leave over is returned, with the fate of every candidate. Decoding is greedy, so all
+variety comes from the draw of demonstrations, and a prompt that has been answered is not asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedloom.data.example import Example
+from fedloom.data.text import words
+from fedloom.errors import ConfigError
+from fedloom.rng import Name, numpy_stream
+from fedloom.state import AdapterState
+from fedloom.steps import Generate, Steps
+from fedloom.synthesis.candidates import KEPT, Candidate, Synthesis
+from fedloom.synthesis.filters import Filters, LocalTexts
+
+NO_INPUT = ("<noinput>", "noinput", "none", "n/a")  # how models say that a task needs no input
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    """The text of the two prompts. The defaults are what the embedded base model was pretrained on."""
+
+    list_opening: str = "Come up with a list of tasks."
+    list_item: str = "Task {number}: {instruction}"
+    worked_opening: str = "Here is a list of tasks.\n"
+    worked_item: str = "Task {number}\nInstruction: {instruction}\n"
+    input: str = "Input:"
+    output: str = "Output:"
+    item_end: str = "\n\n"  # what follows a worked task; a demonstration that contains it has a newline there
+
+    def instruction_prompt(self, shown: Sequence[Example]) -> str:
+        """The client's instructions, each on one line, up to the number of the next."""
+        told = [" ".join(e.instruction.split()) for e in shown]
+        lines = [self.list_item.format(number=i, instruction=text) for i, text in enumerate([*told, ""], 1)]
+        return "\n".join(line for line in [self.list_opening, *lines] if line).rstrip()
+
+    def response_prompt(self, shown: Sequence[Example], instruction: str) -> str:
+        """Worked examples, then the new instruction up to where an input or an output begins."""
+        items = [self._opened(i, e.instruction) + self._worked(e) for i, e in enumerate(shown, 1)]
+        opening = [self.worked_opening] if self.worked_opening else []
+        return "\n".join([*opening, *(item + "\n" for item in items), self._opened(len(shown) + 1, instruction)])
+
+    def _opened(self, number: int, instruction: str) -> str:
+        return self.worked_item.format(number=number, instruction=self._inline(instruction))
+
+    def _worked(self, e: Example) -> str:
+        context = f"{self.input} {self._inline(e.context)}\n" if e.context else ""
+        return f"{context}{self.output} {self._inline(e.response)}"
+
+    def _inline(self, text: str) -> str:
+        return text.strip().replace(self.item_end, "\n")
+
+
+SELF_INSTRUCT = Wording(
+    list_opening="Come up with a series of tasks:\n",
+    worked_opening="Come up with an output for each of the following tasks. Give an input first where the task needs one.\n",
+    item_end="\n\nTask ",
+)
+"""For base models that have read the web: their answers may have paragraphs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInstruct:
+    """A synthesizer: call it with a client's examples and the *global* adapter, which is the generator.
+
+    What it generates is a function of (seed, stream, examples, adapter): not of other clients, of batch
+    width or of how often a run was resumed. `decode` must keep blanks and newlines.
+    """
+
+    encode: Callable[[str], Sequence[int]]  # a document as the model reads it, from its beginning
+    decode: Callable[[Sequence[int]], str]
+    stop: frozenset[int]  # tokens that end a text
+    seed: int = 0
+    wording: Wording = Wording()
+    filters: Filters = field(default_factory=Filters)
+    candidates: int = 32  # instructions that go on to be answered
+    attempts: int = 96  # draws of demonstrations for instructions, at most
+    shown: int = 8  # instructions in a list; all of them, permuted, where the client has fewer
+    worked: int = 3  # worked examples in front of a new instruction
+    trials: int = 3  # of an answer
+    instruction_tokens: int = 64
+    response_tokens: int = 512
+    context_words: int = 150  # of an input the model writes
+    context_length: int = 2048  # tokens the model reads; where they do not suffice, fewer examples are shown
+    temperature: float = 0.0  # 0: greedy
+    distinct: Literal["instruction", "sample"] = "instruction"  # or "sample": the same instruction again is fine with another input
+
+    def __post_init__(self) -> None:
+        low = [f for f in ("candidates", "attempts", "shown", "worked", "trials", "instruction_tokens", "response_tokens") if getattr(self, f) < 1]
+        if low:
+            raise ConfigError(f"Expected {low[0]} of at least 1, got {getattr(self, low[0])}.")
+        if self.distinct not in ("instruction", "sample"):
+            raise ConfigError(f'Expected distinct = "instruction" or "sample", got {self.distinct!r}.')
+        if self.context_length <= max(self.instruction_tokens, self.response_tokens):
+            raise ConfigError(
+                f"A context of {self.context_length} tokens leaves no room for a prompt beside an answer of "
+                f"{max(self.instruction_tokens, self.response_tokens)}."
+            )
+
+    def __call__(
+        self, examples: Sequence[Example], adapter: AdapterState | None, *, stream: tuple[Name, ...]
+    ) -> Steps[Synthesis]:
+        """Both phases and the filters. A client without examples gets an empty `Synthesis`."""
+        if not examples:
+            return Synthesis()
+        local = LocalTexts(examples, self.filters)
+        drawn = yield from self._instructions(examples, adapter, local, stream)
+        found = yield from self._responses(drawn.candidates, examples, adapter, stream)
+        return replace(drawn, candidates=self._filtered(found, local))
+
+    def _instructions(
+        self, examples: Sequence[Example], adapter: AdapterState | None, local: LocalTexts, stream: tuple[Name, ...]
+    ) -> Steps[Synthesis]:
+        """Phase 1: draw until enough instructions pass, or the attempts are used up."""
+        candidates: list[Candidate] = []
+        asked: set[tuple[int, ...]] = set()
+        passed: set[str] = set()
+        good = draws = repeated = 0
+        stop = self._stop_at("\n")
+        while good < self.candidates and draws < self.attempts:
+            prompts: list[tuple[int, ...]] = []
+            first = draws
+            while len(prompts) < self.candidates - good and draws < self.attempts:
+                shown = self._draw(examples, self.shown, *stream, "instruction", draws)
+                draws += 1
+                prompt = self._fitting(self.wording.instruction_prompt, shown, self.instruction_tokens)
+                if self.temperature == 0 and prompt in asked:
+                    repeated += 1
+                    continue
+                asked.add(prompt)
+                prompts.append(prompt)
+            if not prompts:
+                break
+            answers: list[list[int]] = yield Generate(
+                prompts, adapter, self.instruction_tokens, stop, self.temperature, ("synthesis", *stream, "instruction", first)
+            )
+            for ids in answers:
+                text, ended = self._until("\n", ids, self.instruction_tokens)
+                fate = ("failed/unfinished" if not ended else "failed/empty" if not text
+                        else _fate(self.filters.instruction(text) or local.instruction(text)))  # fmt: skip
+                key = " ".join(words(text))
+                if fate == KEPT and self.distinct == "instruction" and key in passed:
+                    fate = "filtered/duplicate"
+                if fate == KEPT:
+                    passed.add(key)
+                    good += 1
+                name = "/".join(str(part) for part in (*stream, len(candidates)))
+                candidates.append(Candidate(Example(text, "", id=f"synthetic:{name}"), fate))
+        return Synthesis(tuple(candidates), repeated)
+
+    def _responses(
+        self, candidates: Sequence[Candidate], examples: Sequence[Example], adapter: AdapterState | None, stream: tuple[Name, ...]
+    ) -> Steps[list[Candidate]]:
+        """Phase 2: answer what passed, again with other examples where the answer has not the form."""
+        found = list(candidates)
+        asked: set[tuple[int, ...]] = set()
+        waiting = [index for index, c in enumerate(found) if c.fate == KEPT]
+        stop = self._stop_at(self.wording.item_end)
+        for trial in range(self.trials):
+            prompts: dict[int, tuple[int, ...]] = {}
+            for index in waiting:
+                instruction = found[index].example.instruction
+                shown = self._draw(examples, self.worked, *stream, "response", index, trial)
+                prompt = self._fitting(lambda few, i=instruction: self.wording.response_prompt(few, i), shown, self.response_tokens)  # type: ignore[misc]
+                if self.temperature > 0 or prompt not in asked:
+                    prompts[index] = prompt
+            if not prompts:
+                break
+            asked.update(prompts.values())
+            answers: list[list[int]] = yield Generate(
+                list(prompts.values()), adapter, self.response_tokens, stop, self.temperature, ("synthesis", *stream, "response", trial)
+            )
+            for index, ids in zip(prompts, answers, strict=True):
+                found[index] = self._answered(found[index].example, ids)
+            waiting = [index for index in waiting if found[index].fate != KEPT]
+        return found
+
+    def _answered(self, example: Example, ids: Sequence[int]) -> Candidate:
+        text, ended = self._until(self.wording.item_end, ids, self.response_tokens)
+        before, marker, response = text.partition(self.wording.output)
+        context = before.strip()
+        if not marker or (context and not context.startswith(self.wording.input)):
+            return Candidate(example, "failed/no-output")
+        context = context.removeprefix(self.wording.input).strip()
+        if context.lower() in NO_INPUT:
+            context = ""
+        answered = replace(example, context=context, response=response.strip())
+        if not ended:
+            return Candidate(answered, "failed/unfinished-output")
+        if not answered.response:
+            return Candidate(answered, "failed/empty-output")
+        if len(words(context)) > self.context_words:
+            return Candidate(answered, "failed/long-input")
+        return Candidate(answered)
+
+    def _filtered(self, candidates: Sequence[Candidate], local: LocalTexts) -> tuple[Candidate, ...]:
+        seen: set[tuple[str, str]] = set()
+        out: list[Candidate] = []
+        for c in candidates:
+            if c.fate == KEPT:
+                key = (" ".join(words(c.example.instruction)), " ".join(words(c.example.context)))
+                code = self.filters.response(c.example.response) or local.example(c.example)
+                c = replace(c, fate=_fate(code or ("duplicate" if key in seen else None)))
+                if c.fate == KEPT:
+                    seen.add(key)
+            out.append(c)
+        return tuple(out)
+
+    def _draw(self, examples: Sequence[Example], count: int, *name: Name) -> list[Example]:
+        order = numpy_stream(self.seed, "synthesis", *name).permutation(len(examples))
+        return [examples[i] for i in order[:count]]
+
+    def _fitting(
+        self, render: Callable[[Sequence[Example]], str], shown: Sequence[Example], answer: int
+    ) -> tuple[int, ...]:
+        """The prompt with as many examples as fit beside an answer; the longest go first."""
+        few = list(shown)
+        while True:
+            prompt = tuple(self.encode(render(few)))
+            if len(prompt) + answer <= self.context_length or not few:
+                return prompt
+            few.remove(max(few, key=lambda e: len(e.instruction) + len(e.context) + len(e.response)))
+
+    def _until(self, end: str, ids: Sequence[int], limit: int) -> tuple[str, bool]:
+        """The answer up to `end`, and whether it ended at all: there, or by a stop token."""
+        text, found, _ = self.decode(ids).lstrip().partition(end)
+        return text.strip(), bool(found) or len(ids) < limit
+
+    def _stop_at(self, end: str) -> frozenset[int]:
+        """Where one token spells `end`, generation need not go on to the limit."""
+        plain, ended = list(self.encode("a")), list(self.encode(f"a{end}"))
+        known = ended[:-1] == plain and self.decode(ended[-1:]) == end
+        return self.stop | {ended[-1]} if known else self.stop
+
+
+def _fate(code: str | None) -> str:
+    return KEPT if code is None else f"filtered/{code}"
