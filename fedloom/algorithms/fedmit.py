@@ -1,0 +1,52 @@
+"""FedMIT: FewFedPIT without isolation, its ablation (https://arxiv.org/abs/2403.06131v3, section 4.3).
+
+The same synthetic examples, made and selected the same way, but one adapter is trained on them and the
+local examples together, and uploaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.synthetic import (
+    Contrast,
+    Rule,
+    Synthesizer,
+    fit_anew,
+    select,
+    synthesis_metrics,
+    synthetic_examples,
+)
+from fedloom.client import Client
+from fedloom.messages import Broadcast, Update
+from fedloom.steps import Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedMIT(Averaging):
+    synthesize: Synthesizer
+    contrast: Contrast
+    keep: int = 16  # synthetic examples trained on in a round
+    rule: Rule = "ifs"
+    drop_unhelpful: bool = False
+    every: int | None = 1  # rounds between generations; None: once
+
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+        start = message.adapter
+        scorer = yield from client.fit(start, round=message.round)
+        candidates = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
+        chosen = yield from select(
+            candidates, scorer.adapter, self.contrast,
+            keep=self.keep, rule=self.rule, drop_unhelpful=self.drop_unhelpful,
+        )  # fmt: skip
+        together = [*client.examples, *chosen.examples]
+        fitted = yield from fit_anew(client, start, together, round=message.round, purpose="mixed")
+        metrics = {
+            "loss": fitted.loss,
+            "steps": scorer.steps + fitted.steps,
+            "tokens": scorer.tokens + fitted.tokens,
+            **chosen.metrics,
+            **synthesis_metrics(client),
+        }
+        return Update(client.id, {"delta": fitted.adapter - start}, len(client.examples), metrics)

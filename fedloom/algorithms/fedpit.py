@@ -1,0 +1,44 @@
+"""FedPIT, first version (https://arxiv.org/abs/2403.06131v1): parameter-isolated training.
+
+Each client has two adapters. The public one starts from the received adapter, is trained on synthetic
+examples alone, and is all that leaves. The private one is trained on local and synthetic examples, lives
+in the client's memory and never leaves it; it is the client's personal model.
+
+Given the synthetic examples, no bit of the upload depends on the client's own. They do depend on them,
+since they were generated from private demonstrations; that path is what filters and audits are for.
+
+Reconstructed from the abstract: the paper's algorithm listing was not available.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.synthetic import Synthesizer, fit_anew, synthesis_metrics, synthetic_examples
+from fedloom.client import Client
+from fedloom.messages import Broadcast, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedPIT(Averaging):
+    synthesize: Synthesizer
+    every: int | None = 1  # rounds between generations; None: once
+
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+        start = message.adapter
+        synthetic = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
+
+        own: AdapterState = client.memory.get("private", start)
+        private = yield from fit_anew(
+            client, own, [*client.examples, *synthetic], round=message.round, purpose="private"
+        )
+        client.memory["private"] = private.adapter
+
+        public = yield from fit_anew(client, start, synthetic, round=message.round, purpose="public")
+        metrics = {"steps": public.steps, "tokens": public.tokens, **synthesis_metrics(client)}
+        if synthetic:
+            metrics["loss"] = public.loss
+        return Update(client.id, {"delta": public.adapter - start}, len(client.examples), metrics)

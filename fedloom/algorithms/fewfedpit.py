@@ -1,0 +1,101 @@
+"""FewFedPIT, in its journal version PPFedIT (https://arxiv.org/abs/2403.06131v3), Algorithm 1.
+
+Each round a client makes synthetic examples with the model it has received, trains a private adapter on
+its own examples, keeps the synthetic examples that this private adapter finds easiest to follow, trains
+a public adapter on those, and uploads only a mix of the two. Both start from the received adapter, and
+neither survives the round.
+
+With a private share of 1 this is FedIT, to the bit. The upload does depend on private examples, for
+every share: above 0 through the private adapter, at 0 through which examples were made and selected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.synthetic import (
+    Contrast,
+    Rule,
+    Synthesizer,
+    fit_anew,
+    select,
+    synthesis_metrics,
+    synthetic_examples,
+)
+from fedloom.client import Client
+from fedloom.errors import ConfigError
+from fedloom.messages import Broadcast, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewFedPIT(Averaging):
+    synthesize: Synthesizer
+    contrast: Contrast
+    private_share: float = 0.5  # beta
+    keep: int = 16  # M: synthetic examples trained on in a round
+    rule: Rule = "ifs"  # which ones
+    drop_unhelpful: bool = False  # those whose response is no likelier after the instruction than alone
+    every: int | None = 1  # rounds between generations; None: once
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.private_share <= 1:
+            raise ConfigError(f"Expected algorithm.private_share in [0, 1], got {self.private_share}.")
+
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+        start = message.adapter
+        # First, though Algorithm 1 has it second (neither needs the other): so all clients of a cohort train
+        # in the same batches as under FedAvg, however long each takes to generate.
+        private = yield from client.fit(start, round=message.round)
+        candidates = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
+        chosen = yield from select(
+            candidates, private.adapter, self.contrast,
+            keep=self.keep, rule=self.rule, drop_unhelpful=self.drop_unhelpful,
+        )  # fmt: skip
+        public = yield from fit_anew(client, start, chosen.examples, round=message.round, purpose="public")
+
+        delta = mixed(private.adapter - start, public.adapter - start, self.private_share)
+        metrics = {
+            "loss": private.loss,
+            "steps": private.steps + public.steps,
+            "tokens": private.tokens + public.tokens,
+            "cross_term": cross_term(private.adapter, public.adapter, self.private_share),
+            **chosen.metrics,
+            **synthesis_metrics(client),
+        }
+        return Update(client.id, {"delta": delta}, len(client.examples), metrics)
+
+
+def mixed(private: AdapterState, public: AdapterState, share: float) -> AdapterState:
+    """share * private + (1 - share) * public, factor by factor."""
+    # Not 1 * x + 0 * y at the ends: that turns -0 into 0, and a diverged y into NaN everywhere.
+    if share == 1:
+        return private
+    if share == 0:
+        return public
+    return share * private + (1 - share) * public
+
+
+def cross_term(private: AdapterState, public: AdapterState, share: float) -> float:
+    """How far the product of mixed factors is from the mix of products, relative to the former.
+
+    The difference is share (1 - share) (B^l - B^s)(A^l - A^s), of second order while both stay close to
+    where they started. Frobenius norms over all layers; 0 for adapters without factor pairs.
+    """
+    both = mixed(private, public, share)
+    apart = _product_norm(private - public)
+    whole = _product_norm(both)
+    return share * (1 - share) * apart / whole if whole else 0.0
+
+
+def _product_norm(adapter: AdapterState) -> float:
+    """||BA|| over all layers, from r x r matrices: ||BA||^2 = tr((B'B)(AA'))."""
+    total = 0.0
+    for name, a in adapter.items():
+        pair = name.replace("lora_A", "lora_B")
+        if pair != name and pair in adapter:
+            a, b = a.double(), adapter[pair].double()  # (r, n), (m, r)
+            total += float(((b.T @ b) * (a @ a.T)).sum())
+    return max(total, 0.0) ** 0.5

@@ -1,0 +1,41 @@
+"""Local-only tuning on local and synthetic examples: what generating alone is worth, without a federation.
+
+LocIT+SA in FedPIT's tables. The generator is the untuned base, which every client has at the beginning,
+and generates once; from then on this is `LocalOnly` with a larger set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.local_only import LocalOnly
+from fedloom.algorithms.synthetic import Synthesizer, synthesis_metrics, synthetic_examples
+from fedloom.client import Client
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+
+TUNING = LocalOnly()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAugmented:
+    synthesize: Synthesizer
+
+    def init(self, adapter: AdapterState) -> ServerState:
+        return TUNING.init(adapter)
+
+    def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
+        return TUNING.broadcast(state, client)
+
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+        synthetic = yield from synthetic_examples(client, message.adapter, message, self.synthesize, every=None)
+        # The copy shares this client's memory, so the adapter and the place in the order stay with it.
+        augmented = replace(client, examples=[*client.examples, *synthetic])
+        update = yield from TUNING.client(message, augmented)
+        return replace(update, metrics={**update.metrics, **synthesis_metrics(client)})
+
+    def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        return TUNING.server(state, updates)

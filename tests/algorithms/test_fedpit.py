@@ -1,0 +1,99 @@
+"""FedPIT v1: what leaves is a function of the synthetic examples alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fedloom.algorithms.fedpit import FedPIT
+from fedloom.algorithms.fewfedpit import FewFedPIT
+from fedloom.messages import Broadcast
+from fedloom.state import AdapterState
+from fedloom.steps import Generate, Score
+from fedloom.transport import wire
+from tests.algorithms.talking import Echoing, Making, contrast, fits, one_round
+from tests.fakes import A, numbers, say, state
+
+
+def fedpit(*made: float, **options: Any) -> FedPIT:
+    return FedPIT(**{"synthesize": Making([say(x) for x in made]), **options})
+
+
+def test_one_round_by_hand() -> None:
+    # Public, on 6 alone: 0 -> 3. Private, on local 8 and synthetic 6 in some order: 0 -> 4 -> 5 or 0 -> 3 -> 5.5.
+    update, _, client = one_round(fedpit(6.0), [8.0])
+    assert numbers(update.delta) == [3.0, 3.0]
+    assert numbers(client.memory["private"])[0] in (5.0, 5.5)
+    assert update.weight == 1
+    assert list(update.states) == ["delta"]
+
+
+@pytest.mark.parametrize("private", [0.0, 7.0, 1e6])
+def test_given_the_synthetic_examples_an_upload_does_not_move_one_bit_when_private_ones_change(private: float) -> None:
+    one, other = (one_round(fedpit(6.0, 5.0), [x, x])[0] for x in (8.0, private))
+    assert wire.pack_update(one) == wire.pack_update(other)  # tensors, weight and metrics
+
+
+def test_an_upload_of_fewfedpit_does_move() -> None:
+    algorithm = FewFedPIT(synthesize=Making([say(6.0), say(5.0)]), contrast=contrast)
+    one, other = (one_round(algorithm, [x, x])[0] for x in (8.0, 7.0))
+    assert one.delta.sha256() != other.delta.sha256()
+
+
+def test_the_upload_starts_from_the_received_adapter_in_every_round() -> None:
+    _, engine, _ = one_round(fedpit(6.0), [8.0], start=2.0, memory={"private": state(9.0, 9.0)}, round=3)
+    private, public = fits(engine)
+    assert numbers(public.adapter) == [2.0, 2.0]
+    assert numbers(private.adapter) == [9.0, 9.0]
+
+
+def test_the_private_adapter_goes_on_from_round_to_round_on_local_and_synthetic_examples() -> None:
+    memory: dict[str, Any] = {}
+    one_round(fedpit(6.0), [8.0], memory=memory)
+    after_one: AdapterState = memory["private"]
+    _, engine, _ = one_round(fedpit(6.0), [8.0], start=1.0, memory=memory, round=1)
+    private = fits(engine)[0]
+    assert private.adapter is after_one
+    assert sorted(e.response for e in private.examples) == ["6.0", "8.0"]
+
+
+def test_no_value_of_the_private_adapter_leaves_the_client() -> None:
+    update, _, client = one_round(fedpit(6.0), [8.0])
+    assert client.memory["private"][A].numpy().tobytes() not in wire.pack_update(update)
+
+
+def test_the_generator_is_the_received_adapter() -> None:
+    _, engine, _ = one_round(fedpit(synthesize=Echoing()), [8.0], start=2.0, memory={"private": state(9.0, 9.0)}, round=1)
+    assert [numbers(r.adapter) for r in engine.of(Generate)] == [[2.0, 2.0]]
+    assert [e.response for e in fits(engine)[1].examples] == ["2.0"]
+
+
+def test_nothing_is_scored() -> None:
+    assert one_round(fedpit(6.0), [8.0])[1].of(Score) == []
+
+
+def test_without_synthetic_examples_nothing_is_learnt_from_the_client() -> None:
+    update, _, client = one_round(fedpit(), [8.0], start=2.0)
+    assert numbers(update.delta) == [0.0, 0.0]
+    assert "loss" not in update.metrics
+    assert numbers(client.memory["private"]) == [5.0, 5.0]
+
+
+def test_a_client_that_was_resumed_goes_on_as_if_it_had_not_been() -> None:
+    algorithm = fedpit(6.0, 5.0, 7.0, every=None)
+    _, _, client = one_round(algorithm, [8.0, 9.0])
+    private = client.memory["private"]
+    restored = {**json.loads(json.dumps({k: v for k, v in client.memory.items() if v is not private})), "private": private}
+    on = one_round(algorithm, [8.0, 9.0], start=1.0, memory=client.memory, round=1)
+    again = one_round(algorithm, [8.0, 9.0], start=1.0, memory=restored, round=1)
+    assert wire.pack_update(on[0]) == wire.pack_update(again[0])
+    assert on[2].memory["private"].sha256() == again[2].memory["private"].sha256()
+
+
+def test_a_broadcast_carries_the_adapter_alone() -> None:
+    algorithm = fedpit(6.0)
+    message = algorithm.broadcast(algorithm.init(state(1.0)), "a")
+    assert isinstance(message, Broadcast)
+    assert list(message.states) == ["adapter"]
