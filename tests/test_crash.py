@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedloom import checkpoint, durable, results, simulate
+from fedloom.config import load
 from fedloom.errors import RunError
 from fedloom.report import card, page
 from fedloom.run import Listener
@@ -150,3 +153,40 @@ def test_a_folder_with_a_run_is_not_started_over(toy: None, tmp_path: Path) -> N
     start_or_resume(tmp_path)
     with pytest.raises(RunError, match="already holds a run"):
         simulate.run(TOY, tmp_path)
+
+
+# --- real processes ------------------------------------------------------------------------------------------
+
+TINY = [
+    "model.base=random:llama", "rounds=100000", "adapter.rank=1", "data.examples=32", "data.clients=2", "data.hold_out=1",
+    "evaluation.answers=0", "evaluation.every=100000", "examples_per_round=1",
+]  # fmt: skip
+
+
+def fedloom(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "fedloom", *arguments], text=True, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_so_plainly_and_can_be_resumed(tmp_path: Path, number: signal.Signals) -> None:
+    with fedloom("run", *TINY, "--out", str(tmp_path / "run")) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("round 2/"):
+                process.send_signal(number)
+                break
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "fedloom: Interrupted. Every committed round is safe" in said
+    found = checkpoint.newest(tmp_path / "run" / "state", fingerprint=load(tmp_path / "run").fingerprint())
+    assert found.checkpoint is not None
+    assert found.checkpoint.state.round >= 2
+
+
+def test_killed_runs_end_in_the_adapter_of_the_undisturbed_one() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "crash_test.py"
+    command = [sys.executable, str(script), "--runs", "3", "--kills", "2", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 identical" in done.stdout

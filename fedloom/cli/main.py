@@ -12,6 +12,8 @@ from fedloom.cli import chat, compare, copy, describe, evaluate, export, partiti
 from fedloom.cli.console import complain
 from fedloom.errors import FedloomError
 
+INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
+
 app = typer.Typer(
     name="fedloom",
     help="Federated instruction tuning of large language models: many data owners tune one model together "
@@ -36,9 +38,10 @@ def main() -> None:
     except FedloomError as error:
         complain(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        complain("Interrupted. Every committed round is safe; go on with --resume --out and the same folder.")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            complain("Interrupted. Every committed round is safe; go on with --resume --out and the same folder.")
+        raise
     except BrokenPipeError:
         sys.exit(141)
     except OSError as failed:  # a full disk, a missing permission: nothing that a traceback would explain
