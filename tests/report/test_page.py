@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 
 from fedloom.errors import RunError
 from fedloom.report import page
+from fedloom.report.pictures import Picture
 
 Folder = Callable[..., Path]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -117,6 +119,10 @@ def test_a_script_in_the_data_is_text(compare_folder: Folder) -> None:
     assert seen.text.count(HOSTILE) > 10
 
 
+def test_no_text_in_a_figure_ends_its_script_element() -> None:
+    assert "<" not in Picture("key", "label", go.Figure(layout={"title": {"text": HOSTILE}})).json
+
+
 def test_a_name_in_the_data_is_no_markup_in_a_figure(compare_folder: Folder) -> None:
     names = [
         t["name"]
@@ -143,9 +149,10 @@ def test_a_difference_within_chance_is_not_called_better(compare_folder: Folder)
     folder = compare_folder()
     differences = json.loads((folder / "summary.json").read_text())["differences"]
     change(folder, differences=[{**d, "ci95": [-1.0, 1.0]} for d in differences])
-    shown = folder_text(folder)
-    assert "Federated is better" not in shown
-    assert "not distinguishable" in shown
+    seen = Page(page.write(folder))
+    assert "Federated is better" not in seen.text
+    assert "not distinguishable" in seen.text
+    assert "clear" not in [a.get("class") for a in seen.all("td")]
 
 
 def test_the_lower_loss_is_called_better(compare_folder: Folder) -> None:
