@@ -165,7 +165,7 @@ def _cost(cost: Estimate) -> str:
 def _table(found: Comparison, title: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{title}: {found.judged} of {found.questions} pairs judged", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("run", justify="right")
     table.add_column("95% interval", justify="right")
@@ -193,7 +193,7 @@ def _percent(part: Share) -> tuple[str, str]:
 
 def _notes(found: Comparison) -> list[str]:
     read = found.ratings - sum(found.unread.values())
-    lines = [f"{read} of {found.ratings} ratings read."]
+    lines = [f"{found.judged} of {found.questions} pairs judged; {read} of {found.ratings} ratings read."]
     lines += [f"  {count} without scores: {reason}" for reason, count in sorted(found.unread.items())]
     if found.position_bias is not None and found.order_disagreement.count:
         lines.append(f"The answer shown first scored {found.position_bias:+.3f} over the second, on average.")

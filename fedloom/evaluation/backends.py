@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -60,7 +61,7 @@ class Writer(Protocol):
     @property
     def varies(self) -> bool: ...
 
-    def write(self, prompts: Mapping[str, str]) -> Iterator[tuple[str, Reply | Failed]]:
+    def write(self, prompts: Mapping[str, str]) -> Generator[tuple[str, Reply | Failed], None, None]:
         """A reply to each prompt under its key, as soon as it is there."""
         ...
 
@@ -108,13 +109,14 @@ class PromptJudge:
         said = {"question": question, "first": shown.first, "second": shown.second, "reference": q.response}
         return _SLOT.sub(lambda slot: said[slot[1]], self.prompt)
 
-    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+    def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         read = READERS[self.rubric.name]
-        for key, reply in self.writer.write({key: self.words(s) for key, s in shown.items()}):
-            if isinstance(reply, Failed):
-                yield key, reply
-            else:
-                yield key, Verdict(read(reply.text), reply.text, reply.prompt_tokens, reply.reply_tokens)
+        with closing(self.writer.write({key: self.words(s) for key, s in shown.items()})) as replies:
+            for key, reply in replies:
+                if isinstance(reply, Failed):
+                    yield key, reply
+                else:
+                    yield key, Verdict(read(reply.text), reply.text, reply.prompt_tokens, reply.reply_tokens)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class LocalModel:
     def varies(self) -> bool:
         return self.temperature > 0
 
-    def write(self, prompts: Mapping[str, str]) -> Iterator[tuple[str, Reply | Failed]]:
+    def write(self, prompts: Mapping[str, str]) -> Generator[tuple[str, Reply | Failed], None, None]:
         for part in _batches(prompts):
             ids = {key: self._ids(text) for key, text in part}
             requests: dict[Hashable, Generate] = {
@@ -183,7 +185,7 @@ class RuleJudge:
     def identity(self) -> Mapping[str, Any]:
         return {"judge": "microworld rule"}
 
-    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+    def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         for key, s in shown.items():
             if not s.question.rule:
                 yield key, Failed("question without a rule")
@@ -238,7 +240,7 @@ class LikelihoodJudge:
             "shown_as": SHOWN_AS,
         }  # fmt: skip
 
-    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+    def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         for part in _batches(shown):
             answers = dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second))  # each once
             scores = dict(zip(answers, self._nearness(list(answers)), strict=True))

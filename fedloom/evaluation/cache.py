@@ -53,6 +53,3 @@ class Cache:
         if self._path is not None:
             durable.append_line(self._path, json.dumps({"key": key, **record}, allow_nan=False))
         self._kept[key] = dict(record)
-
-    def __len__(self) -> int:
-        return len(self._kept)

@@ -19,9 +19,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -95,23 +96,29 @@ class Endpoint:
     def varies(self) -> bool:
         return True  # even at temperature 0, since servers batch
 
-    def write(self, prompts: Mapping[str, str]) -> Iterator[tuple[str, Reply | Failed]]:
-        """Replies in the order of their arrival. Leaving the loop early abandons what is not yet sent."""
+    def write(self, prompts: Mapping[str, str]) -> Generator[tuple[str, Reply | Failed], None, None]:
+        """Replies in the order of their arrival. No more than `concurrency` are sent ahead of whoever takes
+        them, so that leaving early loses no more than that."""
         traffic = _Traffic(self.per_minute, self.give_up_after)
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
+        waiting, running = iter(prompts.items()), dict[Future[Reply | Failed], str]()
         try:
-            jobs = {pool.submit(self._answer, key, prompt, traffic): key for key, prompt in prompts.items()}
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
+            while True:
+                for key, prompt in islice(waiting, self.concurrency - len(running)):
+                    running[pool.submit(self._answer, key, prompt, traffic)] = key
+                if not running:
+                    return
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(job), job.result()
         finally:
             traffic.close("not asked: the evaluation was stopped")
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, key: str, prompt: str, traffic: _Traffic) -> Reply | Failed:
-        wait = 0.0
+        pause = 0.0  # seconds
         trouble = _Trouble("")
         for turn in range(self.tries):
-            traffic.sleep(wait)
+            traffic.sleep(pause)
             if (closed := traffic.wait_turn()) is not None:
                 return trouble.failed(turn) if turn else Failed(closed)
             outcome = self._post(prompt)
@@ -124,13 +131,13 @@ class Endpoint:
             if not trouble.again:
                 return trouble.failed(1)
             jitter = 0.5 + rng.key(turn, "judge", "backoff", key) / 2**64  # in [0.5, 1)
-            wait = min(self.longest_wait, self.first_wait * 2**turn) * jitter
+            pause = min(self.longest_wait, self.first_wait * 2**turn) * jitter
             if trouble.retry_after is not None:
                 if trouble.retry_after > self.longest_wait:
                     traffic.failed()
                     return Failed(f"{trouble.reason}, asking for a longer wait than allowed")
                 traffic.hold(trouble.retry_after)
-                wait = trouble.retry_after
+                pause = trouble.retry_after
         traffic.failed()
         return trouble.failed(self.tries)
 

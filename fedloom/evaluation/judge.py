@@ -9,7 +9,8 @@ A judge is any object with the three members of `Judge`; `backends.py` has those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,9 +44,10 @@ class Judge(Protocol):
         """Asked the same again, may it say something else? If not, repeating and retrying are pointless."""
         ...
 
-    def rate(self, shown: Mapping[str, Shown]) -> Iterator[tuple[str, Verdict | Failed]]:
+    def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         """One verdict for each key, in any order, each as soon as it is there. A key is unique to this
-        rating, repetition and attempt, so it may name the randomness of the reply."""
+        rating, repetition and attempt, so it may name the randomness of the reply. When closed early,
+        it asks no more."""
         ...
 
 
@@ -91,11 +93,12 @@ def compare(
                 cells.setdefault(key, []).append(place)
                 shown[key] = what
         on_progress(len(said), total)
-        for key, verdict in judge.rate(shown) if shown else ():
-            if isinstance(verdict, Verdict):
-                cache.put(key, _record(identity, verdict))
-            said |= dict.fromkeys(cells[key], verdict)
-            on_progress(len(said), total)
+        with closing(judge.rate(shown)) as verdicts:
+            for key, verdict in verdicts:
+                if isinstance(verdict, Verdict):
+                    cache.put(key, _record(identity, verdict))
+                said |= dict.fromkeys(cells[key], verdict)
+                on_progress(len(said), total)
         waiting = [p for p in waiting if isinstance(v := said[p], Verdict) and v.scores is None]
     ratings = [Rating(p.question, p.swapped, v) for p, v in said.items()]
     return summarise(judge.rubric, ratings, questions=len(questions))
