@@ -53,12 +53,13 @@ class Fit:
     """
 
     adapter: AdapterState
-    examples: Sequence[Any]  # whatever the engine's `encode` turns into Tokens
+    examples: Sequence[Any]  # Tokens, or whatever the engine's `encode` turns into them
     round: int = 0  # the learning rate is a function of the round
     stream: tuple[Name, ...] = ()  # names this job's randomness: (client id, purpose)
     seen: int = 0  # examples of the stream consumed in earlier rounds
     correction: Correction = Correction()
     limit: int | None = None  # examples this round; None: `epochs` times len(examples)
+    weights: Sequence[float] | None = None  # one an example, times its loss; a batch's denominator stays
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,23 @@ class Generate:
     stop: frozenset[int] = frozenset()  # any of these ends an answer
     temperature: float = 0.0  # 0: greedy
     stream: tuple[Name, ...] = ()  # names the randomness of sampling; unused when greedy
+    repetition_penalty: float = 1.0  # above 1: tokens that an answer holds already become less likely in it
 
 
 @dataclass(frozen=True)
 class Score:
     """Loss of each example, without training; the answer is a list of `Scored`."""
 
-    examples: Sequence[Any]
+    examples: Sequence[Any]  # as in Fit
     adapter: AdapterState | None = None  # None: the untuned base model
+    energy: bool = False  # wanted, too
 
 
 @dataclass(frozen=True)
 class Scored:
     nll: float  # nats, summed over the labelled tokens
     targets: int  # labelled tokens
+    energy: float | None = None  # -logsumexp of the logits, mean over the labelled tokens; None: not asked for
 
 
 Request = Fit | Generate | Score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from fedloom.engine.dropout import token_keys
 from fedloom.engine.forward import PackedModel
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.optimizer import LocalTraining, RowOptimizer
-from fedloom.engine.packing import Encoded, Encoder, Item
+from fedloom.engine.packing import Encoder, Item
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
 from fedloom.steps import Correction, Fit, Fitted, Score, Scored
@@ -30,6 +31,8 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
     n = len(fit.examples)
     if fit.seen < 0 or (fit.limit is not None and fit.limit < 0):
         raise ConfigError(f"Expected {fit.seen=} and {fit.limit=} of at least 0.")
+    if fit.weights is not None and (len(fit.weights) != n or not all(0 <= w < math.inf for w in fit.weights)):
+        raise ConfigError(f"Expected {n} weights, one an example, finite and not below 0; got {len(fit.weights)}.")
     count = (local.epochs * n if fit.limit is None else fit.limit) if n else 0
     epoch, order = -1, torch.empty(0, dtype=torch.long)
     for start in range(fit.seen, fit.seen + count, local.batch_size):
@@ -40,6 +43,10 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
                 order = torch.randperm(n, generator=rng.stream(seed, "order", *fit.stream, epoch))
             batch.append((int(order[position % n]), position))
         yield batch
+
+
+def weight_of(fit: Fit, index: int) -> float:
+    return 1.0 if fit.weights is None else fit.weights[index]
 
 
 @dataclass(frozen=True)
@@ -84,19 +91,19 @@ class _Job:
         """The items of the next batch that has a labelled token; None when the job is done."""
         for places in self.batches:
             self.examples += len(places)
-            batch: list[tuple[int, Encoded]] = [(pos, encode(self.fit.examples[i])) for i, pos in places]
-            targets = sum(len(example.targets) for _, example in batch)
+            batch = [(pos, encode(self.fit.examples[i]), weight_of(self.fit, i)) for i, pos in places]
+            targets = sum(len(example.targets) for _, example, _ in batch)
             if targets == 0:
                 continue
-            self.tokens += sum(len(example.ids) for _, example in batch)
+            self.tokens += sum(len(example.ids) for _, example, _ in batch)
             return [
                 Item(
                     self.row,
                     example,
-                    weight=1.0 / targets,
+                    weight=weight / targets,
                     keys=token_keys(seed, self.fit.stream, pos, len(example.ids)) if dropout else None,
                 )
-                for pos, example in batch
+                for pos, example, weight in batch
             ]
         return None
 
@@ -186,10 +193,14 @@ def score_all(
         mine.sort(key=lambda pair: pair[0])  # a row's examples side by side
         items = [Item(row, encode(example)) for row, key in mine for example in requests[key].examples]
         bank = AdapterBank(layout, wave, dtype=dtype, device=device, training=False)
+        wanted = [requests[key].energy for _, key in mine for _ in requests[key].examples]
         nll = packed.losses(items, bank).tolist()
+        energies = iter(packed.energies([i for i, w in zip(items, wanted, strict=True) if w], bank).tolist())
         scored = iter(zip(nll, items, strict=True))
         for _, key in mine:
             for _ in requests[key].examples:
                 value, item = next(scored)
-                answers[key].append(Scored(value, len(item.example.targets)))
+                targets = len(item.example.targets)
+                energy = next(energies) / max(targets, 1) if requests[key].energy else None
+                answers[key].append(Scored(value, targets, energy))
     return answers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from fedloom.engine.layers import ActivePass
 from fedloom.engine.packing import Item, Packed, pack, split
 from fedloom.engine.planner import Plan
 from fedloom.errors import ModelError
+
+Measure = Callable[[Packed, Tensor], Tensor]  # (batch, last hidden states) -> a value for each labelled position
 
 
 class PackedModel:
@@ -42,14 +44,27 @@ class PackedModel:
         loss, of these items and nothing else. Should any number come out infinite or NaN, everything is
         run again with no pass shared by two rows, so that a job that diverges takes no other with it.
         """
-        sums = self._fitting(items, bank, dropout, isolated=False)
+        return self._sound(self.nll, items, bank, dropout)
+
+    def energies(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
+        """-logsumexp of the logits, summed over each item's labelled tokens: (items,) float64 on the CPU.
+
+        The bank must not be made for training.
+        """
+        return self._sound(self.energy, items, bank, None)
+
+    def _sound(
+        self, measure: Measure, items: Sequence[Item], bank: AdapterBank, dropout: tuple[float, int] | None
+    ) -> Tensor:
+        sums = self._fitting(measure, items, bank, dropout, isolated=False)
         finite = torch.isfinite(sums).all() and (bank.grads is None or torch.isfinite(bank.grads).all())
         if not finite and len({item.row for item in items}) > 1:
-            sums = self._fitting(items, bank, dropout, isolated=True)
+            sums = self._fitting(measure, items, bank, dropout, isolated=True)
         return sums
 
     def _fitting(
         self,
+        measure: Measure,
         items: Sequence[Item],
         bank: AdapterBank,
         dropout: tuple[float, int] | None,
@@ -59,7 +74,7 @@ class PackedModel:
         """Run all items; on running out of memory start over with half the budget."""
         while True:
             try:
-                return self._all_passes(items, bank, dropout, isolated=isolated)
+                return self._all_passes(measure, items, bank, dropout, isolated=isolated)
             except RuntimeError as error:
                 longest = max(len(item.example.ids) for item in items)
                 if not _out_of_memory(error):
@@ -73,6 +88,7 @@ class PackedModel:
 
     def _all_passes(
         self,
+        measure: Measure,
         items: Sequence[Item],
         bank: AdapterBank,
         dropout: tuple[float, int] | None,
@@ -88,10 +104,10 @@ class PackedModel:
                 packed = pack(
                     part, bank, multiple=self.plan.multiple, dtype=self._model.dtype, dropout=dropout
                 )
-                nll = self.nll(packed, self.hidden(packed, Blocks(packed.lengths)))  # (M,)
+                values = measure(packed, self.hidden(packed, Blocks(packed.lengths)))  # (M,)
                 if training:
-                    (nll * packed.weights).sum().backward()
-                sums.index_add_(0, packed.label_item, nll.detach()[: packed.labels].double().cpu())
+                    (values * packed.weights).sum().backward()
+                sums.index_add_(0, packed.label_item, values.detach()[: packed.labels].double().cpu())
         return sums
 
     def hidden(self, packed: Packed, blocks: Blocks) -> Tensor:
@@ -104,6 +120,10 @@ class PackedModel:
     def nll(self, packed: Packed, hidden: Tensor) -> Tensor:
         """Nats at every labelled position, padding included: (M,)."""
         return self._head.nll(hidden, packed.label_at, packed.targets)
+
+    def energy(self, packed: Packed, hidden: Tensor) -> Tensor:
+        """-logsumexp of the logits at every labelled position, padding included: (M,)."""
+        return self._head.energy(hidden, packed.label_at)
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:

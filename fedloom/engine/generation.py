@@ -41,6 +41,7 @@ class _Prompt:
     stop: frozenset[int]
     temperature: float
     stream: tuple[rng.Name, ...]
+    penalty: float  # on tokens the answer holds already
 
 
 def generate_all(
@@ -117,6 +118,7 @@ def _continued(
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     places = list(range(len(prompts)))  # which prompt each row of the batch is
     finished: set[int] = set()
+    said: list[set[int]] = [set() for _ in prompts]  # the tokens of each answer
     cache, step = None, 0
     while True:
         owner = torch.tensor([prompts[place].row for place in places])[:, None].expand(ids.shape)
@@ -133,7 +135,8 @@ def _continued(
         cache = out.get("past_key_values")
         if cache is None:
             raise ModelError(f"{type(model).__name__} keeps no key-value cache, which generation needs.")
-        tokens = _chosen(out.logits[:, -1], [prompts[place] for place in places], step, seed)
+        logits = _penalised(out.logits[:, -1], [(prompts[place].penalty, said[place]) for place in places])
+        tokens = _chosen(logits, [prompts[place] for place in places], step, seed)
         step += 1
         new: list[tuple[int, int]] = []
         for place, token in zip(places, tokens, strict=True):
@@ -143,6 +146,7 @@ def _continued(
                 finished.add(place)
                 continue
             new.append((place, token))
+            said[place].add(token)
             if step == prompts[place].limit:
                 finished.add(place)
         if new:
@@ -158,6 +162,21 @@ def _continued(
             ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
             places = [places[row] for row in going]
             cache.batch_select_indices(chosen)
+
+
+def _penalised(logits: Tensor, rows: Sequence[tuple[float, set[int]]]) -> Tensor:
+    """Logits (B, V) with each row's repeated tokens made less likely, as in CTRL (Keskar et al. 2019).
+
+    Only what the answer itself has said counts: a prompt's own words may be needed again.
+    """
+    if all(penalty == 1 or not said for penalty, said in rows):
+        return logits
+    logits = logits.clone()
+    for row, (penalty, said) in enumerate(rows):
+        again = torch.tensor(sorted(said), dtype=torch.long, device=logits.device)
+        before = logits[row, again]
+        logits[row, again] = torch.where(before > 0, before / penalty, before * penalty)
+    return logits
 
 
 def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) -> list[int]:
@@ -207,8 +226,11 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
         if limit > 0:
             row = rows.index[id(request.adapter)]
             found.append(
-                _Prompt(key, index, ids, row, limit, request.stop, request.temperature, request.stream)
-            )
+                _Prompt(
+                    key, index, ids, row, limit, request.stop, request.temperature, request.stream,
+                    request.repetition_penalty,
+                )
+            )  # fmt: skip
     return found
 
 

@@ -47,6 +47,14 @@ class LabelHead:
         return _LabelLoss.apply(hidden, at, targets, self)
 
 
+    @torch.no_grad()
+    def energy(self, hidden: Tensor, at: Tensor) -> Tensor:
+        """-logsumexp of the logits given `hidden[at]`: hidden (T, d), at (M,) -> (M,), at least float32."""
+        rows = hidden.index_select(0, at)  # (M, d)
+        logits = (self.logits(rows[start : start + self.chunk]) for start in range(0, len(rows), self.chunk))
+        return torch.cat([-z.to(torch.promote_types(z.dtype, torch.float32)).logsumexp(-1) for z in logits])
+
+
 class _LabelLoss(torch.autograd.Function):
     """The gradient for `hidden` is made in the forward pass, while the logits of a chunk are at hand."""
 

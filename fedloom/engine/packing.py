@@ -34,7 +34,10 @@ class Encoded:
 
 
 class Encoder:
-    """`encode`, once for each example object; tokens stay for the life of the engine."""
+    """`encode`, once for each example object; tokens stay for the life of the engine.
+
+    What is `Tokens` already is taken as it is, and not kept.
+    """
 
     def __init__(self, encode: Callable[[Any], Tokens], *, vocabulary: int, longest: int | None):
         self._encode = encode
@@ -43,6 +46,8 @@ class Encoder:
         self._known: dict[int, tuple[Any, Encoded]] = {}  # the example is kept, so that its id stays its own
 
     def __call__(self, example: Any) -> Encoded:
+        if isinstance(example, Tokens):
+            return self._checked(example)
         if id(example) not in self._known:
             self._known[id(example)] = (example, self._checked(self._encode(example)))
         return self._known[id(example)][1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.engine.dropout import Dropout, token_keys
-from fedloom.engine.fitting import Push, batches
+from fedloom.engine.fitting import Push, batches, weight_of
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.optimizer import LocalTraining
 from fedloom.engine.packing import Encoded, Encoder
@@ -77,11 +77,17 @@ class ReferenceModel:
 
     def nll(self, example: Encoded, dropout: Dropout | None = None) -> Tensor:
         """Nats summed over the labelled tokens of one example, by the model's own forward."""
+        return F.cross_entropy(self._logits(example, dropout), example.targets.to(self.device), reduction="sum")
+
+    def energy(self, example: Encoded) -> Tensor:
+        """-logsumexp of the logits, summed over the labelled tokens of one example."""
+        return -self._logits(example, None).logsumexp(-1).sum()
+
+    def _logits(self, example: Encoded, dropout: Dropout | None) -> Tensor:
+        """From which the labelled tokens are predicted: (m, V), at least float32."""
         self._use(dropout)
         logits = self._model(input_ids=example.ids[None].to(self.device), use_cache=False).logits[0]
-        at, targets = example.at.to(self.device), example.targets.to(self.device)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits[at].to(wide), targets, reduction="sum")
+        return logits[example.at.to(self.device)].to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def hidden(self, example: Encoded, dropout: Dropout | None = None) -> Tensor:
@@ -130,17 +136,17 @@ def fit_one(model: ReferenceModel, fit: Fit, *, encode: Encoder, local: LocalTra
     examples = tokens = 0
     for places in batches(fit, local, seed):
         examples += len(places)
-        batch = [(position, encode(fit.examples[index])) for index, position in places]
-        targets = sum(len(example.targets) for _, example in batch)
+        batch = [(position, encode(fit.examples[i]), weight_of(fit, i)) for i, position in places]
+        targets = sum(len(example.targets) for _, example, _ in batch)
         if targets == 0:
             continue
         optimizer.zero_grad()
         loss = 0.0
-        for position, example in batch:
+        for position, example, weight in batch:
             if len(example.targets) == 0:
                 continue
             keys = token_keys(seed, fit.stream, position, len(example.ids)).to(model.device)
-            nll = model.nll(example, Dropout(rate, seed, keys) if rate else None) / targets
+            nll = model.nll(example, Dropout(rate, seed, keys) if rate else None) * weight / targets
             nll.backward()
             loss += float(nll.detach())
             tokens += len(example.ids)
@@ -175,7 +181,14 @@ def score_one(model: ReferenceModel, score: Score, *, encode: Encoder) -> list[S
 @torch.no_grad()
 def _scored(model: ReferenceModel, score: Score, encode: Encoder) -> list[Scored]:
     examples = [encode(example) for example in score.examples]
-    return [Scored(float(model.nll(e)) if len(e.at) else 0.0, len(e.at)) for e in examples]
+    return [_score(model, e, energy=score.energy) for e in examples]
+
+
+def _score(model: ReferenceModel, example: Encoded, *, energy: bool) -> Scored:
+    targets = len(example.at)
+    if not targets:
+        return Scored(0.0, 0, 0.0 if energy else None)
+    return Scored(float(model.nll(example)), targets, float(model.energy(example)) / targets if energy else None)
 
 
 def answer_all(
