@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedloom.data.example import Example
@@ -46,6 +46,5 @@ class Synthesis:
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for index, c in enumerate(self.candidates):
             if len(found[c.fate]) < per_fate:
-                texts = {"instruction": c.example.instruction, "context": c.example.context, "response": c.example.response}
-                found[c.fate].append({"index": index, **texts})
+                found[c.fate].append({"index": index, **asdict(c.example)})
         return dict(sorted(found.items()))

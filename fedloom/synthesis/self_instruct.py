@@ -98,6 +98,7 @@ class SelfInstruct:
     context_words: int = 150  # of an input the model writes
     context_length: int = 2048  # tokens the model reads; where they do not suffice, fewer examples are shown
     temperature: float = 0.0  # 0: greedy
+    repetition_penalty: float = 1.0  # on responses; FedPIT's first version used one
     distinct: Literal["instruction", "sample"] = "instruction"  # or "sample": the same instruction again is fine with another input
 
     def __post_init__(self) -> None:
@@ -183,8 +184,9 @@ class SelfInstruct:
                 break
             asked.update(prompts.values())
             answers: list[list[int]] = yield Generate(
-                list(prompts.values()), adapter, self.response_tokens, stop, self.temperature, ("synthesis", *stream, "response", trial)
-            )
+                list(prompts.values()), adapter, self.response_tokens, stop, self.temperature,
+                ("synthesis", *stream, "response", trial), self.repetition_penalty,
+            )  # fmt: skip
             for index, ids in zip(prompts, answers, strict=True):
                 found[index] = self._answered(found[index].example, ids)
             waiting = [index for index in waiting if found[index].fate != KEPT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedloom.algorithms.base import Algorithm, ServerState
@@ -30,8 +30,8 @@ def contrast(example: Any) -> tuple[Any, Any]:
 class Talking:
     """A ToyEngine whose answer to a prompt is one token: where the generating adapter is, in tenths.
 
-    Of a response after its instruction, the loss is (w - x)^2 / 2 for each of four tokens; so the scorer
-    likes best what it is closest to. `asked` holds all requests in order.
+    Of a response after its instruction, the loss is (w - x)^2 / 2 for each of four tokens, and so is its
+    energy; the scorer likes best what it is closest to. `asked` holds all requests in order.
     """
 
     toy: ToyEngine = field(default_factory=ToyEngine)
@@ -52,7 +52,9 @@ class Talking:
             return [[round(10 * numbers(request.adapter or state(0.0))[0])] for _ in request.prompts]
         if isinstance(request, Score):
             assert request.adapter is not None
-            return [self._scored(e, numbers(request.adapter)[0]) for e in request.examples]
+            w = numbers(request.adapter)[0]
+            scored = [self._scored(e, w) for e in request.examples]
+            return [replace(s, energy=s.nll / 4) for s in scored] if request.energy else scored
         return self.toy.answer({key: request})[key]
 
     def _scored(self, example: Any, w: float) -> Scored:

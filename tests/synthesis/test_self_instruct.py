@@ -21,7 +21,7 @@ from fedloom.synthesis.self_instruct import SELF_INSTRUCT, SelfInstruct, Wording
 from tests.fakes import state
 
 BEGIN, END = 1, 2
-NAMES = "Ada Ben Cleo Dan Eve Finn Gus Hal Ivy Jon Kim Lou".split()
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ivy", "Jon", "Kim", "Lou"]
 OWN = [Example(f"How old is {name} by now?", f"{name} turned {30 + i} in spring.") for i, name in enumerate(NAMES)]
 NEW = "Name a river that flows through {} countries."
 

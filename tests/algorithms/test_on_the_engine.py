@@ -1,0 +1,148 @@
+"""The same claims where they count: on the real engine, with a random llama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from fedloom.algorithms.base import Algorithm, ServerState
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.fedmit import FedMIT
+from fedloom.algorithms.fedpit import FedPIT
+from fedloom.algorithms.fewfedpit import FewFedPIT
+from fedloom.algorithms.fewfedweight import FewFedWeight
+from fedloom.client import Client
+from fedloom.engine.layout import LoraSpec
+from fedloom.engine.lora_engine import LoraEngine
+from fedloom.federation import Federation
+from fedloom.messages import Broadcast, Update
+from fedloom.selection import All
+from fedloom.state import AdapterState
+from fedloom.steps import Fit, Generate, Score, Steps, Tokens, drive
+from fedloom.synthesis.candidates import Candidate, Synthesis
+from fedloom.transport.in_process import InProcess
+from tests.engine.tiny_models import engine, example, examples, llama, moved
+
+CLIENTS = {"a": examples(7, 1), "bb": examples(3, 2), "ccc": examples(5, 3)}
+
+
+def contrast(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    response = [i for i, labelled in zip(tokens.ids, tokens.labelled, strict=True) if labelled]
+    return tokens, Tokens((1, *response), (False,) + (True,) * len(response))
+
+
+@dataclass(frozen=True)
+class Made:
+    """Asks for as many answers as the client's name is long; what it makes is fixed."""
+
+    examples: Sequence[Tokens]
+
+    def __call__(self, local: Any, adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+        for _ in str(stream[0]):
+            yield Generate([[1, 5, 7]], adapter, max_new_tokens=3)
+        return Synthesis(tuple(map(Candidate, self.examples)))
+
+
+@pytest.fixture(scope="module")
+def real() -> LoraEngine:
+    return engine(llama(), path="fast", lora=LoraSpec(rank=4, alpha=8.0, dropout=0.1))
+
+
+def federated(algorithm: Algorithm, real: LoraEngine, *, width: int, rounds: int = 2) -> ServerState:
+    clients = {c: Client(c, own) for c, own in CLIENTS.items()}
+    transport = InProcess(algorithm, real, clients, width)
+    return Federation(algorithm, transport, All(sorted(clients))).run(algorithm.init(real.initial_adapter()), rounds)
+
+
+def update(algorithm: Algorithm, real: LoraEngine, own: Sequence[Tokens], start: AdapterState) -> Update:
+    [found] = drive({"a": algorithm.client(Broadcast(1, {"adapter": start}), Client("a", own))}, real)
+    return found
+
+
+def relabelled(own: Sequence[Tokens]) -> list[Tokens]:
+    """The same prompts with other responses."""
+    return [replace(t, ids=(*t.ids[:-1], 3 + (t.ids[-1] + 1) % 100)) for t in own]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_private_share_of_one_is_fedit_to_the_bit(real: LoraEngine, width: int) -> None:
+    pit = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=1.0, keep=4)
+    assert federated(pit, real, width=width).adapter.sha256() == federated(FedAvg(), real, width=width).adapter.sha256()
+
+
+def test_fedpits_upload_does_not_move_one_bit_when_private_responses_change(real: LoraEngine) -> None:
+    start, own = moved(real.layout), CLIENTS["a"]
+    algorithm = FedPIT(synthesize=Made(examples(6, 9)))
+    one, other = (update(algorithm, real, mine, start) for mine in (own, relabelled(own)))
+    assert one.delta.sha256() == other.delta.sha256()
+    assert one.metrics == other.metrics
+    assert one.delta.norm() > 0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+def test_fewfedpits_upload_does_move_above_a_share_of_zero(real: LoraEngine, share: float) -> None:
+    start, own = moved(real.layout), CLIENTS["a"]
+    algorithm = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=share)
+    one, other = (update(algorithm, real, mine, start) for mine in (own, relabelled(own)))
+    assert one.delta.sha256() != other.delta.sha256()
+
+
+@dataclass(frozen=True)
+class FixedScores:
+    """The engine, but for scores, which are what they are whoever asks."""
+
+    real: LoraEngine
+
+    def answer(self, requests: Any) -> Any:
+        scores = {k: replace(r, adapter=None) if isinstance(r, Score) else r for k, r in requests.items()}
+        return self.real.answer(scores)
+
+
+def test_at_a_share_of_zero_the_upload_does_not_move_while_generation_and_scores_are_held(real: LoraEngine) -> None:
+    start, own = moved(real.layout), CLIENTS["a"]
+    algorithm = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=0.0, keep=3)
+    one, other = (update(algorithm, FixedScores(real), mine, start) for mine in (own, relabelled(own)))  # type: ignore[arg-type]
+    assert one.delta.sha256() == other.delta.sha256()
+    assert one.delta.norm() > 0
+
+
+def test_the_generator_and_both_fits_get_the_received_adapter_and_the_scorer_the_private_one(real: LoraEngine) -> None:
+    start, seen, fitted = moved(real.layout), [], []
+
+    @dataclass(frozen=True)
+    class Watched:
+        def answer(self, requests: Any) -> Any:
+            answers = real.answer(requests)
+            seen.extend(requests.values())
+            fitted.extend(a.adapter for k, a in answers.items() if isinstance(requests[k], Fit))
+            return answers
+
+    update(FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast), Watched(), CLIENTS["a"], start)  # type: ignore[arg-type]
+    for request in seen:
+        expected = fitted[0] if isinstance(request, Score) else start
+        assert request.adapter.sha256() == expected.sha256(), type(request).__name__
+    assert [type(r) for r in seen] == [Fit, Generate, Score, Fit]
+
+
+def test_batching_clients_changes_results_by_rounding_only(real: LoraEngine) -> None:
+    pit = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, keep=6)
+    wide, narrow = (federated(pit, real, width=w, rounds=1).adapter for w in (3, 1))
+    assert (wide - narrow).norm() < 1e-3 * (wide - real.initial_adapter()).norm()
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        FedMIT(synthesize=Made([example(12, 5)]), contrast=contrast),
+        FewFedWeight(relabel=Made([example(12, 5), example(9, 6)])),
+        FewFedPIT(synthesize=Made([]), contrast=contrast),
+        FedPIT(synthesize=Made([])),
+    ],
+)
+def test_the_others_run_on_it_too(real: LoraEngine, algorithm: Algorithm) -> None:
+    end = federated(algorithm, real, width=2, rounds=2)
+    assert end.adapter.is_finite()
+    assert end.round == 2
