@@ -17,6 +17,7 @@ from typing import Any
 
 from fedloom import durable
 from fedloom.config import Experiment
+from fedloom.data import microworld
 from fedloom.errors import RunError
 from fedloom.evaluation.answers import answer, grade
 from fedloom.evaluation.loss import held_out_loss
@@ -65,6 +66,7 @@ def measure(
             "context": questions[j].context,
             "reference": questions[j].response,
             "answers": {row: said[row][j] for row in rows},
+            "right": {row: microworld.check(questions[j], said[row][j]) for row in rows} if questions[j].rule else None,
         }
         for j in _evenly(range(len(asked)), SAMPLES)
     ]

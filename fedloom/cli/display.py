@@ -25,7 +25,7 @@ from fedloom.messages import ClientId
 from fedloom.run import Listener
 
 TITLES = {"rule": "rule ↑", "exact": "exact ↑", "rouge_l": "ROUGE-L ↑", "loss": "loss ↓"}
-ORDER = ("rule", "exact", "rouge_l", "loss")
+ORDER = ("rule", "rouge_l", "exact", "loss")
 
 
 class RunDisplay(Listener):

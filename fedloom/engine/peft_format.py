@@ -82,11 +82,10 @@ def save_adapter(
         "use_dora": False,
         "use_rslora": spec.rslora,
     }
-    front = f"---\nbase_model: {json.dumps(base_name)}\nlibrary_name: peft\npipeline_tag: text-generation\n---\n\n"
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    _replace(folder / "README.md", (front + card.strip() + "\n").encode())
+    _replace(folder / "README.md", (card.strip() + "\n").encode())
 
 
 def load_adapter(folder: str | Path) -> tuple[AdapterState, LoraSpec]:

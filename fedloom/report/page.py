@@ -57,6 +57,13 @@ def write(folder: Path) -> Path:
     return page
 
 
+def write_partition(partition: Mapping[str, Any], file: Path) -> Path:
+    """Make a page of who holds what alone, for a preview. Raises: RunError."""
+    figure = figures.partition_figure(partition)
+    durable.write(file, figure.to_html(include_plotlyjs=True, full_html=True).encode())
+    return file
+
+
 def render(summary: Summary, journals: Journals) -> str:
     styles, boot = _text("page.css"), _text("page.js")
     plotly = get_plotlyjs().replace("\r\n", "\n")  # a hash is taken of what the parser makes of it
@@ -212,8 +219,12 @@ def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[st
 
     def answer(row: str) -> dict[str, Any]:
         named = f"Best single client ({row.removeprefix(LOCAL)})" if row == top else findings.title(row)
-        same = " ".join(said[row].lower().split()) == " ".join(sample["reference"].lower().split())
-        return {"title": named, "text": said[row], "same": same, "colour": _colour(row)}
+        if right := sample["right"]:
+            mark = "✓ right" if right[row] else ""
+        else:
+            same = " ".join(said[row].lower().split()) == " ".join(sample["reference"].lower().split())
+            mark = "✓ same as the reference" if same else ""
+        return {"title": named, "text": said[row], "mark": mark, "colour": _colour(row)}
 
     return {
         **sample,

@@ -90,6 +90,7 @@ def make_result(
                 n: answer if n in ("federated", "centralised") else "" if n == "base" else "- oak"
                 for n in names
             },
+            "right": None,
         }
         for e in dataset.test[:5]
     ]

@@ -231,11 +231,28 @@ def test_an_answer_equal_to_the_reference_is_marked_and_no_other(run_folder: Fol
         "context": "",
         "reference": "Two  Birds",
         "answers": {"base": "", "federated": "two birds"},
+        "right": None,
     }
     change(folder, samples=[sample])
     text = folder_text(folder)
     assert text.count("✓ same as the reference") == 1
     assert "(empty answer)" in text
+
+
+def test_where_a_rule_decides_its_verdict_is_marked_and_not_equality(run_folder: Folder) -> None:
+    folder = run_folder()
+    sample = {
+        "group": "g",
+        "instruction": "i",
+        "context": "",
+        "reference": "- owl",
+        "answers": {"base": "- owl", "federated": "- crow"},
+        "right": {"base": False, "federated": True},
+    }
+    change(folder, samples=[sample])
+    text = folder_text(folder)
+    assert text.count("✓ right") == 1
+    assert "✓ same as the reference" not in text
 
 
 def test_the_best_single_client_answers_beside_the_others(compare_folder: Folder) -> None:
