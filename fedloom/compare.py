@@ -108,7 +108,7 @@ def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Pr
             while waiting and len(running) < jobs:
                 seed, its = waiting.pop(0)
                 here, there = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True)
+                process: BaseProcess = context.Process(target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True)
                 process.start()
                 there.close()
                 running[seed] = (process, here)

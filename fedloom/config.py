@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tomli_w
 from pydantic import (
@@ -60,7 +60,7 @@ class Choice:
         return {self.tag: self.name, **{k: v.plain() if isinstance(v, Choice) else v for k, v in self.options.items()}}
 
 
-def choice(tag: str, table: Mapping[str, type], *, given: Sequence[str] = (), nested: Mapping[str, Any] = {}) -> Any:
+def choice(tag: str, table: Mapping[str, Any], *, given: Sequence[str] = (), nested: Mapping[str, Any] = {}) -> Any:
     """A field type: `{tag: name, options...}` or just the name; the first of the table where it is not said.
 
     `given` parameters are not the user's to set; `nested` ones are choices themselves.
@@ -95,10 +95,14 @@ SERVER_OPTIMIZERS = {"sgd": SGD}
 ALGORITHMS = {"fedavg": FedAvg, "local_only": LocalOnly}
 COHORTS = {"all": All, "fixed": Fixed, "fraction": Fraction, "round_robin": RoundRobin, "poisson": Poisson}
 
-ServerOptimizerChoice = choice("name", SERVER_OPTIMIZERS)
-AlgorithmChoice = choice("name", ALGORITHMS, nested={"server_optimizer": ServerOptimizerChoice})
-CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
-PartitionChoice = choice("kind", partition.PARTITIONS)
+if TYPE_CHECKING:  # made at run time, of which a type checker sees nothing
+    AlgorithmChoice: TypeAlias = Any
+    CohortChoice: TypeAlias = Any
+    PartitionChoice: TypeAlias = Any
+else:
+    AlgorithmChoice = choice("name", ALGORITHMS, nested={"server_optimizer": choice("name", SERVER_OPTIMIZERS)})
+    CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
+    PartitionChoice = choice("kind", partition.PARTITIONS)
 
 
 # --- the tree --------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ class Data(Section):
     examples: int | None = Field(None, gt=0)  # microworld: how many to make; elsewhere a random part of the data
     private_facts: int = Field(0, ge=0)  # microworld: access codes that only one client knows, each
     clients: int | None = Field(None, gt=0)  # None: what the partition says (by_owner)
-    partition: PartitionChoice = {}  # type: ignore[valid-type]
+    partition: PartitionChoice = {}
     hold_out: int = Field(10, ge=1)  # test examples of each category
     hold_out_by: Literal["category", "owner"] = "category"
 
@@ -166,10 +170,10 @@ class Experiment(Section):
     adapter: LoraSpec = LoraSpec()
     data: Data = Data()
     prompt: Prompt = Prompt()
-    algorithm: AlgorithmChoice = {}  # type: ignore[valid-type]
+    algorithm: AlgorithmChoice = {}
     local: LocalTraining = LocalTraining()
     examples_per_round: int | None = Field(None, gt=0)  # of a client, in its own order; None: local.epochs
-    cohort: CohortChoice = {}  # type: ignore[valid-type]
+    cohort: CohortChoice = {}
     transport: Transport = Transport()
     evaluation: Evaluation = Evaluation()
     compare: Compare = Compare()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean
-
-import torch
+from typing import Any
 
 from fedloom.config import Experiment
 from fedloom.engine import models
@@ -59,7 +58,7 @@ def plan(experiment: Experiment) -> Plan:
     )  # fmt: skip
 
 
-def _memory(experiment: Experiment, model: torch.nn.Module, base: int, adapter: int, width: int) -> float:
+def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int) -> float:
     """Weights + for each client in the batch parameters, gradient and two moments + activations.
 
     Activations per token and layer, without recomputation: about 34 values of the hidden size (Korthikanti

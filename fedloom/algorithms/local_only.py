@@ -24,7 +24,7 @@ class LocalOnly:
         return Broadcast(state.round, {"adapter": state.adapter})  # what a client that is new starts from
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
-        start: AdapterState = client.memory["adapter"] if "adapter" in client.memory else message.adapter
+        start: AdapterState = client.memory.get("adapter", message.adapter)
         fitted = yield from client.fit(start, round=message.round)
         client.memory["adapter"] = fitted.adapter
         metrics = {"loss": fitted.loss, "steps": fitted.steps, "tokens": fitted.tokens}

@@ -6,8 +6,9 @@ after folding white space and case, "rouge_l" the F-measure of the longest commo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from fedloom.data import microworld
 from fedloom.data.example import Example
@@ -21,10 +22,10 @@ def answer(
     engine: Engine,
     template: Template,
     test: Sequence[Example],
-    adapters: Mapping[Hashable, AdapterState | None],
+    adapters: Mapping[Any, AdapterState | None],
     *,
     max_new_tokens: int,
-) -> dict[Hashable, list[str]]:
+) -> dict[Any, list[str]]:
     """Greedy answers of several adapters in shared batches; None is the untuned base."""
     prompts = [template.prompt_ids(e.instruction, e.context, room=max_new_tokens) for e in test]
     requests = {

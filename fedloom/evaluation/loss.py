@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ class HeldOutLoss:
 
 
 def held_out_loss(
-    engine: Engine, test: Sequence[Any], groups: Sequence[str], adapters: Mapping[Hashable, AdapterState | None]
-) -> dict[Hashable, HeldOutLoss]:
+    engine: Engine, test: Sequence[Any], groups: Sequence[str], adapters: Mapping[Any, AdapterState | None]
+) -> dict[Any, HeldOutLoss]:
     """For several adapters in shared batches; None is the untuned base."""
     answers = engine.answer({row: Score(test, adapter) for row, adapter in adapters.items()})
     return {row: _summary(scored, groups) for row, scored in answers.items()}
