@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class FewFedWeight:
     gamma: float = 1.0
     tau: float = 1.0
     eta: float = 1.0
-    server_optimizer: ServerOptimizer = SGD(lr=1.0)
+    server_optimizer: ServerOptimizer = field(default_factory=SGD)
     aggregate: Aggregator = weighted_mean
 
     def __post_init__(self) -> None:

@@ -136,7 +136,9 @@ class SelfInstruct:
         while good < self.candidates and draws < self.attempts:
             prompts: list[tuple[int, ...]] = []
             first = draws
-            while len(prompts) < self.candidates - good and draws < self.attempts:
+            # Never less than half a batch: one prompt takes as long to continue as many.
+            batch = max(self.candidates - good, self.candidates // 2)
+            while len(prompts) < batch and draws < self.attempts:
                 shown = self._draw(examples, self.shown, *stream, "instruction", draws)
                 draws += 1
                 prompt = self._fitting(self.wording.instruction_prompt, shown, self.instruction_tokens)
@@ -157,6 +159,8 @@ class SelfInstruct:
                 key = " ".join(words(text))
                 if fate == KEPT and self.distinct == "instruction" and key in passed:
                     fate = "filtered/duplicate"
+                if fate == KEPT and good == self.candidates:
+                    fate = "filtered/surplus"
                 if fate == KEPT:
                     passed.add(key)
                     good += 1

@@ -212,6 +212,14 @@ def test_instructions_that_fail_are_replaced_by_further_draws() -> None:
     assert is_summed_up(found)
 
 
+def test_what_is_more_than_was_asked_for_is_counted_and_not_answered() -> None:
+    # Six wanted, the first wave gives five; the second asks for three at least, of which one is needed.
+    lists = iter(range(100))
+    found, engine = made(lambda p: "\n" if p.endswith(":") and next(lists) == 2 else fluent(p))
+    assert [len(r.prompts) for round in engine.asked for r in round.values()] == [6, 3, 6]
+    assert dict(found.counts) == {"generated": 9, "kept": 6, "failed/empty": 1, "filtered/surplus": 2, "repeated": 0}
+
+
 @pytest.mark.parametrize(
     ("said", "fate"),
     [
