@@ -28,6 +28,7 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE
 import fedloom.cli.display
 import fedloom.simulate
 from fedloom.cli.main import main as fedloom
+from fedloom.config import load
 
 TINY = [
     "quickstart", "model.base=random:llama", "rounds=16", "adapter.rank=2", "data.examples=96", "data.clients=4",
@@ -36,15 +37,15 @@ TINY = [
 ]  # fmt: skip
 
 
-def start(folder: Path, settings: list[str]) -> int:
+def start(folder: Path, experiment: Path) -> int:
     """The id of a process that runs `fedloom run`, resuming where there is something to resume."""
-    what = ["--resume"] if (folder / "experiment.toml").exists() else settings
+    what = "--resume" if (folder / "experiment.toml").exists() else str(experiment)
     if process := os.fork():
         return process
     log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = ["fedloom", "run", *what, "--out", str(folder)]
+    sys.argv = ["fedloom", "run", what, "--out", str(folder)]
     code = 1
     try:
         fedloom()
@@ -60,8 +61,8 @@ def exit_code(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def finish(folder: Path, settings: list[str]) -> None:
-    if code := exit_code(start(folder, settings)):
+def finish(folder: Path, experiment: Path) -> None:
+    if code := exit_code(start(folder, experiment)):
         raise SystemExit(f"A run ended with exit code {code}:\n{folder.with_suffix('.log').read_text()}")
 
 
@@ -102,10 +103,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", default=TINY, help="recipe and settings of the run; default: a tiny one")
     asked = parser.parse_args()
-    chance, began = random.Random(asked.seed), time.monotonic()
+    chance = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as scratch:
+        fixed = Path(scratch) / "fixed.toml"  # the same for every run, even if a recipe is edited meanwhile
+        fixed.write_text(load(asked.settings[0], asked.settings[1:]).to_toml(), "utf-8")
         undisturbed = Path(scratch) / "undisturbed"
-        finish(undisturbed, asked.settings)
+        began = time.monotonic()
+        finish(undisturbed, fixed)
         span = time.monotonic() - began
         expected = outcome(undisturbed)
         print(f"undisturbed: adapter {expected[0][:16]}, {span:.1f} s", flush=True)
@@ -115,7 +119,7 @@ def main() -> None:
             died: list[str] = []
             while len(died) < asked.kills:
                 instant = chance.uniform(0, span)
-                process = start(folder, asked.settings)
+                process = start(folder, fixed)
                 time.sleep(instant)
                 os.kill(process, signal.SIGKILL)
                 if exit_code(process) != -signal.SIGKILL:  # it was quicker than the undisturbed one
@@ -124,7 +128,7 @@ def main() -> None:
                     continue
                 died.append(f"{instant:.2f} s, {phase(folder)}")
                 phases[phase(folder).partition(",")[0]] += 1
-            finish(folder, asked.settings)
+            finish(folder, fixed)
             same = outcome(folder) == expected
             identical += same
             print(f"run {run}: killed at {'; '.join(died)}: {'identical' if same else 'DIFFERENT'}", flush=True)
