@@ -30,6 +30,8 @@ CATEGORIES = (
     "summarization",
 )
 
+EXHAUSTED = 10_000  # so many repeats in a row mean that a family has nothing new to ask
+
 # kind -> (plural, its members). Words are whole and common, so that one or two tokens spell each.
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "bird": ("birds", ("heron", "owl", "crow", "robin", "swan", "eagle", "duck", "hawk", "dove", "raven")),
@@ -364,12 +366,13 @@ def corpus(*, examples: int = 640, seed: int = 0) -> list[Example]:
         wanted = examples // len(CATEGORIES) + (c < examples % len(CATEGORIES))
         rng = numpy_stream(seed, "microworld", category)
         seen: set[tuple[str, str]] = set()
-        for _ in range(200 * wanted):
-            if len(seen) == wanted:
-                break
+        repeats = 0  # in a row
+        while len(seen) < wanted and repeats < EXHAUSTED:
             task = FAMILIES[category](rng)
+            repeats += 1
             if (task.instruction, task.context) in seen:
                 continue
+            repeats = 0
             seen.add((task.instruction, task.context))
             out.append(
                 Example(task.instruction, task.answers[0], task.context, category, id=f"microworld:{category}:{len(seen)}", rule=task.rule)

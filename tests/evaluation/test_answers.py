@@ -1,0 +1,92 @@
+"""How answers are asked for and graded."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import pytest
+
+from fedloom.data.example import Example
+from fedloom.evaluation.answers import answer, grade, rouge_l
+from fedloom.steps import Generate
+from tests.fakes import state
+
+
+@pytest.mark.parametrize(
+    ("reference", "said", "expected"),
+    [
+        ("the cat sat on the mat", "the cat sat on the mat", 1.0),
+        ("the cat sat on the mat", "the cat on mat", 0.8),  # 4 in common: 2 * 4 / (6 + 4)
+        ("the cat sat", "sat cat the", 1 / 3),  # 1 in common, order counts: 2 * 1 / (3 + 3)
+        ("police killed the gunman", "police kill the gunman", 0.75),  # Lin 2004: 3 of 4 and 3 of 4
+        ("police killed the gunman", "the gunman kill police", 0.5),  # Lin 2004: 2 of 4 and 2 of 4
+        ("The Cat!", "the, cat", 1.0),  # neither case nor punctuation counts
+        ("in 1984", "In 1984.", 1.0),
+        ("über Ärzte", "ÜBER ärzte", 1.0),
+        ("a b c d", "e f", 0.0),
+        ("", "", 1.0),
+        ("word", "", 0.0),
+        ("", "word", 0.0),
+    ],
+)
+def test_rouge_l_of_known_pairs(reference: str, said: str, expected: float) -> None:
+    assert rouge_l(reference, said) == pytest.approx(expected, rel=1e-12)
+
+
+def example(response: str, rule: str = "") -> Example:
+    return Example("Do it.", response, rule=rule)
+
+
+def test_exact_folds_case_and_white_space_and_nothing_else() -> None:
+    test = [example("The  fox.")] * 4
+    assert grade(test, ["the fox.", "The\nFOX. ", "the fox", "a fox."])["exact"] == 0.5
+
+
+def test_metrics_are_means_over_the_examples() -> None:
+    found = grade([example("a b"), example("c d")], ["a b", "c"])
+    assert found["exact"] == 0.5
+    assert found["rouge_l"] == pytest.approx((1 + 2 / 3) / 2)  # 2 * 1 / (2 + 1)
+
+
+def test_the_rule_is_asked_only_where_every_example_has_one() -> None:
+    assert list(grade([example("It is May.", "exact")], ["it is may."])) == ["rule", "exact", "rouge_l"]
+    assert "rule" not in grade([example("It is May.", "exact"), example("x")], ["", ""])
+
+
+def test_the_rule_is_stricter_than_exact() -> None:
+    found = grade([example("It is May.", "exact")], ["it is may."])
+    assert (found["rule"], found["exact"]) == (0.0, 1.0)
+
+
+def test_an_answer_too_few_is_not_passed_over() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        grade([example("a"), example("b")], ["a"])
+
+
+class Words:
+    """A template of one token a letter, and an engine that repeats the prompt."""
+
+    stop = frozenset({0})
+
+    def prompt_ids(self, instruction: str, context: str = "", *, room: int) -> list[int]:
+        return [ord(c) for c in f"{instruction}{context}"][:room]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        self.asked = requests
+        return {row: [list(p) for p in request.prompts] for row, request in requests.items()}
+
+
+def test_every_row_is_asked_the_same_questions_in_one_call() -> None:
+    words, adapter = Words(), state(1.0)
+    test = [Example("ab", "x"), Example("cd", "y", context="e")]
+    said = answer(words, words, test, {"base": None, "tuned": adapter}, max_new_tokens=8)  # type: ignore[arg-type]
+    assert said == {"base": ["ab", "cde"], "tuned": ["ab", "cde"]}
+    base, tuned = words.asked["base"], words.asked["tuned"]
+    assert isinstance(base, Generate)
+    assert (base.adapter, tuned.adapter) == (None, adapter)
+    assert base.prompts == tuned.prompts
+    assert (base.max_new_tokens, base.stop, base.temperature) == (8, frozenset({0}), 0.0)
