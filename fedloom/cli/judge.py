@@ -45,7 +45,7 @@ def command(
     questions: Annotated[int | None, typer.Option(min=1, help="How many held-out questions. Default: all.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Ratings of each pair in each order.")] = 1,
     retries: Annotated[int, typer.Option(min=0, help="How often a malformed reply is asked for again.")] = 2,
-    model: Annotated[str | None, typer.Option(help="The judge's model: a folder or a Hugging Face id (local), or the endpoint's name for it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The judge's model: a folder or a Hugging Face id, or the endpoint's name for it. Default for likelihood: the run's base.")] = None,
     url: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible endpoint. Nothing is sent unless this is given.")] = None,
     key_variable: Annotated[str | None, typer.Option(help="The environment variable that holds the endpoint's key.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the judge's replies.")] = 0.0,
@@ -96,7 +96,8 @@ def command(
         case Kind.rule:
             the_judge = RuleJudge()
         case Kind.likelihood:
-            the_judge = LikelihoodJudge(machine.engine, machine.template, machine.base_hash)
+            ruler = machine if model is None else _judge_machine(experiment, model, max_length)
+            the_judge = LikelihoodJudge(ruler.engine, ruler.template, ruler.base_hash)
         case Kind.local:
             other = _judge_machine(experiment, str(model), max_length)
             writer = LocalModel(other.engine, other.template, other.base_hash, max_new_tokens=max_tokens, temperature=temperature)

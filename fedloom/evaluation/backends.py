@@ -194,25 +194,23 @@ class RuleJudge:
                 yield key, Verdict(Scores((first,), (second,)))
 
 
-SHOWN_AS = "Another answer to this:"  # before the text that a likelihood is conditioned on
+SHOWN_AS = "Answer:"  # before the answer that the likelihood is conditioned on
 
 
 @dataclass(frozen=True)
 class LikelihoodJudge:
-    """Which answer is nearer to the reference, as a language model sees it. Offline, deterministic.
+    """Which answer makes the reference likelier: a nearness to the reference, offline and deterministic.
 
-    Two numbers for each answer, in nats per token, at most 0, greater is nearer:
+    The score of an answer is the mean log-probability, in nats per token, of the *reference's* tokens when
+    the model has read the question and that answer. Both answers are thus measured on the very same tokens,
+    so that neither their length nor how fluent the model finds them can matter, as it would if the answers'
+    own tokens were measured: a model likes best what it would have said itself. It is half of BARTScore's F
+    (Yuan et al. 2021, arXiv 2106.11520), the recall.
 
-    precision   the mean log-probability of the answer's tokens, when the model reads the question and
-                the reference before it: is there anything in the answer that the reference does not suggest?
-    recall      the mean log-probability of the reference's tokens, when the model reads the question and
-                the answer before it: does the answer hold what the reference says? Both answers are
-                measured on the very same tokens, so their lengths cannot matter here.
-
-    The overall score is their mean, as BARTScore's F (Yuan et al. 2021, arXiv 2106.11520). It is a
-    nearness of wording and content, not truth, and no better than the model that measures it; it has no
-    zero, so no relative score. Both models' answers must be measured by the same third model (the untuned
-    base, say): each by its own would compare two rulers.
+    It asks whether an answer holds what the reference says, not whether it is true, and does not see what
+    else the answer claims. It is no better than the model that measures, so validate that on answers you
+    know. Both sides have to be measured by one model, best a third one. There is no zero, so no relative
+    score.
 
     Where question, answer and reference do not fit max_length together, the rating fails; nothing is cut.
     `engine` must have been built with `template.encode`.
@@ -242,47 +240,41 @@ class LikelihoodJudge:
 
     def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         for part in _batches(shown):
-            answers = dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second))  # each once
-            scores = dict(zip(answers, self._nearness(list(answers)), strict=True))
+            answers = list(dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second)))  # each once
+            found = dict(zip(answers, self._nearness(answers), strict=True))
             for key, s in part:
-                first, second = scores[s.question, s.first], scores[s.question, s.second]
-                if isinstance(first, Failed) or isinstance(second, Failed):
-                    yield key, first if isinstance(first, Failed) else second  # type: ignore[misc]
+                first, second = found[s.question, s.first], found[s.question, s.second]
+                if isinstance(first, Failed):
+                    yield key, first
+                elif isinstance(second, Failed):
+                    yield key, second
                 else:
-                    yield key, Verdict(Scores(first, second))
+                    yield key, Verdict(Scores((first,), (second,)))
 
-    def _nearness(self, answers: Sequence[tuple[Example, str]]) -> list[tuple[float, float] | Failed]:
-        """(precision, recall) of each."""
-        examples = [e for q, a in answers for e in (_given(q, q.response, a), _given(q, a, q.response))]
-        problems = [self._problem(q, e) for (q, _), e in zip((x for x in answers for _ in range(2)), examples, strict=True)]
+    def _nearness(self, answers: Sequence[tuple[Example, str]]) -> list[float | Failed]:
+        examples = [_after(question, answer) for question, answer in answers]
+        problems = [self._problem(example) for example in examples]
         usable = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
         scored = iter(self.engine.answer({"judge": Score(usable, self.adapter)})["judge"] if usable else ())
-        means = [problem or _mean(next(scored)) for problem in problems]
-        return [_both(means[2 * i], means[2 * i + 1]) for i in range(len(answers))]
+        return [problem or _mean(next(scored)) for problem in problems]
 
-    def _problem(self, question: Example, example: Example) -> Failed | None:
-        if not question.response.strip():
+    def _problem(self, example: Example) -> Failed | None:
+        if not example.response.strip():
             return Failed("question without a reference")
         if self.template.truncation(example) != "none":
             return Failed("question, answer and reference longer than max_length")
         return None
 
 
-def _given(question: Example, evidence: str, said: str) -> Example:
-    """`said` as the response to a question whose context ends with `evidence`."""
-    context = "\n\n".join(part for part in (question.context, f"{SHOWN_AS} {evidence}") if part)
-    return Example(question.instruction, said, context)
+def _after(question: Example, answer: str) -> Example:
+    """The reference as the response, to be given after `answer` was read."""
+    context = "\n\n".join(part for part in (question.context, f"{SHOWN_AS} {answer}") if part)
+    return Example(question.instruction, question.response, context)
 
 
 def _mean(scored: Scored) -> float | Failed:
     mean = -scored.nll / max(1, scored.targets)
     return mean if math.isfinite(mean) else Failed("likelihood that is no finite number")
-
-
-def _both(precision: float | Failed, recall: float | Failed) -> tuple[float, float] | Failed:
-    if isinstance(precision, Failed):
-        return precision
-    return recall if isinstance(recall, Failed) else (precision, recall)
 
 
 def _batches(items: Mapping[str, T]) -> Iterator[list[tuple[str, T]]]:

@@ -137,7 +137,7 @@ class Endpoint:
                     traffic.failed()
                     return Failed(f"{trouble.reason}, asking for a longer wait than allowed")
                 traffic.hold(trouble.retry_after)
-                pause = trouble.retry_after
+                pause = 0.0
         traffic.failed()
         return trouble.failed(self.tries)
 
@@ -326,6 +326,7 @@ class _Traffic:
         self._over = threading.Event()
         self._closed: str | None = None
         self._next = 0.0  # monotonic time of the next free slot
+        self._held = 0.0  # monotonic time before which the server wants to hear nothing
         self._failures = 0  # prompts in a row
 
     def wait_turn(self) -> str | None:
@@ -334,6 +335,8 @@ class _Traffic:
             slot = max(self._next, time.monotonic())
             self._next = slot + self._gap
         self.sleep(slot - time.monotonic())
+        while self._closed is None and (left := self._held - time.monotonic()) > 0:  # it may have grown meanwhile
+            self.sleep(left)
         return self._closed
 
     def sleep(self, seconds: float) -> None:
@@ -342,7 +345,7 @@ class _Traffic:
 
     def hold(self, seconds: float) -> None:
         with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+            self._held = max(self._held, time.monotonic() + seconds)
 
     def succeeded(self) -> None:
         with self._lock:

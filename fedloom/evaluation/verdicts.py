@@ -77,7 +77,7 @@ class Failed:
 ASPECTS = Rubric("aspects", ("helpfulness", "relevance", "correctness", "coherence"), 1, 5)
 TOTAL = Rubric("total", ("score",), 1, 10)
 RULE = Rubric("rule", ("rule",), 0, 1)
-LIKELIHOOD = Rubric("likelihood", ("precision", "recall"), -math.inf, 0)  # nats per token
+LIKELIHOOD = Rubric("likelihood", ("likelihood",), -math.inf, 0)  # nats per token of the reference
 
 
 def read_aspects(reply: str) -> Scores | None:

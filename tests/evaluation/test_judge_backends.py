@@ -181,12 +181,10 @@ def likelihood(engine: Engine | None = None, **options: Any) -> LikelihoodJudge:
     return LikelihoodJudge(engine or Engine(), Letters(**options), "weights")  # type: ignore[arg-type]
 
 
-def test_likelihood_is_precision_given_the_reference_and_recall_given_the_answer():
-    # Of the context's fixed words "Another answer to this:", X and Z and Q are no letters.
-    shown = Shown(Example("?", "XZ"), "XQ", "XZ")
+def test_likelihood_is_that_of_the_reference_after_the_answer():
+    shown = Shown(Example("?", "XZ"), "XQ", "ZX")
     [(_, said)] = likelihood().rate({"k": shown})
-    # XQ given XZ: 0.1 + 1 over 2. XZ given XQ: 0.1 + 1 over 2. XZ given XZ: 0.1 each way.
-    assert said.scores == Scores((pytest.approx(-0.55), pytest.approx(-0.55)), (pytest.approx(-0.1), pytest.approx(-0.1)))
+    assert said.scores == Scores((pytest.approx(-0.55),), (pytest.approx(-0.1),))  # (0.1 + 1)/2, (0.1 + 0.1)/2
 
 
 def test_the_answer_nearer_to_the_reference_wins_in_either_order():
@@ -196,26 +194,28 @@ def test_the_answer_nearer_to_the_reference_wins_in_either_order():
     assert found.relative is None  # log-likelihoods have no zero
 
 
-def test_length_alone_changes_no_recall():
-    [(_, said)] = likelihood().rate({"k": Shown(Example("?", "XZ"), "XZ", "XZXZXZ")})
-    assert said.scores.first[1] == said.scores.second[1]
+def test_neither_length_nor_fluency_of_an_answer_changes_its_likelihood():
+    engine = Engine()
+    list(likelihood(engine).rate({"k": Shown(Example("?", "XZ"), "X", "Q" * 40)}))
+    [asked] = engine.asked
+    assert {e.response for e in asked["judge"].examples} == {"XZ"}  # no answer's own tokens are measured
 
 
 def test_the_questions_own_context_comes_before_the_evidence():
     engine = Engine()
     list(likelihood(engine).rate({"k": Shown(Example("?", "XZ", "Its context."), "A", "B")}))
     [asked] = engine.asked
-    assert asked["judge"].examples[0].context == "Its context.\n\nAnother answer to this: XZ"
+    assert asked["judge"].examples[0].context == "Its context.\n\nAnswer: A"
 
 
 def test_each_answer_is_scored_once_for_both_orders():
     engine = Engine()
     compare(likelihood(engine), [Example("?", "XZ")], ["XX"], ["ZZ"], cache=Cache())
-    assert sum(len(r["judge"].examples) for r in engine.asked) == 4  # two answers, precision and recall
+    assert sum(len(r["judge"].examples) for r in engine.asked) == 2
 
 
 def test_what_does_not_fit_is_not_judged():
-    found = compare(likelihood(max_length=60), [Example("?", "XZ")] * 2, ["X", "X" * 50], ["Z", "Q"], cache=Cache())
+    found = compare(likelihood(max_length=30), [Example("?", "XZ")] * 2, ["X", "X" * 50], ["Z", "Q"], cache=Cache())
     assert (found.judged, found.unread) == (1, {"question, answer and reference longer than max_length": 2})
 
 
@@ -248,11 +248,12 @@ def test_the_embedded_model_mostly_prefers_the_reference_to_another_questions_an
     model, tokenizer = load_base("embedded", device="cpu")
     template = Template(tokenizer, format="plain", max_length=256)
     engine = LoraEngine.build(model, template.encode, lora=LoraSpec(), local=LocalTraining(), seed=0, tokens_per_pass=1024)
-    questions = [e for e in microworld.corpus(examples=64, seed=1) if e.category in ("open_qa", "general_qa")][:8]
+    questions = microworld.corpus(examples=64, seed=1)  # eight of each category, one category after the other
     right = [e.response for e in questions]
-    found = compare(LikelihoodJudge(engine, template, "embedded"), questions, right, right[1:] + right[:1], cache=Cache())
-    assert found.judged == 8
-    assert found.win.count >= 6
+    others = [right[i - i % 8 + (i + 1) % 8] for i in range(64)]  # the right answer to the next of its category
+    found = compare(LikelihoodJudge(engine, template, "embedded"), questions, right, others, cache=Cache())
+    assert found.judged == 64
+    assert found.win.ci95[0] > 0.5  # more often than by chance; how often is no more than this tiny model can do
 
 
 # --- the two sides ---------------------------------------------------------------------------------------
