@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -82,7 +83,10 @@ def choice(tag: str, table: Mapping[str, Any], *, given: Sequence[str] = (), nes
             if key in nested or not _is_callable_type(hints[key])
         })  # type: ignore[call-overload]  # fmt: skip
         checked = schema.model_validate(options)
-        return Choice(tag, name, table[name], {key: getattr(checked, key) for key in schema.model_fields})
+        made = Choice(tag, name, table[name], {key: getattr(checked, key) for key in schema.model_fields})
+        if not given:
+            made.build()  # for the checks of its own
+        return made
 
     return Annotated[Choice, BeforeValidator(check), PlainSerializer(Choice.plain), Field(validate_default=True)]
 
@@ -270,12 +274,22 @@ def _override(tree: dict[str, Any], item: str) -> None:
 def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
     if "rounds" in tree.get("local", {}):
         raise ConfigError(f"{name}: local.rounds is not a setting; rounds belongs at the top of the file.")
+    if endless := list(_not_finite(tree)):
+        raise ConfigError(f"{name}: {endless[0]} is no finite number.")
     try:
         experiment = Experiment.model_validate(tree)
         local = {**tree.get("local", {}), "rounds": experiment.rounds}
         return Experiment.model_validate({**tree, "local": local})
     except ValidationError as bad:
         raise ConfigError("\n".join([f"{name} cannot be used:", *(f"  {_explain(e)}" for e in bad.errors())])) from bad
+
+
+def _not_finite(value: Any, where: str = "") -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield where
 
 
 def _explain(error: Any) -> str:

@@ -137,10 +137,11 @@ def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[
     if resume and not saved.exists():
         raise RunError(f"Nothing to resume: there is no {saved}.")
     with checkpoint.lock(folder):
-        if not saved.exists():
+        if not resume:
+            # A run that ended before its first round, say for want of its data, may be started over.
+            if saved.exists() and any(folder.rglob("metrics.jsonl")):
+                raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
             durable.write(saved, experiment.to_toml().encode())
-        elif not resume:
-            raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
         elif load(saved).fingerprint() != experiment.fingerprint():
             raise RunError(f"{folder} holds another experiment: {saved} differs. Resume that one, or choose another --out.")
         yield
