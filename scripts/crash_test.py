@@ -4,7 +4,8 @@
     python scripts/crash_test.py --runs 1 --kills 5   one run, killed five times on its way
 
 Every run is a process of its own, forked from one that has loaded the modules, so that instants fall into
-the work and not into imports. An instant is drawn uniformly over the time that the undisturbed run takes.
+the work and not into imports. Instants are drawn uniformly over somewhat more than the time that the
+undisturbed run takes, and again where the run had finished by then.
 Compared are the adapter as saved, its sha256 in summary.json, and every line of metrics.jsonl but for its
 seconds.
 """
@@ -35,6 +36,7 @@ TINY = [
     "data.hold_out=4", "local.epochs=1", "local.batch_size=4", "examples_per_round=8", "cohort.kind=fixed",
     "cohort.count=3", "evaluation.answers=0",
 ]  # fmt: skip
+LONGER = 1.5  # a run may take so much longer than the undisturbed one, on a busy machine
 
 
 def start(folder: Path, experiment: Path) -> int:
@@ -118,11 +120,11 @@ def main() -> None:
             folder = Path(scratch) / f"run-{run}"
             died: list[str] = []
             while len(died) < asked.kills:
-                instant = chance.uniform(0, span)
+                instant = chance.uniform(0, LONGER * span)
                 process = start(folder, fixed)
                 time.sleep(instant)
                 os.kill(process, signal.SIGKILL)
-                if exit_code(process) != -signal.SIGKILL:  # it was quicker than the undisturbed one
+                if exit_code(process) != -signal.SIGKILL:  # it had finished: draw again
                     folder = folder.with_name(f"{folder.name}-again")
                     died = []
                     continue

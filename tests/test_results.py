@@ -1,0 +1,117 @@
+"""From measurements to the summary: rows, the best and the mean of local-only clients, differences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.errors import RunError
+from fedloom.results import better, measure, method_of, read_summary, summarise, write_json
+from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, state
+
+
+def result(seed: int, **rows: tuple[float, float]) -> dict[str, Any]:
+    named = {r.replace("local_", "local:"): {"metrics": {"rule": a, "loss": b}, "groups": {}} for r, (a, b) in rows.items()}
+    return {"seed": seed, "rows": named, "samples": []}
+
+
+TWO = [
+    result(0, base=(0.0, 9.0), local_a=(0.5, 4.0), local_b=(0.25, 2.0), federated=(0.75, 1.0)),
+    result(1, base=(0.25, 8.0), local_a=(0.25, 4.0), local_b=(0.75, 5.0), federated=(1.0, 3.0)),
+]
+
+
+def summary(results: list[dict[str, Any]] = TWO, **changes: Any) -> dict[str, Any]:
+    return summarise(
+        "compare", experiment(), dataset(FOUR), results, records=changes.get("records", []), adapter_sha256="f" * 64, engine={}
+    )
+
+
+def row(found: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
+    [one] = [r for r in found["rows"] if (r["row"], r["metric"]) == (name, metric)]
+    return one
+
+
+def test_rows_come_in_the_order_of_the_paper() -> None:
+    names = list(dict.fromkeys(r["row"] for r in summary()["rows"]))
+    assert names == ["base", "local mean", "local best", "federated", "local:a", "local:b"]
+
+
+def test_the_best_local_client_is_chosen_in_each_seed_and_metric() -> None:
+    assert row(summary(), "local best", "rule")["values"] == (0.5, 0.75)  # a, then b
+    assert row(summary(), "local best", "loss")["values"] == (2.0, 4.0)  # b, then a: lower is better
+
+
+def test_the_mean_over_local_clients_is_taken_in_each_seed() -> None:
+    assert row(summary(), "local mean", "rule")["values"] == (0.375, 0.5)
+    assert row(summary(), "local mean", "loss")["mean"] == 3.75  # ((4 + 2) / 2 + (4 + 5) / 2) / 2
+
+
+def test_a_row_has_its_mean_interval_and_seeds() -> None:
+    one = row(summary(), "federated", "rule")
+    assert (one["mean"], one["seeds"], one["method"]) == (0.875, [0, 1], "fedit")
+    half = 12.7062047364 * 0.1767766953 / 2**0.5  # t of one degree, the deviation of 0.75 and 1.0
+    assert one["ci95"] == pytest.approx((0.875 - half, 0.875 + half), rel=1e-6)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert all(r["ci95"] is None for r in summary(TWO[:1])["rows"])
+
+
+def test_differences_are_paired_by_seed_and_named_once() -> None:
+    found = summary()["differences"]
+    assert len(found) == 6 * 2  # pairs of four named rows, two metrics; single clients are left out
+    [one] = [d for d in found if {d["a"], d["b"]} == {"federated", "local best"} and d["metric"] == "loss"]
+    assert (one["a"], one["b"]) == ("federated", "local best")
+    assert one["mean"] == -1.0  # ((1 - 2) + (3 - 4)) / 2
+    assert one["p_value"] is None  # both seeds differ by the same
+
+
+def test_a_client_that_one_seed_lacks_is_no_row_of_all() -> None:
+    other = result(1, base=(0.0, 1.0), local_a=(0.0, 1.0), federated=(0.0, 1.0))
+    assert "local:b" not in {r["row"] for r in summary([TWO[0], other])["rows"]}
+
+
+def test_the_summary_is_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "summary.json", summary())
+    back = read_summary(tmp_path)
+    assert back == json.loads(json.dumps(summary()))
+
+
+def test_no_summary_is_none(tmp_path: Path) -> None:
+    assert read_summary(tmp_path) is None
+
+
+def test_rounds_keep_what_a_plot_of_costs_needs() -> None:
+    line = {"round": 1, "bytes_up": 10, "bytes_down": 20, "tokens": 30, "seconds": 0.5, "cohort": ["a"]}
+    assert summary(records=[line])["rounds"] == [{k: v for k, v in line.items() if k != "cohort"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("base", "base"), ("federated", "fedit"), ("centralised", "centralised"), ("local:a", "local_only")],
+)
+def test_a_rows_method(name: str, method: str) -> None:
+    assert method_of(name) == method
+
+
+def test_loss_is_better_when_lower_and_all_else_when_higher() -> None:
+    assert better("loss", 1.0, 2.0)
+    assert better("rule", 2.0, 1.0)
+    assert not better("rouge_l", 1.0, 1.0)
+
+
+def test_rows_are_measured_on_the_same_examples() -> None:
+    found = measure(experiment(), dataset(FOUR), machine(), {"base": None, "federated": state(2.0, 2.0)})
+    # Held out are 1 and 2 of "low" and 10 of "high"; the base is at 0.
+    assert found["rows"]["base"]["metrics"]["loss"] == pytest.approx((0.5 + 2 + 50) / 3)
+    assert found["rows"]["federated"]["metrics"]["loss"] == pytest.approx((0.5 + 0 + 32) / 3)
+    assert found["rows"]["federated"]["groups"] == {"high": {"loss": 32.0}, "low": {"loss": 0.25}}
+
+
+def test_a_model_that_diverged_is_named_with_advice() -> None:
+    with pytest.raises(RunError, match=r"held-out loss of 'federated' is no finite number.*local\.learning_rate"):
+        measure(experiment(), dataset(FOUR), machine(ToyEngine()), {"base": None, "federated": state(float("nan"))})
