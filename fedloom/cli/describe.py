@@ -16,8 +16,8 @@ def command(what: What = "quickstart", overrides: Overrides = None) -> None:
 
     what, changes = first_is_override(what, overrides)
     experiment = load(what, changes)
-    out.print(Syntax(experiment.to_toml(), "toml", background_color="default", word_wrap=True))
     p = plan(experiment)
+    out.print(Syntax(experiment.to_toml(), "toml", background_color="default", word_wrap=True))
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(justify="right")
