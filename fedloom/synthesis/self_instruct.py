@@ -249,9 +249,8 @@ class SelfInstruct:
 
     def _stop_at(self, end: str) -> frozenset[int]:
         """Where one token spells `end`, generation need not go on to the limit."""
-        plain, ended = list(self.encode("a")), list(self.encode(f"a{end}"))
-        known = ended[:-1] == plain and self.decode(ended[-1:]) == end
-        return self.stop | {ended[-1]} if known else self.stop
+        last = self.encode(f"a{end}")[-1]
+        return self.stop | {last} if self.decode([last]) == end else self.stop
 
 
 def _fate(code: str | None) -> str:

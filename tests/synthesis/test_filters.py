@@ -101,6 +101,7 @@ def test_the_threshold_itself_passes() -> None:
     # "a b c d e f x y z w" and "a b c d e f g k l m": 6 of 10 words each way, F = 0.6
     texts = LocalTexts([Example("a b c d e f g k l m", "")], Filters(rouge_instruction=0.6))
     assert texts.instruction("a b c d e f x y z w") is None
+    assert texts.instruction("g a b c d e f x y z") is None  # seven words in common, six in the same order
     assert texts.instruction("a b c d e f g y z w") == "near-instruction"  # 0.7
 
 
@@ -134,6 +135,12 @@ def test_a_passage_is_found_in_whichever_field_it_lands() -> None:
     passage = " ".join(SUMMARY.context.split()[5:14])
     for sample in (Example(passage, "x"), Example("x", passage), Example("x", "y", passage)):
         assert local().example(sample) == "verbatim"
+
+
+def test_a_passage_that_is_all_of_a_local_text_is_found() -> None:
+    eight = "one two three four five six seven eight"
+    texts = LocalTexts([Example(eight, "")], Filters())
+    assert texts.example(Example("Count for me, please, as far as you can go today.", f"I say {eight} and no further")) == "verbatim"
 
 
 def test_a_new_sample_passes() -> None:

@@ -273,6 +273,12 @@ def test_a_failed_answer_is_asked_for_three_times_in_all(said: str, fate: str) -
     assert is_summed_up(found)
 
 
+def test_a_failed_answer_is_not_asked_for_again_where_no_other_examples_can_be_shown() -> None:
+    found, engine = made(answering("The Rhine.\n\n"), examples=OWN[:1])
+    assert [c.fate for c in found.candidates] == ["failed/no-output"]
+    assert len(engine.asked) == 1 + 1
+
+
 @pytest.mark.parametrize(
     ("said", "fate"),
     [
