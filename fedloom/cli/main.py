@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from fedloom.cli import chat, compare, copy, describe, evaluate, export, partition, report, run
+from fedloom.cli import chat, compare, copy, describe, evaluate, export, judge, partition, report, run
 from fedloom.cli.console import complain
 from fedloom.errors import FedloomError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, describe, partition, copy, evaluate, chat, export, report):
+for command in (run, compare, describe, partition, copy, evaluate, judge, chat, export, report):
     app.command(name=command.__name__.rpartition(".")[2])(command.command)
 
 
