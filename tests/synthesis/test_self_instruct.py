@@ -189,12 +189,19 @@ def test_a_client_without_examples_generates_nothing_and_asks_nobody() -> None:
     assert engine.asked == []
 
 
-def test_sampling_may_ask_the_same_prompt_again() -> None:
-    found, engine = made(examples=OWN[:1], temperature=0.7, candidates=4, attempts=4)
+def test_sampling_may_ask_the_same_prompt_again_with_other_random_numbers() -> None:
+    found, engine = made(answering("none\n\n"), OWN[:1], temperature=0.7, candidates=4, attempts=8)
     assert found.counts["repeated"] == 0
-    assert {r.temperature for round in engine.asked for r in round.values()} == {0.7}
-    streams = [r.stream for round in engine.asked for r in round.values()]
-    assert len(set(streams)) == len(streams)  # no two requests draw the same random numbers
+    assert len(set(engine.prompts)) == 2
+    asked = [r for round in engine.asked for r in round.values()]
+    assert len(asked) >= 2 + 3  # waves of instructions, trials of an answer
+    assert {r.temperature for r in asked} == {0.7}
+    assert len({r.stream for r in asked}) == len(asked)
+
+
+def test_the_repetition_penalty_is_on_responses() -> None:
+    _, engine = made(repetition_penalty=1.1)
+    assert [r.repetition_penalty for round in engine.asked for r in round.values()] == [1.0, 1.1]
 
 
 def test_attempts_are_bounded() -> None:
