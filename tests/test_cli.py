@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedloom import checkpoint
+from fedloom.cli import console
 from fedloom.cli import main as cli
 from fedloom.config import load, recipes
 
@@ -35,7 +36,8 @@ def type_in(*words: str | Path, stdin: str = "") -> Typed:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["fedloom", *map(str, words)])
         patch.setattr(sys, "stdin", io.StringIO(stdin))
-        patch.setenv("COLUMNS", "200")
+        patch.setattr(console.out, "width", 200)
+        patch.setattr(console.err, "width", 200)
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         try:
