@@ -31,7 +31,7 @@ class LocalTraining:
     beta2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.0  # SGD only
-    clip: float | None = 1.0  # L2 norm of a job's whole gradient, correction included
+    clip: float = 1.0  # L2 norm of a job's whole gradient, correction included; 0: no clipping
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or self.rounds < 1:
@@ -43,8 +43,8 @@ class LocalTraining:
             raise ConfigError(f'Expected schedule "constant" or "cosine", got {self.schedule!r}.')
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f'Expected optimizer "adamw" or "sgd", got {self.optimizer!r}.')
-        if self.clip is not None and self.clip <= 0:
-            raise ConfigError(f"Expected clip above 0 or none, got {self.clip}.")
+        if not self.clip >= 0:
+            raise ConfigError(f"Expected clip of at least 0 (0: no clipping), got {self.clip}.")
 
     def learning_rate_at(self, round: int) -> float:
         """Cosine from `learning_rate` at round 0 towards `min_learning_rate` at round `rounds`."""
@@ -66,7 +66,7 @@ class RowOptimizer:
     def step(self, params: Tensor, grad: Tensor, *, learning_rate: float) -> None:
         """Update `params` (P,) in place. `grad` (P,) is clipped in place first."""
         local = self._local
-        if local.clip is not None:
+        if local.clip:
             norm = torch.linalg.vector_norm(grad)
             grad.mul_(torch.clamp(local.clip / (norm + 1e-6), max=1.0))  # as clip_grad_norm_
         self.steps += 1

@@ -154,7 +154,7 @@ def fit_one(model: ReferenceModel, fit: Fit, *, encode: Encoder, local: LocalTra
         push.add_to(grad, model.vector())
         for param, part in zip(params, grad.split([p.numel() for p in params]), strict=True):
             param.grad = part.view_as(param)
-        if local.clip is not None:
+        if local.clip:
             nn.utils.clip_grad_norm_(params, local.clip)
         optimizer.step()
         losses.append(loss)

@@ -13,7 +13,7 @@ from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ModelError
 from fedloom.steps import Fit, Score
 
-SGD = LocalTraining(batch_size=4, learning_rate=1.0, optimizer="sgd", clip=None)
+SGD = LocalTraining(batch_size=4, learning_rate=1.0, optimizer="sgd", clip=0.0)
 SMALL = {
     "vocab_size": 120,
     "num_hidden_layers": 2,

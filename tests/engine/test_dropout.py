@@ -90,7 +90,7 @@ def test_dropout_is_off_when_scoring():
 
 
 def test_each_epoch_draws_new_masks():
-    local = LocalTraining(batch_size=1, optimizer="sgd", learning_rate=1.0, clip=None)
+    local = LocalTraining(batch_size=1, optimizer="sgd", learning_rate=1.0, clip=0.0)
     trained = engine(llama(), lora=LORA, local=local)
     start, [one] = moved(trained.layout), examples(1)
     first, second = (trained.answer({0: Fit(start, [one], seen=seen, limit=1)})[0].adapter for seen in (0, 1))

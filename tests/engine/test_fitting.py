@@ -12,7 +12,7 @@ from fedloom.errors import ConfigError, ModelError
 from fedloom.state import AdapterState
 from fedloom.steps import Correction, Fit, Score
 
-SGD = LocalTraining(batch_size=4, learning_rate=0.1, optimizer="sgd", clip=None)
+SGD = LocalTraining(batch_size=4, learning_rate=0.1, optimizer="sgd", clip=0.0)
 START = AdapterState({})
 PATHS = pytest.mark.parametrize("path", ["fast", "reference"])
 

@@ -28,7 +28,7 @@ def both(local: LocalTraining, steps: int = 7) -> tuple[torch.Tensor, torch.Tens
     for _ in range(steps):
         grad = torch.randn(50, generator=stream)
         theirs.grad = grad.clone()
-        if local.clip is not None:
+        if local.clip:
             torch.nn.utils.clip_grad_norm_([theirs], local.clip)
         reference.step()
         row.step(ours, grad, learning_rate=local.learning_rate)
@@ -39,10 +39,10 @@ def both(local: LocalTraining, steps: int = 7) -> tuple[torch.Tensor, torch.Tens
     "local",
     [
         LocalTraining(learning_rate=0.01),
-        LocalTraining(learning_rate=0.01, weight_decay=0.1, beta1=0.8, beta2=0.95, clip=None),
+        LocalTraining(learning_rate=0.01, weight_decay=0.1, beta1=0.8, beta2=0.95, clip=0.0),
         LocalTraining(learning_rate=0.01, clip=100.0),
         LocalTraining(optimizer="sgd", learning_rate=0.1),
-        LocalTraining(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, clip=None),
+        LocalTraining(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, clip=0.0),
     ],
 )
 def test_a_row_moves_as_under_torchs_own_optimizer(local):
@@ -63,7 +63,7 @@ def test_cosine_runs_across_rounds_and_stays_at_its_end():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"schedule": "linear"}, {"optimizer": "adam"}, {"clip": 0.0}]
+    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"schedule": "linear"}, {"optimizer": "adam"}, {"clip": -1.0}]
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="Expected"):

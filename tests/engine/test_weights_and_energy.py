@@ -24,7 +24,7 @@ from tests.engine.tiny_models import (
 )
 
 PATHS = ["fast", "reference"]
-SGD = LocalTraining(optimizer="sgd", learning_rate=0.1, batch_size=100, clip=None)
+SGD = LocalTraining(optimizer="sgd", learning_rate=0.1, batch_size=100, clip=0.0)
 
 
 def one(trained: Any, request: Any) -> Any:
