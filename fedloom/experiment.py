@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,15 @@ class Dataset:
         """The shares of this client's training examples over the groups of the held-out set."""
         groups = [_group(e, self.by) for e in self.clients[client]]
         return {g: groups.count(g) / len(groups) for g in sorted(set(groups))}
+
+    def sha256(self) -> str:
+        """Of every example, who holds it and which are held out: other data have another."""
+        digest = hashlib.sha256()
+        for owner, examples in [*sorted(self.clients.items()), ("", self.test)]:
+            for e in examples:
+                fields = (owner, e.instruction, e.context, e.response, e.category, e.owner, e.rule)
+                digest.update(json.dumps(fields).encode())
+        return digest.hexdigest()
 
     def groups(self) -> list[str]:
         """The group of every held-out example."""

@@ -1,6 +1,7 @@
 """A run in a folder: started, killed, resumed, finished; and what it leaves there.
 
     experiment.toml   what was asked for, every default written out
+    inputs.json       what the data and the base model were: a resumed run goes on with no others
     metrics.jsonl     one line a round
     state/            the last two committed rounds (checkpoint.py)
     adapter/          the tuned adapter in PEFT's format, with a model card
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +20,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedloom import checkpoint, journal
+from fedloom import checkpoint, durable, journal
 from fedloom.algorithms.base import Algorithm, ServerState
 from fedloom.checkpoint import Checkpoint
 from fedloom.client import Client
 from fedloom.config import Experiment
+from fedloom.errors import RunError
 from fedloom.evaluation.loss import held_out_loss
 from fedloom.experiment import Dataset, Machine
 from fedloom.federation import Federation, Round
 from fedloom.messages import ClientId
 from fedloom.transport.in_process import InProcess
+
+INPUTS = "inputs.json"
 
 
 class Listener:
@@ -64,11 +69,13 @@ class Training:
         for damage in found.damaged:
             listener.warned(f"not used, since it is damaged: {damage}; going on from the round before it")
         if found.checkpoint is None:
+            durable.write(self.folder / INPUTS, json.dumps(self._inputs(), indent=1).encode())
             state = self.algorithm.init(self.machine.engine.initial_adapter())
             record: Mapping[str, Any] = self._record(state, Round(-1, ()), seconds=0.0)
             journal.align(metrics, None)
             self._commit(state, record)
         else:
+            self._check_inputs()
             state, record = found.checkpoint.state, found.checkpoint.record
             for client, memory in found.checkpoint.memories.items():
                 self.clients[client].memory = dict(memory)
@@ -88,6 +95,22 @@ class Training:
         transport = InProcess(self.algorithm, self.machine.engine, self.clients, self.experiment.transport.width)
         federation = Federation(self.algorithm, transport, self.select, after_round, listener.updated)
         return federation.run(state, self.experiment.rounds)
+
+    def _inputs(self) -> dict[str, str]:
+        return {"data_sha256": self.dataset.sha256(), "base_sha256": self.machine.base_hash}
+
+    def _check_inputs(self) -> None:
+        """Refuse to go on with other data or another base model than the run began with."""
+        saved, now = self.folder / INPUTS, self._inputs()
+        try:
+            then = json.loads(saved.read_bytes())
+        except (OSError, ValueError) as damaged:
+            raise RunError(f"{saved} is missing or damaged; start again with another --out.") from damaged
+        for name, what in (("data_sha256", "data are"), ("base_sha256", "base model is")):
+            if then.get(name) != now[name]:
+                raise RunError(
+                    f"The {what} not what this run began with ({saved}). Put the old back, or start a new run in another --out."
+                )
 
     def _commit(self, state: ServerState, record: Mapping[str, Any]) -> None:
         memories = {c: client.memory for c, client in self.clients.items() if client.memory}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedloom.config import load
 from fedloom.errors import RunError
 from fedloom.report import card, page
 from fedloom.run import Listener
-from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine
+from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, training
 from tests.faulty_disk import FaultyDisk, Killed, Mode
 
 TOY = experiment(
@@ -190,3 +191,14 @@ def test_killed_runs_end_in_the_adapter_of_the_undisturbed_one() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 of 4 identical" in done.stdout
+
+
+def test_other_data_or_another_base_do_not_go_on_with_a_run(tmp_path: Path) -> None:
+    begun = training(tmp_path)
+    begun.finish(Listener())
+    other = dataset({**FOUR, "c": (6.5,)})
+    with pytest.raises(RunError, match="data are not what this run began with"):
+        replace(begun, dataset=other).finish(Listener())
+    with pytest.raises(RunError, match="base model is not what this run began with"):
+        replace(begun, machine=replace(begun.machine, base_hash="1" * 64)).finish(Listener())
+    training(tmp_path).finish(Listener())  # the same again is welcome
