@@ -43,6 +43,14 @@ class LocalTraining:
             raise ConfigError(f'Expected schedule "constant" or "cosine", got {self.schedule!r}.')
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f'Expected optimizer "adamw" or "sgd", got {self.optimizer!r}.')
+        for name in ("learning_rate", "min_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise ConfigError(f"Expected {name} between 0 and 1e6, got {getattr(self, name)}.")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
+        if not self.eps > 0:
+            raise ConfigError(f"Expected eps above 0, got {self.eps}.")
         if not self.clip >= 0:
             raise ConfigError(f"Expected clip of at least 0 (0: no clipping), got {self.clip}.")
 
