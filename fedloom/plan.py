@@ -59,16 +59,21 @@ def plan(experiment: Experiment) -> Plan:
 
 
 def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int) -> float:
-    """Weights + for each client in the batch parameters, gradient and two moments + activations.
+    """The runtime, weights, for each client parameters with gradient and moments, activations;
+    for examples of full length, within a factor of 2.
 
-    Activations per token and layer, without recomputation: about 34 values of the hidden size (Korthikanti
-    et al. 2022, without dropout and with attention recomputed), a quarter of that with checkpointing.
+    Activations of a token in a layer: the inputs of its linear maps, norms and activations (about 24 times the
+    hidden size and 6 times the intermediate one) and two attention weights a head and token it may see; a
+    quarter of that with checkpointing. Half as much again for what the allocator cannot reuse, which is what
+    a run of examples up to 512 tokens on the embedded model was measured to take.
     """
     m, config = experiment.model, model.config.get_text_config()
-    wide = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes a weight
-    value = 2 if m.dtype == "bfloat16" else 4
-    activations = m.tokens_per_pass * config.num_hidden_layers * config.hidden_size * 34 / 2 * value
-    if m.checkpointing:
-        activations /= 4
-    head = 1024 * config.vocab_size * 4 * 2  # logits of one chunk of labelled positions, and their gradient
-    return base * wide + width * adapter * 16 + activations + head
+    weight = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes
+    number = 2 if m.dtype == "bfloat16" else 4
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    a_token = 24 * config.hidden_size + 6 * wide + 2 * config.num_attention_heads * experiment.prompt.max_length
+    activations = 1.5 * m.tokens_per_pass * config.num_hidden_layers * a_token * number / (4 if m.checkpointing else 1)
+    return RUNTIME + base * weight + width * adapter * 16 + activations
+
+
+RUNTIME = 0.5e9  # Python, torch and transformers, before any model

@@ -31,7 +31,7 @@ from fedloom.engine.generation import generate_all
 from fedloom.engine.layers import ActivePass, inject
 from fedloom.engine.layout import AdapterLayout, LoraSpec
 from fedloom.engine.packing import Encoder, Pass
-from fedloom.engine.planner import plan
+from fedloom.engine.planner import plan, return_memory
 from fedloom.engine.reference import ReferenceModel
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
@@ -145,6 +145,7 @@ class LoraEngine:
             )
         if prompts:
             answers |= generate_all(self, prompts)
+        return_memory()
         return {key: answers[key] for key in requests}
 
     @contextmanager

