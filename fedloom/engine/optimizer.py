@@ -44,8 +44,8 @@ class LocalTraining:
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f'Expected optimizer "adamw" or "sgd", got {self.optimizer!r}.')
         for name in ("learning_rate", "min_learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1e6:
-                raise ConfigError(f"Expected {name} between 0 and 1e6, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) <= 1e30:  # float32 holds it after bias correction
+                raise ConfigError(f"Expected {name} between 0 and 1e30, got {getattr(self, name)}.")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
