@@ -38,6 +38,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         finished = _finished(folder)
         if finished is not None:
             return finished
+        if any(folder.glob("seed-*/")):
+            raise RunError(f"{folder} holds a comparison. Go on with it: fedloom compare --resume --out {folder}")
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
         machine = load_machine(experiment)
         training = federated(experiment, dataset, machine, folder)
@@ -68,6 +70,8 @@ def compare(
         finished = _finished(folder)
         if finished is not None:
             return finished
+        if (folder / "state").exists():
+            raise RunError(f"{folder} holds a run. Go on with it: fedloom run --resume --out {folder}")
         on_progress(progress(experiment, folder))
         for state in all_seeds(experiment, folder, jobs=jobs):
             on_progress(state)

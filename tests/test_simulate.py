@@ -112,3 +112,11 @@ def test_an_adapter_of_another_model_is_refused(toy: None, tmp_path: Path) -> No
 def test_a_run_without_an_adapter_says_how_to_finish_it(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no adapter yet\. Finish it first: fedloom run --resume --out"):
         simulate.adapter_of(tmp_path, machine())
+
+
+def test_a_comparison_is_not_resumed_as_a_run_nor_a_run_as_a_comparison(toy: None, tmp_path: Path) -> None:
+    for folder, inside, resume in (("a", "seed-0", simulate.run), ("b", "state", simulate.compare)):
+        (tmp_path / folder / inside).mkdir(parents=True)
+        (tmp_path / folder / "experiment.toml").write_text(TOY.to_toml())
+        with pytest.raises(RunError, match=r"Go on with it: fedloom (compare|run) --resume"):
+            resume(TOY, tmp_path / folder, resume=True)
