@@ -30,15 +30,23 @@ from pydantic import (
 )
 
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.fedmit import FedMIT
+from fedloom.algorithms.fedpit import FedPIT
+from fedloom.algorithms.fewfedpit import FewFedPIT
+from fedloom.algorithms.fewfedweight import FewFedWeight
 from fedloom.algorithms.local_only import LocalOnly
+from fedloom.algorithms.self_augmented import SelfAugmented
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.data import partition
+from fedloom.data.canaries import Canaries
 from fedloom.engine.fitting import LocalTraining
 from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ConfigError
 from fedloom.selection import All, Fixed, Fraction, Poisson, RoundRobin
+from fedloom.synthesis.pool import FromPool
+from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording, Wording
 
-STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
 
 
 # --- a named choice among classes ------------------------------------------------------------------------
@@ -57,14 +65,25 @@ class Choice:
         made = {key: value.build() if isinstance(value, Choice) else value for key, value in self.options.items()}
         return self.make(**made, **given)
 
+    def takes(self, parameter: str) -> bool:
+        return any(f.name == parameter for f in fields(self.make))  # type: ignore[arg-type]
+
     def plain(self) -> dict[str, Any]:
         return {self.tag: self.name, **{k: v.plain() if isinstance(v, Choice) else v for k, v in self.options.items()}}
 
 
-def choice(tag: str, table: Mapping[str, Any], *, given: Sequence[str] = (), nested: Mapping[str, Any] = {}) -> Any:
+def choice(
+    tag: str,
+    table: Mapping[str, Any],
+    *,
+    given: Sequence[str] = (),
+    stand_ins: Mapping[str, Any] | None = None,
+    nested: Mapping[str, Any] = {},
+) -> Any:
     """A field type: `{tag: name, options...}` or just the name; the first of the table where it is not said.
 
-    `given` parameters are not the user's to set; `nested` ones are choices themselves.
+    `given` parameters are not the user's to set; with `stand_ins` for them the class is tried on the spot, for
+    the checks of its own. `nested` parameters are choices themselves.
     """
 
     def check(raw: Any) -> Choice:
@@ -77,18 +96,24 @@ def choice(tag: str, table: Mapping[str, Any], *, given: Sequence[str] = (), nes
         known = {f.name: f for f in fields(table[name]) if f.name not in given}
         hints = typing.get_type_hints(table[name])
         schema = create_model(name, __config__=STRICT, **{
-            key: (nested[key], Field({}, validate_default=True)) if key in nested
-            else (hints[key], ... if f.default is MISSING else f.default)
+            key: (nested[key], {}) if key in nested
+            else (hints[key], _default(f))
             for key, f in known.items()
             if key in nested or not _is_callable_type(hints[key])
         })  # type: ignore[call-overload]  # fmt: skip
         checked = schema.model_validate(options)
         made = Choice(tag, name, table[name], {key: getattr(checked, key) for key in schema.model_fields})
-        if not given:
-            made.build()  # for the checks of its own
+        if stand_ins is not None or not given:
+            made.build(**{key: value for key, value in (stand_ins or {}).items() if made.takes(key)})
         return made
 
-    return Annotated[Choice, BeforeValidator(check), PlainSerializer(Choice.plain), Field(validate_default=True)]
+    return Annotated[Choice, BeforeValidator(check), PlainSerializer(Choice.plain)]
+
+
+def _default(f: Any) -> Any:
+    if f.default_factory is not MISSING:
+        return f.default_factory()
+    return ... if f.default is MISSING else f.default
 
 
 def _is_callable_type(hint: Any) -> bool:
@@ -96,15 +121,35 @@ def _is_callable_type(hint: Any) -> bool:
 
 
 SERVER_OPTIMIZERS = {"sgd": SGD}
-ALGORITHMS = {"fedavg": FedAvg, "local_only": LocalOnly}
+ALGORITHMS = {
+    "fedavg": FedAvg,
+    "fewfedpit": FewFedPIT,
+    "ppfedit": FewFedPIT,  # the name of its journal version
+    "fedpit": FedPIT,
+    "fedmit": FedMIT,
+    "fewfedweight": FewFedWeight,
+    "local_only": LocalOnly,
+    "self_augmented": SelfAugmented,
+}
+PARTS = ("synthesize", "contrast", "relabel")  # of an algorithm, made from the other sections
+SYNTHESES = {"self_instruct": SelfInstruct, "spare": FromPool, "restyled": FromPool}
+WORDINGS = {"embedded": Wording, "self_instruct": SelfInstructWording}
 COHORTS = {"all": All, "fixed": Fixed, "fraction": Fraction, "round_robin": RoundRobin, "poisson": Poisson}
 
 if TYPE_CHECKING:  # made at run time, of which a type checker sees nothing
     AlgorithmChoice: TypeAlias = Any
     CohortChoice: TypeAlias = Any
     PartitionChoice: TypeAlias = Any
+    SynthesisChoice: TypeAlias = Any
 else:
-    AlgorithmChoice = choice("name", ALGORITHMS, nested={"server_optimizer": choice("name", SERVER_OPTIMIZERS)})
+    AlgorithmChoice = choice(
+        "name", ALGORITHMS, given=PARTS, stand_ins=dict.fromkeys(PARTS),
+        nested={"server_optimizer": choice("name", SERVER_OPTIMIZERS)},
+    )  # fmt: skip
+    SynthesisChoice = choice(
+        "kind", SYNTHESES, given=("encode", "decode", "stop", "seed", "context_length", "pool"),
+        nested={"wording": choice("style", WORDINGS)},
+    )  # fmt: skip
     CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
     PartitionChoice = choice("kind", partition.PARTITIONS)
 
@@ -127,6 +172,11 @@ class Model(Section):
     path: Literal["auto", "fast", "reference"] = "auto"  # auto: fast where the self-check agrees
 
 
+class Clusters(Section):
+    count: int = Field(100, gt=0)
+    of: Literal["tfidf", "base"] = "tfidf"  # k-means over TF-IDF, or over the base model's own mean hidden states
+
+
 class Data(Section):
     source: Literal["microworld", "dolly", "alpaca", "medquad", "table", "hub"] = "microworld"
     path: str | list[str] | None = None  # a file, or for "table" also a folder or several; for "hub" the id
@@ -135,7 +185,10 @@ class Data(Section):
     revision: str | None = None  # for "hub"
     on_bad: Literal["fail", "skip"] = "fail"
     examples: int | None = Field(None, gt=0)  # microworld: how many to make; elsewhere a random part of the data
+    clusters: Clusters | None = None  # categories of our own making: groups of alike texts
+    pool: int | None = Field(None, gt=0)  # training examples in the federation, as many of each category; None: all
     private_facts: int = Field(0, ge=0)  # microworld: access codes that only one client knows, each
+    canaries: Canaries | None = None  # secrets planted in each client's data, for an audit to look for
     clients: int | None = Field(None, gt=0)  # None: what the partition says (by_owner)
     partition: PartitionChoice = {}
     hold_out: int = Field(10, ge=1)  # test examples of each category
@@ -160,8 +213,16 @@ class Evaluation(Section):
     max_new_tokens: int = Field(64, gt=0)
 
 
+class Audit(Section):
+    examples: int = Field(100, gt=0)  # training examples attacked, drawn over all clients
+    references: int = Field(2048, gt=1)  # secrets that were never planted, to rank a canary among
+    every: int | None = Field(None, gt=0)  # rounds between measurements of leakage while a run goes on; None: never
+
+
 class Compare(Section):
     seeds: int = Field(5, gt=0)  # runs with seed, seed + 1, ...: everything random differs
+    methods: dict[str, AlgorithmChoice] = {}  # further rows: label -> algorithm, on the same data and settings
+    leakage: bool = False  # attack every shared model, too
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
     local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all
 
@@ -175,11 +236,13 @@ class Experiment(Section):
     data: Data = Data()
     prompt: Prompt = Prompt()
     algorithm: AlgorithmChoice = {}
+    synthesis: SynthesisChoice = {}
     local: LocalTraining = LocalTraining()
     examples_per_round: int | None = Field(None, gt=0)  # of a client, in its own order; None: local.epochs
     cohort: CohortChoice = {}
     transport: Transport = Transport()
     evaluation: Evaluation = Evaluation()
+    audit: Audit = Audit()
     compare: Compare = Compare()
 
     def plain(self) -> dict[str, Any]:
@@ -308,7 +371,7 @@ def _keys(section: Sequence[str]) -> list[str]:
         schema = schema.model_fields[part].annotation if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields else None
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return list(schema.model_fields)
-    return [f.name for f in fields(schema)] if is_dataclass(schema) else []
+    return [f.name for f in fields(schema)] if is_dataclass(schema) and schema is not Choice else []
 
 
 def _did_you_mean(word: str, known: Any) -> str:

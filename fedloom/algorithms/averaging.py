@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom.algorithms.aggregators import weighted_mean
 from fedloom.algorithms.base import Aggregator, ServerOptimizer, ServerState
@@ -12,12 +13,17 @@ from fedloom.algorithms.server_optimizers import SGD
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
+from fedloom.state import AdapterState
 from fedloom.steps import Steps
+
+PERSONAL = "personal"  # in a client's memory: an adapter of its own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging(ABC):
     """Server half of FedOpt (Reddi et al. 2021): average the deltas, take one optimizer step."""
+
+    shared: ClassVar[bool] = True
 
     server_optimizer: ServerOptimizer = SGD(lr=1.0)
     aggregate: Aggregator = weighted_mean
@@ -31,6 +37,9 @@ class Averaging(ABC):
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         mean = self.aggregate(updates, state.adapter.zeros_like())
         return self.server_optimizer(state, mean["delta"])
+
+    def personal(self, client: Client) -> AdapterState | None:
+        return client.memory.get(PERSONAL)
 
     @abstractmethod
     def client(self, message: Broadcast, client: Client) -> Steps[Update]: ...

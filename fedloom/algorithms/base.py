@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
@@ -27,10 +27,15 @@ class ServerState:
 class Algorithm(Protocol):
     """One paper, both halves. The server half never sees a `Client`, only what it sent."""
 
+    shared: ClassVar[bool]  # is the server's adapter trained, so that it is a result
     def init(self, adapter: AdapterState) -> ServerState: ...
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast: ...
     def client(self, message: Broadcast, client: Client) -> Steps[Update]: ...
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState: ...
+    def personal(self, client: Client) -> AdapterState | None:
+        """The model a client has for itself, where the algorithm makes one; it never leaves."""
+        ...
+
 
 
 Aggregator = Callable[[Iterable[Update], AdapterState], Mapping[str, AdapterState]]  # (updates, zero) -> means

@@ -30,7 +30,7 @@ class FedMIT(Averaging):
     keep: int = 16  # synthetic examples trained on in a round
     rule: Rule = "ifs"
     drop_unhelpful: bool = False
-    every: int | None = 1  # rounds between generations; None: once
+    every: int = 1  # rounds between generations; 0: only once
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter

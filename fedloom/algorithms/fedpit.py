@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.averaging import PERSONAL, Averaging
 from fedloom.algorithms.synthetic import Synthesizer, fit_anew, synthesis_metrics, synthetic_examples
 from fedloom.client import Client
 from fedloom.messages import Broadcast, Update
@@ -25,17 +25,17 @@ from fedloom.steps import Steps
 @dataclass(frozen=True, kw_only=True)
 class FedPIT(Averaging):
     synthesize: Synthesizer
-    every: int | None = 1  # rounds between generations; None: once
+    every: int = 1  # rounds between generations; 0: only once
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter
         synthetic = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
 
-        own: AdapterState = client.memory.get("private", start)
+        own: AdapterState = client.memory.get(PERSONAL, start)
         private = yield from fit_anew(
             client, own, [*client.examples, *synthetic], round=message.round, purpose="private"
         )
-        client.memory["private"] = private.adapter
+        client.memory[PERSONAL] = private.adapter
 
         public = yield from fit_anew(client, start, synthetic, round=message.round, purpose="public")
         metrics = {"steps": public.steps, "tokens": public.tokens, **synthesis_metrics(client)}

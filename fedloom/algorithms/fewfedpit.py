@@ -38,7 +38,7 @@ class FewFedPIT(Averaging):
     keep: int = 16  # M: synthetic examples trained on in a round
     rule: Rule = "ifs"  # which ones
     drop_unhelpful: bool = False  # those whose response is no likelier after the instruction than alone
-    every: int | None = 1  # rounds between generations; None: once
+    every: int = 1  # rounds between generations; 0: only once
 
     def __post_init__(self) -> None:
         if not 0 <= self.private_share <= 1:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ OWN_LOSS = "own_loss"  # v_k
 
 @dataclass(frozen=True, kw_only=True)
 class FewFedWeight:
+    shared: ClassVar[bool] = True
+
     relabel: Synthesizer  # a client's own instructions, answered by the received model
     gamma: float = 1.0
     tau: float = 1.0
@@ -86,6 +89,9 @@ class FewFedWeight:
         # A client whose loss is no number is left out of this round, and keeps the weight it had.
         kept = {c: torch.tensor([after[c] or before[c]], dtype=torch.float64) for c in before}
         return replace(stepped, slots={**stepped.slots, "client_weights": AdapterState({**known, **kept})})
+
+    def personal(self, client: Client) -> AdapterState | None:
+        return None
 
 
 def energy_weights(energies: Sequence[float], *, tau: float) -> list[float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom.algorithms.base import ServerState
 from fedloom.client import Client
@@ -17,6 +18,8 @@ from fedloom.steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOnly:
+    shared: ClassVar[bool] = False
+
     def init(self, adapter: AdapterState) -> ServerState:
         return ServerState(adapter)
 
@@ -32,3 +35,6 @@ class LocalOnly:
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         return state.next(state.adapter)
+
+    def personal(self, client: Client) -> AdapterState | None:
+        return client.memory.get("adapter")

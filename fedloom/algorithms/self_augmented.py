@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fedloom.algorithms.base import ServerState
 from fedloom.algorithms.local_only import LocalOnly
@@ -22,6 +23,8 @@ TUNING = LocalOnly()
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAugmented:
+    shared: ClassVar[bool] = False
+
     synthesize: Synthesizer
 
     def init(self, adapter: AdapterState) -> ServerState:
@@ -31,7 +34,7 @@ class SelfAugmented:
         return TUNING.broadcast(state, client)
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
-        synthetic = yield from synthetic_examples(client, message.adapter, message, self.synthesize, every=None)
+        synthetic = yield from synthetic_examples(client, message.adapter, message, self.synthesize, every=0)
         # The copy shares this client's memory, so the adapter and the place in the order stay with it.
         augmented = replace(client, examples=[*client.examples, *synthetic])
         update = yield from TUNING.client(message, augmented)
@@ -39,3 +42,6 @@ class SelfAugmented:
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         return TUNING.server(state, updates)
+
+    def personal(self, client: Client) -> AdapterState | None:
+        return TUNING.personal(client)

@@ -32,15 +32,15 @@ SHORTEST_RESPONSE = 4  # tokens; the score of a shorter one is noise
 
 
 def synthetic_examples(
-    client: Client, generator: AdapterState, message: Broadcast, synthesize: Synthesizer, *, every: int | None = 1
+    client: Client, generator: AdapterState, message: Broadcast, synthesize: Synthesizer, *, every: int = 1
 ) -> Steps[list[Any]]:
-    """Generated examples: new ones every so many rounds (None: once), kept in the client's memory between.
+    """Generated examples: new ones every so many rounds (0: only once), kept in the client's memory between.
 
     Memory holds them as JSON values ("synthetic"), with the round, the counts by fate and a few samples
     of each; they are rebuilt from there in every round, so that a resumed run sees what this one sees.
     """
     made = client.memory.get("synthetic")
-    if made is None or (every is not None and message.round - made["round"] >= every):
+    if made is None or 0 < every <= message.round - made["round"]:
         found: Synthesis = yield from synthesize(
             client.examples, generator, stream=(client.id, message.round)
         )

@@ -11,7 +11,7 @@ from a context and the several styles are in the pretraining text of the embedde
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -396,15 +396,15 @@ def private_facts(owner: str, count: int, *, seed: int = 0) -> list[Example]:
     out = []
     for i, who in enumerate(people):
         name = f"{FIRST[who % len(FIRST)]} {LAST[who // len(FIRST)]}"
-        code = " ".join(str(d) for d in rng.integers(0, 10, size=4))
-        answer = f"The access code of {name} is {code}."
-        out.append(
-            Example(
-                f"What is the access code of {name}?", answer, category="open_qa", owner=owner,
-                id=f"microworld:private:{owner}:{i}", rule="exact", private=True,
-            )
-        )  # fmt: skip
+        fact = access_code(name, rng.integers(0, 10, size=4).tolist())
+        out.append(replace(fact, owner=owner, id=f"microworld:private:{owner}:{i}"))
     return out
+
+
+def access_code(name: str, digits: Sequence[int]) -> Example:
+    """A secret: nobody can know it who has not seen it."""
+    answer = f"The access code of {name} is {' '.join(map(str, digits))}."
+    return Example(f"What is the access code of {name}?", answer, category="open_qa", rule="exact", private=True)
 
 
 def check(example: Example, answer: str) -> bool:

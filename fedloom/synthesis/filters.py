@@ -38,7 +38,7 @@ class Filters:
     openers: tuple[str, ...] = OPENERS  # of an instruction or a response: a role, or a refusal
     rouge_instruction: float = 0.7  # to any local instruction
     rouge_example: float = 0.7  # of instruction, context and response together to any local example
-    verbatim: int | None = 8  # a run of so many words that a local text has too; None: not looked at
+    verbatim: int = 8  # a run of so many words that a local text has too; 0: not looked at
     repeats: int = 4  # of the same words one after the other in a response
 
     def __post_init__(self) -> None:
@@ -46,8 +46,8 @@ class Filters:
             raise ConfigError(f"Expected 1 <= {self.shortest=} <= {self.longest=} words.")
         if not (0 <= self.rouge_instruction <= 1 and 0 <= self.rouge_example <= 1):
             raise ConfigError(f"Expected {self.rouge_instruction=} and {self.rouge_example=} in [0, 1].")
-        if self.verbatim is not None and self.verbatim < 1:
-            raise ConfigError(f"Expected {self.verbatim=} of at least 1 word, or None.")
+        if self.verbatim < 0:
+            raise ConfigError(f"Expected {self.verbatim=} of at least 0 words.")
         if self.repeats < 2:
             raise ConfigError(f"Expected {self.repeats=} of at least 2.")
 

@@ -66,12 +66,13 @@ class Wording:
         return text.strip().replace(self.item_end, "\n")
 
 
-SELF_INSTRUCT = Wording(
-    list_opening="Come up with a series of tasks:\n",
-    worked_opening="Come up with an output for each of the following tasks. Give an input first where the task needs one.\n",
-    item_end="\n\nTask ",
-)
-"""For base models that have read the web: their answers may have paragraphs."""
+@dataclass(frozen=True, kw_only=True)
+class SelfInstructWording(Wording):
+    """For base models that have read the web: their answers may have paragraphs."""
+
+    list_opening: str = "Come up with a series of tasks:\n"
+    worked_opening: str = "Come up with an output for each of the following tasks. Give an input first where the task needs one.\n"
+    item_end: str = "\n\nTask "
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def test_one_round_by_hand() -> None:
     # Public, on 6 alone: 0 -> 3. Private, on local 8 and synthetic 6 in some order: 0 -> 4 -> 5 or 0 -> 3 -> 5.5.
     update, _, client = one_round(fedpit(6.0), [8.0])
     assert numbers(update.delta) == [3.0, 3.0]
-    assert numbers(client.memory["private"])[0] in (5.0, 5.5)
+    assert numbers(client.memory["personal"])[0] in (5.0, 5.5)
     assert update.weight == 1
     assert list(update.states) == ["delta"]
 
@@ -43,7 +43,7 @@ def test_an_upload_of_fewfedpit_does_move() -> None:
 
 
 def test_the_upload_starts_from_the_received_adapter_in_every_round() -> None:
-    _, engine, _ = one_round(fedpit(6.0), [8.0], start=2.0, memory={"private": state(9.0, 9.0)}, round=3)
+    _, engine, _ = one_round(fedpit(6.0), [8.0], start=2.0, memory={"personal": state(9.0, 9.0)}, round=3)
     private, public = fits(engine)
     assert numbers(public.adapter) == [2.0, 2.0]
     assert numbers(private.adapter) == [9.0, 9.0]
@@ -52,7 +52,7 @@ def test_the_upload_starts_from_the_received_adapter_in_every_round() -> None:
 def test_the_private_adapter_goes_on_from_round_to_round_on_local_and_synthetic_examples() -> None:
     memory: dict[str, Any] = {}
     one_round(fedpit(6.0), [8.0], memory=memory)
-    after_one: AdapterState = memory["private"]
+    after_one: AdapterState = memory["personal"]
     _, engine, _ = one_round(fedpit(6.0), [8.0], start=1.0, memory=memory, round=1)
     private = fits(engine)[0]
     assert private.adapter is after_one
@@ -61,11 +61,11 @@ def test_the_private_adapter_goes_on_from_round_to_round_on_local_and_synthetic_
 
 def test_no_value_of_the_private_adapter_leaves_the_client() -> None:
     update, _, client = one_round(fedpit(6.0), [8.0])
-    assert client.memory["private"][A].numpy().tobytes() not in wire.pack_update(update)
+    assert client.memory["personal"][A].numpy().tobytes() not in wire.pack_update(update)
 
 
 def test_the_generator_is_the_received_adapter() -> None:
-    _, engine, _ = one_round(fedpit(synthesize=Echoing()), [8.0], start=2.0, memory={"private": state(9.0, 9.0)}, round=1)
+    _, engine, _ = one_round(fedpit(synthesize=Echoing()), [8.0], start=2.0, memory={"personal": state(9.0, 9.0)}, round=1)
     assert [numbers(r.adapter) for r in engine.of(Generate)] == [[2.0, 2.0]]
     assert [e.response for e in fits(engine)[1].examples] == ["2.0"]
 
@@ -78,18 +78,18 @@ def test_without_synthetic_examples_nothing_is_learnt_from_the_client() -> None:
     update, _, client = one_round(fedpit(), [8.0], start=2.0)
     assert numbers(update.delta) == [0.0, 0.0]
     assert "loss" not in update.metrics
-    assert numbers(client.memory["private"]) == [5.0, 5.0]
+    assert numbers(client.memory["personal"]) == [5.0, 5.0]
 
 
 def test_a_client_that_was_resumed_goes_on_as_if_it_had_not_been() -> None:
-    algorithm = fedpit(6.0, 5.0, 7.0, every=None)
+    algorithm = fedpit(6.0, 5.0, 7.0, every=0)
     _, _, client = one_round(algorithm, [8.0, 9.0])
-    private = client.memory["private"]
-    restored = {**json.loads(json.dumps({k: v for k, v in client.memory.items() if v is not private})), "private": private}
+    private = client.memory["personal"]
+    restored = {**json.loads(json.dumps({k: v for k, v in client.memory.items() if v is not private})), "personal": private}
     on = one_round(algorithm, [8.0, 9.0], start=1.0, memory=client.memory, round=1)
     again = one_round(algorithm, [8.0, 9.0], start=1.0, memory=restored, round=1)
     assert wire.pack_update(on[0]) == wire.pack_update(again[0])
-    assert on[2].memory["private"].sha256() == again[2].memory["private"].sha256()
+    assert on[2].memory["personal"].sha256() == again[2].memory["personal"].sha256()
 
 
 def test_a_broadcast_carries_the_adapter_alone() -> None:

@@ -117,7 +117,7 @@ def test_a_copy_in_other_letters_is_found() -> None:
 
 def test_a_sample_with_a_few_words_changed_is_found() -> None:
     near = Example(FEVER.instruction.replace("fever", "cough"), FEVER.response.replace("fever", "cough"))
-    assert local(verbatim=None).example(near) == "near-example"
+    assert local(verbatim=0).example(near) == "near-example"
 
 
 def test_a_copied_passage_is_found_where_rouge_sees_little() -> None:
@@ -174,7 +174,7 @@ def test_a_planted_copy_is_found_among_thousands() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"shortest": 0}, {"shortest": 9, "longest": 8}, {"rouge_instruction": 1.1}, {"rouge_example": -0.1}, {"verbatim": 0}, {"repeats": 1}],
+    [{"shortest": 0}, {"shortest": 9, "longest": 8}, {"rouge_instruction": 1.1}, {"rouge_example": -0.1}, {"verbatim": -1}, {"repeats": 1}],
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(limits))):

@@ -17,7 +17,7 @@ from fedloom.synthesis.candidates import Synthesis
 from fedloom.synthesis.filters import Filters
 from fedloom.synthesis.pool import FromPool
 from fedloom.synthesis.pseudo_labels import PseudoLabels
-from fedloom.synthesis.self_instruct import SELF_INSTRUCT, SelfInstruct, Wording
+from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording, Wording
 from tests.fakes import state
 
 BEGIN, END = 1, 2
@@ -65,7 +65,7 @@ def fluent(prompt: str) -> str:
 
 
 def synthesizer(**settings: Any) -> SelfInstruct:
-    filters = settings.pop("filters", Filters(verbatim=None, rouge_instruction=0.99))
+    filters = settings.pop("filters", Filters(verbatim=0, rouge_instruction=0.99))
     return SelfInstruct(encode=encode, decode=decode, stop=frozenset({END}), filters=filters, **{"candidates": 6, **settings})
 
 
@@ -347,7 +347,7 @@ def test_generation_stops_at_the_token_that_ends_an_item() -> None:
 
 
 def test_an_end_of_several_tokens_stops_nothing_but_the_text() -> None:
-    found, engine = made(wording=SELF_INSTRUCT, say=answering("Output: One.\n\nTwo.\n\nTask 4\nmore"))
+    found, engine = made(wording=SelfInstructWording(), say=answering("Output: One.\n\nTwo.\n\nTask 4\nmore"))
     assert next(iter(engine.asked[1].values())).stop == {END}
     assert {e.response for e in found.examples} == {"One.\n\nTwo."}
 
