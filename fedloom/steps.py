@@ -83,6 +83,7 @@ class Generate:
     temperature: float = 0.0  # 0: greedy
     stream: tuple[Name, ...] = ()  # names the randomness of sampling; unused when greedy
     repetition_penalty: float = 1.0  # above 1: tokens that an answer holds already become less likely in it
+    top_k: int | None = None  # sampling draws among so many likeliest tokens; None: among all
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,20 @@ class Score:
     examples: Sequence[Any]  # as in Fit
     adapter: AdapterState | None = None  # None: the untuned base model
     energy: bool = False  # wanted, too
+    per_token: bool = False  # wanted, too
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the model thought of each labelled token, in order; nats.
+
+    `mean` and `std` are of log p over the whole vocabulary, under the model's own next-token distribution
+    at that place: how likely a token drawn from the model would have been.
+    """
+
+    logp: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class Scored:
     nll: float  # nats, summed over the labelled tokens
     targets: int  # labelled tokens
     energy: float | None = None  # -logsumexp of the logits, mean over the labelled tokens; None: not asked for
+    tokens: TokenScores | None = None  # None: not asked for
 
 
 Request = Fit | Generate | Score

@@ -18,7 +18,7 @@ from fedloom.engine.optimizer import LocalTraining, RowOptimizer
 from fedloom.engine.packing import Encoder, Item
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
-from fedloom.steps import Correction, Fit, Fitted, Score, Scored
+from fedloom.steps import Correction, Fit, Fitted, Score, Scored, TokenScores
 
 Place = tuple[int, int]  # (index into the job's examples, position in its endless stream)
 
@@ -171,6 +171,12 @@ def fit_all(
     return answers
 
 
+def token_scores(surprise: Tensor) -> TokenScores:
+    """(labelled tokens, 3) -> the same by column."""
+    logp, mean, std = surprise.T.tolist()
+    return TokenScores(tuple(logp), tuple(mean), tuple(std))
+
+
 def score_all(
     packed: PackedModel,
     layout: AdapterLayout,
@@ -193,14 +199,18 @@ def score_all(
         mine.sort(key=lambda pair: pair[0])  # a row's examples side by side
         items = [Item(row, encode(example)) for row, key in mine for example in requests[key].examples]
         bank = AdapterBank(layout, wave, dtype=dtype, device=device, training=False)
-        wanted = [requests[key].energy for _, key in mine for _ in requests[key].examples]
+        asked = [requests[key] for _, key in mine for _ in requests[key].examples]
         nll = packed.losses(items, bank).tolist()
-        energies = iter(packed.energies([i for i, w in zip(items, wanted, strict=True) if w], bank).tolist())
+        energetic = [item for item, request in zip(items, asked, strict=True) if request.energy]
+        energies = iter(packed.energies(energetic, bank).tolist())
+        spelled = [item for item, request in zip(items, asked, strict=True) if request.per_token]
+        surprises = iter(packed.surprises(spelled, bank).split([len(item.example.at) for item in spelled]))
         scored = iter(zip(nll, items, strict=True))
         for _, key in mine:
             for _ in requests[key].examples:
                 value, item = next(scored)
                 targets = len(item.example.targets)
                 energy = next(energies) / max(targets, 1) if requests[key].energy else None
-                answers[key].append(Scored(value, targets, energy))
+                tokens = token_scores(next(surprises)) if requests[key].per_token else None
+                answers[key].append(Scored(value, targets, energy, tokens))
     return answers

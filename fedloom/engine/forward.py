@@ -21,7 +21,8 @@ from fedloom.engine.packing import Item, Packed, pack, split
 from fedloom.engine.planner import Plan
 from fedloom.errors import ModelError
 
-Measure = Callable[[Packed, Tensor], Tensor]  # (batch, last hidden states) -> a value for each labelled position
+# (batch, last hidden states) -> a value, or a row of them, for each labelled position
+Measure = Callable[[Packed, Tensor], Tensor]
 
 
 class PackedModel:
@@ -44,23 +45,30 @@ class PackedModel:
         loss, of these items and nothing else. Should any number come out infinite or NaN, everything is
         run again with no pass shared by two rows, so that a job that diverges takes no other with it.
         """
-        return self._sound(self.nll, items, bank, dropout)
+        return _summed(self._sound(self.nll, items, bank, dropout), items)
 
     def energies(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
         """-logsumexp of the logits, summed over each item's labelled tokens: (items,) float64 on the CPU.
 
         The bank must not be made for training.
         """
-        return self._sound(self.energy, items, bank, None)
+        return _summed(self._sound(self.energy, items, bank, None), items)
+
+    def surprises(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
+        """log p of each labelled token, mean and deviation of log p: (labels of all items, 3) float64, CPU.
+
+        The bank must not be made for training.
+        """
+        return self._sound(self.surprise, items, bank, None).reshape(-1, 3)
 
     def _sound(
         self, measure: Measure, items: Sequence[Item], bank: AdapterBank, dropout: tuple[float, int] | None
     ) -> Tensor:
-        sums = self._fitting(measure, items, bank, dropout, isolated=False)
-        finite = torch.isfinite(sums).all() and (bank.grads is None or torch.isfinite(bank.grads).all())
+        values = self._fitting(measure, items, bank, dropout, isolated=False)
+        finite = torch.isfinite(values).all() and (bank.grads is None or torch.isfinite(bank.grads).all())
         if not finite and len({item.row for item in items}) > 1:
-            sums = self._fitting(measure, items, bank, dropout, isolated=True)
-        return sums
+            values = self._fitting(measure, items, bank, dropout, isolated=True)
+        return values
 
     def _fitting(
         self,
@@ -95,20 +103,21 @@ class PackedModel:
         *,
         isolated: bool,
     ) -> Tensor:
+        """The measure at each labelled position, item after item."""
         training = bank.grads is not None
         if bank.grads is not None:
             bank.grads.zero_()
-        sums = torch.zeros(len(items), dtype=torch.float64)
+        found: list[Tensor] = []
         with self.plan.kernels(), self.own_attention(), torch.set_grad_enabled(training):
             for part in split(items, self.plan.tokens_per_pass, isolated=isolated):
                 packed = pack(
                     part, bank, multiple=self.plan.multiple, dtype=self._model.dtype, dropout=dropout
                 )
-                values = measure(packed, self.hidden(packed, Blocks(packed.lengths)))  # (M,)
+                values = measure(packed, self.hidden(packed, Blocks(packed.lengths)))  # (M, ...)
                 if training:
                     (values * packed.weights).sum().backward()
-                sums.index_add_(0, packed.label_item, values.detach()[: packed.labels].double().cpu())
-        return sums
+                found.append(values.detach()[: packed.labels].double().cpu())
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
     def hidden(self, packed: Packed, blocks: Blocks) -> Tensor:
         """Last hidden states, padding included: (T, d). Inside `own_attention` only."""
@@ -125,6 +134,10 @@ class PackedModel:
         """-logsumexp of the logits at every labelled position, padding included: (M,)."""
         return self._head.energy(hidden, packed.label_at)
 
+    def surprise(self, packed: Packed, hidden: Tensor) -> Tensor:
+        """log p of every labelled token, mean and deviation of log p there, padding included: (M, 3)."""
+        return self._head.surprise(hidden, packed.label_at, packed.targets)
+
     @contextmanager
     def own_attention(self) -> Iterator[None]:
         """Attend within examples inside; outside the model keeps the attention it came with."""
@@ -135,6 +148,13 @@ class PackedModel:
             yield
         finally:
             config._attn_implementation = before
+
+
+def _summed(values: Tensor, items: Sequence[Item]) -> Tensor:
+    """Values at labelled positions -> their sum an item."""
+    counts = torch.tensor([len(item.example.at) for item in items], dtype=torch.long)
+    owner = torch.arange(len(items)).repeat_interleave(counts)
+    return torch.zeros(len(items), dtype=torch.float64).index_add_(0, owner, values)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

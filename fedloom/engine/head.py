@@ -46,13 +46,29 @@ class LabelHead:
         """Nats of each target given `hidden[at]`: hidden (T, d), at and targets (M,) -> (M,), at least float32."""
         return _LabelLoss.apply(hidden, at, targets, self)
 
-
     @torch.no_grad()
     def energy(self, hidden: Tensor, at: Tensor) -> Tensor:
         """-logsumexp of the logits given `hidden[at]`: hidden (T, d), at (M,) -> (M,), at least float32."""
         rows = hidden.index_select(0, at)  # (M, d)
         logits = (self.logits(rows[start : start + self.chunk]) for start in range(0, len(rows), self.chunk))
         return torch.cat([-z.to(torch.promote_types(z.dtype, torch.float32)).logsumexp(-1) for z in logits])
+
+    @torch.no_grad()
+    def surprise(self, hidden: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+        """log p of each target, then mean and deviation of log p under p itself, given `hidden[at]`: (M, 3)."""
+        rows = hidden.index_select(0, at)  # (M, d)
+        found: list[Tensor] = []
+        for start in range(0, len(rows), self.chunk):
+            part = slice(start, start + self.chunk)
+            z = self.logits(rows[part])  # (chunk, V)
+            logp = torch.log_softmax(z, -1, dtype=torch.promote_types(z.dtype, torch.float32))
+            p = logp.exp()
+            target = logp.gather(1, targets[part, None])
+            logp.masked_fill_(p == 0, 0.0)  # 0 log 0 is 0, also where a model rules a token out
+            mean = (p * logp).sum(-1, keepdim=True)
+            std = (p * (logp - mean).square()).sum(-1, keepdim=True).sqrt()
+            found.append(torch.cat([target, mean, std], -1))
+        return torch.cat(found)
 
 
 class _LabelLoss(torch.autograd.Function):

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.engine.dropout import Dropout, token_keys
-from fedloom.engine.fitting import Push, batches, weight_of
+from fedloom.engine.fitting import Push, batches, token_scores, weight_of
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.optimizer import LocalTraining
 from fedloom.engine.packing import Encoded, Encoder
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
-from fedloom.steps import Fit, Fitted, Score, Scored
+from fedloom.steps import Fit, Fitted, Score, Scored, TokenScores
 
 
 class ReferenceModel:
@@ -82,6 +82,15 @@ class ReferenceModel:
     def energy(self, example: Encoded) -> Tensor:
         """-logsumexp of the logits, summed over the labelled tokens of one example."""
         return -self._logits(example, None).logsumexp(-1).sum()
+
+    def surprise(self, example: Encoded) -> Tensor:
+        """log p of each labelled token, then mean and deviation of log p under p: (m, 3)."""
+        logits = self._logits(example, None)
+        of_target = -F.cross_entropy(logits, example.targets.to(self.device), reduction="none")
+        p = logits.double().softmax(-1)
+        mean = -torch.special.entr(p).sum(-1)
+        square = -(torch.special.entr(p) * p.clamp_min(1e-300).log()).sum(-1)
+        return torch.stack([of_target.double(), mean, (square - mean.square()).clamp_min(0).sqrt()], -1)
 
     def _logits(self, example: Encoded, dropout: Dropout | None) -> Tensor:
         """From which the labelled tokens are predicted: (m, V), at least float32."""
@@ -181,14 +190,19 @@ def score_one(model: ReferenceModel, score: Score, *, encode: Encoder) -> list[S
 @torch.no_grad()
 def _scored(model: ReferenceModel, score: Score, encode: Encoder) -> list[Scored]:
     examples = [encode(example) for example in score.examples]
-    return [_score(model, e, energy=score.energy) for e in examples]
+    return [_score(model, e, energy=score.energy, per_token=score.per_token) for e in examples]
 
 
-def _score(model: ReferenceModel, example: Encoded, *, energy: bool) -> Scored:
+def _score(model: ReferenceModel, example: Encoded, *, energy: bool, per_token: bool) -> Scored:
     targets = len(example.at)
     if not targets:
-        return Scored(0.0, 0, 0.0 if energy else None)
-    return Scored(float(model.nll(example)), targets, float(model.energy(example)) / targets if energy else None)
+        return Scored(0.0, 0, 0.0 if energy else None, TokenScores((), (), ()) if per_token else None)
+    return Scored(
+        float(model.nll(example)),
+        targets,
+        float(model.energy(example)) / targets if energy else None,
+        token_scores(model.surprise(example)) if per_token else None,
+    )
 
 
 def answer_all(
