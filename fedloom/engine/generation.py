@@ -42,6 +42,7 @@ class _Prompt:
     temperature: float
     stream: tuple[rng.Name, ...]
     penalty: float  # on tokens the answer holds already
+    top_k: int | None
 
 
 def generate_all(
@@ -194,6 +195,9 @@ def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) ->
         )[:, None]
         place = "cpu" if logits.device.type == "mps" else logits.device  # which has no float64
         scores = logits[drawn].to(place).double() / heat.to(place)
+        for mine, k in zip(scores, (prompts[row].top_k for row in drawn), strict=True):
+            if k is not None and k < len(mine):
+                mine[mine < mine.topk(k).values[-1]] = -torch.inf  # who ties with the last stays
         below = torch.softmax(scores, -1).cumsum(-1)  # (drawn, V)
         picked = torch.searchsorted(below, share.to(place) * below[:, -1:], right=True)
         for row, token in zip(drawn, picked[:, 0].clamp_max(logits.shape[-1] - 1).tolist(), strict=True):
@@ -228,7 +232,7 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
             found.append(
                 _Prompt(
                     key, index, ids, row, limit, request.stop, request.temperature, request.stream,
-                    request.repetition_penalty,
+                    request.repetition_penalty, request.top_k,
                 )
             )  # fmt: skip
     return found

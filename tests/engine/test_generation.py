@@ -168,6 +168,25 @@ def test_sampling_follows_the_models_probabilities():
     assert ((seen - expected).abs() <= 5 * spread + 1e-3).all()
 
 
+def test_top_k_draws_among_the_k_likeliest_only_in_their_proportions():
+    _, lora_engine, adapters = served("llama")
+    [prompt] = prompts(1)
+    with (
+        lora_engine.rows({0: adapters[0]}) as rows,
+        rows.tokens(torch.zeros(1, len(prompt), dtype=torch.long)),
+    ):
+        logits = lora_engine.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    likeliest = logits.topk(3)
+    hot = {"max_new_tokens": 1, "temperature": 2.0}
+    requests = {k: Generate([prompt] * 2000, adapters[0], top_k=k, **hot) for k in (3, None)}
+    drawn = {k: torch.tensor(said)[:, 0] for k, said in generate_all(lora_engine, requests).items()}
+    expected = (likeliest.values / 2.0).softmax(-1)
+    seen = torch.stack([(drawn[3] == token).double().mean() for token in likeliest.indices])
+    assert seen.sum() == 1
+    assert ((seen - expected).abs() <= 5 * (expected * (1 - expected) / 2000).sqrt()).all()
+    assert len(drawn[None].unique()) > 3  # its neighbours in the batch draw among all
+
+
 def test_sampling_has_a_random_number_for_every_prompt_step_and_stream():
     _, lora_engine, _ = served("llama")
     hot = {"max_new_tokens": 8, "temperature": 50.0}
