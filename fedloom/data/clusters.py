@@ -1,0 +1,135 @@
+"""Categories for data that has none: k-means over what the texts say.
+
+PPFedIT splits its data along clusters, since neither Alpaca nor MedInstruct is labelled. Features come
+from words (`tfidf`) or from the base model itself (`engine.embedding.embed`, then `standardized`).
+Everything is a function of the features and the seed: it runs on one thread, so that sums are taken in
+one order. Another processor may round otherwise and move a text that lies between two clusters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import numpy as np
+
+from fedloom import rng
+from fedloom.data.example import Example
+from fedloom.errors import ConfigError
+
+WORDS = 20_000  # the most frequent, in `tfidf`
+DIMENSIONS = 100  # of its vectors
+
+
+def texts(examples: Sequence[Example]) -> list[str]:
+    """What is clustered: the whole instance, instruction, context and response."""
+    return ["\n".join(filter(None, (e.instruction, e.context, e.response))) for e in examples]
+
+
+def tfidf(texts: Sequence[str]) -> np.ndarray:
+    """(n, d) float32, rows of length 1: words weighted by rarity, reduced to at most DIMENSIONS.
+
+    Reduced by truncated SVD (latent semantic analysis), which makes k-means over thousands of texts a
+    matter of a second and its clusters alike in size; over bare word counts many hold a single text.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here: it takes seconds, and few need it
+    from sklearn.utils.extmath import randomized_svd
+
+    words = TfidfVectorizer(
+        token_pattern=r"(?u)\b\w+\b", sublinear_tf=True, max_features=WORDS, dtype=np.float32
+    )
+    try:
+        weights = words.fit_transform(texts)  # (n, words), sparse
+    except ValueError:  # an empty vocabulary
+        raise ConfigError(f"There is no word in any of the {len(texts)} texts to cluster.") from None
+    if min(weights.shape) <= DIMENSIONS:
+        return _unit(weights.toarray())
+    with _one_thread():
+        left, strengths, _ = randomized_svd(weights, DIMENSIONS, random_state=0)
+    return _unit((left * strengths).astype(np.float32))
+
+
+def standardized(vectors: np.ndarray) -> np.ndarray:
+    """(n, d): every coordinate brought to mean 0 and variance 1, then every row to length 1.
+
+    The mean hidden states of a language model all point much the same way, and a few coordinates are
+    hundreds of times larger than the others; as they come, those alone would decide.
+    """
+    spread = vectors.std(axis=0)
+    return _unit((vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1))
+
+
+def cluster(features: np.ndarray, *, count: int, seed: int) -> np.ndarray:
+    """(n,) cluster of each row, 0 the largest; of equal sizes, the one that is met first. None is empty.
+
+    Raises ConfigError where there are not `count` different rows.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    if not 1 <= count <= len(features):
+        raise ConfigError(
+            f"Expected a number of clusters between 1 and the {len(features)} examples there are, got {count}."
+        )
+    if not np.isfinite(features).all():
+        raise ConfigError("The features to cluster hold NaN or infinite numbers.")
+    kmeans = KMeans(count, n_init=1, random_state=rng.key(seed, "clusters") % 2**32)
+    with _one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # too few different rows: refused below
+        found = kmeans.fit(features).labels_
+    _, first, names, sizes = np.unique(found, return_index=True, return_inverse=True, return_counts=True)
+    if len(sizes) < count:
+        raise ConfigError(
+            f"{count} clusters were asked for, and the {len(features)} examples fall into {len(sizes)} "
+            "different ones at most: too many are alike. Ask for fewer clusters."
+        )
+    rank = np.empty(count, dtype=np.int64)
+    rank[np.lexsort((first, -sizes))] = np.arange(count)
+    return rank[names]
+
+
+def sample_per_cluster(labels: np.ndarray, *, per_cluster: int, seed: int) -> np.ndarray:
+    """Ascending indices of `per_cluster` random members of each cluster; a smaller cluster gives all."""
+    if per_cluster < 1:
+        raise ConfigError(f"Expected per_cluster of at least 1, got {per_cluster}.")
+    order = rng.numpy_stream(seed, "clusters", "sample").permutation(len(labels))
+    taken = [order[labels[order] == label][:per_cluster] for label in np.unique(labels)]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *taken]))
+
+
+def clustered(
+    examples: Sequence[Example],
+    features: np.ndarray,
+    *,
+    count: int,
+    seed: int,
+    per_cluster: int | None = None,
+) -> list[Example]:
+    """The examples, each with its cluster's name as its category, in their order.
+
+    With `per_cluster`, only that many of each: PPFedIT's pool is 100 clusters of 10 or of 5. Names are
+    "cluster-000" and on, the largest first, as sizes were before sampling.
+    """
+    if len(features) != len(examples):
+        raise ConfigError(
+            f"Expected a row of features for each of {len(examples)} examples, got {len(features)}."
+        )
+    labels = cluster(features, count=count, seed=seed)
+    width = max(3, len(str(count - 1)))
+    kept = range(len(examples))
+    if per_cluster is not None:
+        kept = sample_per_cluster(labels, per_cluster=per_cluster, seed=seed).tolist()
+    return [replace(examples[i], category=f"cluster-{labels[i]:0{width}d}") for i in kept]
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1)
