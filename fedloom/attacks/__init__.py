@@ -1,0 +1,1 @@
+"""What an attacker learns from a model: attacks run as measurements, each beside what chance would give."""

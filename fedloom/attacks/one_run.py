@@ -1,0 +1,171 @@
+"""A lower bound on epsilon from one training run: what a guesser got right, and how private that allows.
+
+Each of m canaries enters training by its own fair coin. Afterwards an attacker scores them, says "in" of
+the r best, and is right v times. Under (epsilon, delta)-DP a guess is right with probability at most
+q = e^epsilon / (1 + e^epsilon), whatever the other guesses, but for what delta allows; an epsilon under
+which v or more right guesses are too unlikely is refuted.
+
+Source: Steinke, Nasr, Jagielski 2023, https://arxiv.org/abs/2305.08846, theorem 5.2, one-sided (no guess "out").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from fedloom.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """`epsilon` is refuted, and every smaller one, with confidence 1 - alpha; 0: none is."""
+
+    epsilon: float
+    guesses: int  # of the bound that came out largest
+    correct: int
+    canaries: int
+    tried: int  # numbers of guesses between which alpha was split
+    delta: float
+    alpha: float
+
+    def refutes(self, claimed: float) -> bool:
+        """Whether a claim of (claimed, delta)-DP is wrong, with confidence 1 - alpha."""
+        return self.epsilon > claimed
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def one_run(
+    included: Sequence[float],
+    excluded: Sequence[float],
+    *,
+    guesses: Sequence[int],
+    delta: float,
+    alpha: float = 0.05,
+) -> OneRun:
+    """From canaries' scores, higher where the attacker believes more in "in".
+
+    Fix `guesses` before any score is seen; of several numbers the best counts, and alpha is split
+    between them. m/4 is a fair single choice. Ties are taken against the attacker. The bound holds for
+    canaries that fair coins put in or out; a split that was fixed at exactly half comes near it.
+    """
+    inside = _sorted_together(included, excluded)  # (m,) best first
+    m = len(inside)
+    if not guesses or not all(1 <= r <= m for r in guesses):
+        raise ConfigError(f"Expected numbers of guesses between 1 and {m}, got {list(guesses)}.")
+    tries = [(r, int(inside[:r].sum())) for r in sorted(set(guesses))]
+    return _best(tries, m=m, delta=delta, alpha=alpha)
+
+
+def one_run_on_hull(
+    included: Sequence[float], excluded: Sequence[float], *, delta: float, alpha: float = 0.05
+) -> OneRun:
+    """As `one_run`, with every corner of the ROC's convex hull for a threshold; alpha split between corners.
+
+    Needs no number of guesses, as JAX Privacy's auditor does by default. The corners are chosen by the
+    scores that they judge and only they are paid for, so the confidence is not exact: take `one_run` for
+    a claim, this to look.
+    """
+    inside = _sorted_together(included, excluded)
+    scores = np.sort(np.concatenate([np.asarray(included, float), np.asarray(excluded, float)]))[::-1]
+    ends = np.append(scores[1:] != scores[:-1], True)  # where a threshold can lie
+    right = np.concatenate([[0], np.cumsum(inside)[ends]])
+    wrong = np.concatenate([[0], np.cumsum(~inside)[ends]])
+    corners = _upper_hull(wrong, right)
+    tries = [(int(right[i] + wrong[i]), int(right[i])) for i in corners]
+    return _best(tries, m=len(inside), delta=delta, alpha=alpha)
+
+
+def epsilon_lower_bound(
+    *, canaries: int, guesses: int, correct: int, delta: float, alpha: float = 0.05, above: float = 0.0
+) -> float:
+    """The largest epsilon that so many right guesses refute; `above` if none above it is."""
+    if not 0 <= correct <= guesses <= canaries:
+        raise ConfigError(f"Expected {correct=} <= {guesses=} <= {canaries=}, none below 0.")
+    if not 0 <= delta <= 1 or not 0 < alpha < 1:
+        raise ConfigError(f"Expected {delta=} in [0, 1] and {alpha=} in (0, 1).")
+
+    def refuted(epsilon: float) -> bool:
+        shape = {"canaries": canaries, "guesses": guesses, "correct": correct}
+        # The tail without delta is cheap, and never above the whole.
+        return all(p_value(epsilon, delta=d, **shape) < alpha for d in (0.0, delta))
+
+    if not refuted(above):
+        return above
+    low, high = above, max(1.0, 2 * above)
+    while refuted(high):
+        low, high = high, 2 * high
+    while high - low > 1e-7 * max(1.0, low):
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def p_value(epsilon: float, *, canaries: int, guesses: int, correct: int, delta: float) -> float:
+    """The most that P[at least `correct` right] can be under (epsilon, delta)-DP."""
+    q = 1 / (1 + math.exp(-epsilon))
+    tail = float(stats.binom.sf(correct - 1, guesses, q))
+    if delta == 0 or correct == 0:
+        return tail
+    fewer = np.arange(1, correct + 1)
+    gained = stats.binom.sf(correct - fewer - 1, guesses, q) - tail  # P[v - i <= right < v]
+    return min(1.0, tail + 2 * canaries * delta * float(np.max(gained / fewer)))
+
+
+def ceiling(guesses: int, *, delta: float, alpha: float = 0.05, canaries: int | None = None) -> float:
+    """The bound when every guess is right: no attack on so few guesses shows more."""
+    m = guesses if canaries is None else canaries
+    return epsilon_lower_bound(canaries=m, guesses=guesses, correct=guesses, delta=delta, alpha=alpha)
+
+
+def _best(tries: Sequence[tuple[int, int]], *, m: int, delta: float, alpha: float) -> OneRun:
+    """The largest bound of (guesses, right ones), each at its share of alpha."""
+    found, r, v = 0.0, *tries[0]
+    for guesses, correct in sorted(tries, key=_promise, reverse=True):
+        if correct * (1 + math.exp(-found)) <= guesses:
+            continue  # right less often than the bound in hand allows: cannot raise it
+        bound = epsilon_lower_bound(
+            canaries=m, guesses=guesses, correct=correct, delta=delta, alpha=alpha / len(tries), above=found
+        )
+        if bound > found:
+            found, r, v = bound, guesses, correct
+    return OneRun(found, r, v, m, len(tries), delta, alpha)
+
+
+def _promise(attempt: tuple[int, int]) -> float:
+    """How often it is right, less one standard error: the order in which bounds are worth computing."""
+    guesses, correct = attempt
+    return (correct - math.sqrt(guesses)) / guesses if guesses else -math.inf
+
+
+def _sorted_together(included: Sequence[float], excluded: Sequence[float]) -> NDArray[np.bool_]:
+    """Best score first: whether that canary was in. Among equal scores those that were out come first."""
+    scores = np.concatenate([np.asarray(included, float), np.asarray(excluded, float)])
+    if not len(included) or not len(excluded):
+        raise DataError(f"Expected canaries in and out, got {len(included)} in and {len(excluded)} out.")
+    if np.isnan(scores).any():
+        raise DataError(f"{int(np.isnan(scores).sum())} canaries have no score: the model answers NaN.")
+    inside = np.arange(len(scores)) < len(included)
+    order: NDArray[np.bool_] = inside[np.lexsort((inside, -scores))]
+    return order
+
+
+def _upper_hull(x: NDArray[np.int64], y: NDArray[np.int64]) -> list[int]:
+    """Corners of the least concave curve above the points, x ascending; collinear points are no corners."""
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (x[b] - x[a]) * (y[i] - y[a]) < (y[b] - y[a]) * (x[i] - x[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
