@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ DEMANDS = {
     "owner": Field(number=True),
 }
 
+NO_INPUT = ("<noinput>", "NA")  # how AlpaCare's files say that a task has no input
+
 
 def dolly(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
     """databricks-dolly-15k: instruction, context, response, and one of eight categories."""
@@ -47,6 +50,53 @@ def alpaca(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
     columns = {"instruction": "instruction", "context": "input", "response": "output"}
     demands = {"instruction": Field(), "input": Field(required=False, blank=True), "output": Field()}
     return _read(path, columns, demands, reading)
+
+
+def alpacare(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+    """AlpaCare's medical tasks in Alpaca's shape: MedInstruct-52k, or its clinicians' seeds once answered.
+
+    As in AlpaCare's own code an input of "<noinput>" or "NA" is none. The topic, which the seeds have and
+    MedInstruct-52k has not, is the category. The published seeds hold no responses and are refused.
+    """
+    columns = {"instruction": "instruction", "context": "input", "response": "output", "category": "topic"}
+    demands = {
+        "instruction": Field(),
+        "input": Field(required=False, blank=True),
+        "output": Field(),
+        "topic": Field(required=False, blank=True),
+    }
+
+    def make(record: Record) -> Example:
+        example = _example(record, columns)
+        return replace(example, context="") if example.context.strip() in NO_INPUT else example
+
+    # Whether the response is there is asked last: that no record has one is a reason of its own.
+    found = _records(path, {**demands, "output": Field(required=False, blank=True)}, reading)
+    return records.load(_answered(found, demands), make, reading)
+
+
+def _answered(
+    found: Iterable[Record | BadRecord], demands: Mapping[str, Field]
+) -> Iterator[Record | BadRecord]:
+    """Holds records to `demands`, and refuses them all where none has an output."""
+    answered = unanswered = 0
+    for record in found:
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        if str(record.values.get("output") or "").strip():
+            answered += 1
+        else:
+            unanswered += 1
+        yield records.check_row(record.place, record.values, demands)
+    if unanswered and not answered:
+        raise DataError(
+            f"None of the {unanswered:,} records has a response (field 'output'). AlpaCare's 167 seed "
+            "tasks, med_seed.json, are published as instructions without responses, and nobody can be trained "
+            "on those. Use MedInstruct-52k, the tasks generated from them, or answer the seeds: give each an "
+            "'output'. A file that calls its response otherwise is a table: "
+            'data.source = "table", data.columns = { response = ... }.'
+        )
 
 
 def medquad(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
@@ -100,6 +150,7 @@ def hub(
 SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
     "dolly": dolly,
     "alpaca": alpaca,
+    "alpacare": alpacare,
     "medquad": medquad,
     "table": table,
     "hub": hub,
@@ -164,6 +215,10 @@ def _demands(columns: Mapping[str, str]) -> dict[str, Field]:
 def _read(
     path: Paths, columns: Mapping[str, str], demands: Mapping[str, Field], reading: Reading
 ) -> Loaded[Example]:
+    return records.load(_records(path, demands, reading), lambda record: _example(record, columns), reading)
+
+
+def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Iterator[Record | BadRecord]:
     files = _files(path)
     together = os.path.commonpath([file.parent for file in files])
 
@@ -172,8 +227,7 @@ def _read(
         name = Path(os.path.relpath(file, together)).as_posix()
         return records.read_records(file, demands, reading, name=name)
 
-    found = chain.from_iterable(map(one, files))
-    return records.load(found, lambda record: _example(record, columns), reading)
+    return chain.from_iterable(map(one, files))
 
 
 def _files(path: Paths) -> list[Path]:

@@ -42,6 +42,66 @@ def test_alpaca_does_without_an_input(tmp_path):
     assert sources.alpaca(path)[0].context == ""
 
 
+SEED = {
+    "topic": "Neurology",
+    "view": "Student",
+    "type": "Open Q&A",
+    "instruction": "Explain it.",
+    "input": "<noinput>",
+    "difficulty": "1",
+}
+
+
+@pytest.mark.parametrize(("name", "dump"), [("m.json", lambda r: json.dumps([r])), ("m.jsonl", json.dumps)])
+def test_alpacare_reads_medinstruct_in_alpacas_shape(tmp_path, name, dump):
+    (tmp_path / name).write_text(dump({"instruction": "Name it.", "input": "A rash.", "output": "Eczema."}))
+    assert list(sources.alpacare(tmp_path / name)) == [
+        Example("Name it.", "Eczema.", "A rash.", id=f"{name}:1")
+    ]
+
+
+def test_alpacare_takes_the_topic_of_an_answered_seed_as_its_category(tmp_path):
+    [example] = sources.alpacare(write(tmp_path / "m.jsonl", {**SEED, "output": "So."}))
+    assert example == Example("Explain it.", "So.", category="Neurology", id="m.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("given", "context"),
+    [("<noinput>", ""), ("NA", ""), (" <noinput>\n", ""), ("NAD+", "NAD+"), ("", ""), (None, "")],
+)
+def test_alpacare_knows_how_its_files_say_that_there_is_no_input(tmp_path, given, context):
+    path = write(tmp_path / "m.jsonl", {**SEED, "input": given, "output": "So."})
+    assert sources.alpacare(path)[0].context == context
+
+
+@pytest.mark.parametrize("reading", [Reading(), Reading(on_bad="skip")])
+@pytest.mark.parametrize("row", [SEED, {**SEED, "output": " "}, {**SEED, "output": None}])
+def test_alpacares_seeds_are_refused_with_the_reason_and_not_line_by_line(tmp_path, row, reading):
+    with pytest.raises(DataError) as caught:
+        sources.alpacare(write(tmp_path / "med_seed.jsonl", *[row] * 167), reading)
+    assert str(caught.value).startswith("None of the 167 records has a response (field 'output').")
+    assert "instructions without responses" in str(caught.value)
+    assert "MedInstruct-52k" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_alpacare_names_the_records_without_a_response_where_others_have_one(tmp_path):
+    path = write(tmp_path / "m.jsonl", SEED, {**SEED, "output": "So."}, {**SEED, "output": ""})
+    with pytest.raises(DataError) as caught:
+        sources.alpacare(path)
+    assert "m.jsonl:1  missing: no field 'output'" in str(caught.value)
+    assert "m.jsonl:3  empty: 'output' is blank" in str(caught.value)
+    examples, report = sources.load("alpacare", str(path), on_bad="skip")
+    assert (len(examples), report["bad"]) == (1, {"empty": 1, "missing": 1})
+
+
+def test_alpacare_lists_what_else_is_wrong_with_a_file(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"instruction": "a", "output": 3}\nnot JSON\n')
+    with pytest.raises(DataError, match="2 of 2 records cannot be used") as caught:
+        sources.alpacare(tmp_path / "m.jsonl")
+    assert "'output' is a number" in str(caught.value)
+
+
 def test_medquad_takes_the_institution_as_the_owner(tmp_path):
     row = {"source": "CDC", "qtype": "symptoms", "question": "What is it?", "answer": "A cold.", "focus": ""}
     [example] = sources.medquad(write(tmp_path / "m.jsonl", row))
