@@ -23,11 +23,6 @@ WORDS = 20_000  # the most frequent, in `tfidf`
 DIMENSIONS = 100  # of its vectors
 
 
-def texts(examples: Sequence[Example]) -> list[str]:
-    """What is clustered: the whole instance, instruction, context and response."""
-    return ["\n".join(filter(None, (e.instruction, e.context, e.response))) for e in examples]
-
-
 def tfidf(texts: Sequence[str]) -> np.ndarray:
     """(n, d) float32, rows of length 1: words weighted by rarity, reduced to at most DIMENSIONS.
 
@@ -90,38 +85,17 @@ def cluster(features: np.ndarray, *, count: int, seed: int) -> np.ndarray:
     return rank[names]
 
 
-def sample_per_cluster(labels: np.ndarray, *, per_cluster: int, seed: int) -> np.ndarray:
-    """Ascending indices of `per_cluster` random members of each cluster; a smaller cluster gives all."""
-    if per_cluster < 1:
-        raise ConfigError(f"Expected per_cluster of at least 1, got {per_cluster}.")
-    order = rng.numpy_stream(seed, "clusters", "sample").permutation(len(labels))
-    taken = [order[labels[order] == label][:per_cluster] for label in np.unique(labels)]
-    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *taken]))
-
-
-def clustered(
-    examples: Sequence[Example],
-    features: np.ndarray,
-    *,
-    count: int,
-    seed: int,
-    per_cluster: int | None = None,
-) -> list[Example]:
-    """The examples, each with its cluster's name as its category, in their order.
-
-    With `per_cluster`, only that many of each: PPFedIT's pool is 100 clusters of 10 or of 5. Names are
-    "cluster-000" and on, the largest first, as sizes were before sampling.
-    """
+def clustered(examples: Sequence[Example], features: np.ndarray, *, count: int, seed: int) -> list[Example]:
+    """The examples, each with its cluster's name as its category: "cluster-000" is the largest."""
     if len(features) != len(examples):
         raise ConfigError(
             f"Expected a row of features for each of {len(examples)} examples, got {len(features)}."
         )
     labels = cluster(features, count=count, seed=seed)
     width = max(3, len(str(count - 1)))
-    kept = range(len(examples))
-    if per_cluster is not None:
-        kept = sample_per_cluster(labels, per_cluster=per_cluster, seed=seed).tolist()
-    return [replace(examples[i], category=f"cluster-{labels[i]:0{width}d}") for i in kept]
+    return [
+        replace(e, category=f"cluster-{label:0{width}d}") for e, label in zip(examples, labels, strict=True)
+    ]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Clusters stand in for categories: same seed, same clusters; names by size; a sample of each."""
+"""Clusters stand in for categories: same seed, same clusters, named by size."""
 
 from __future__ import annotations
 
@@ -26,21 +26,18 @@ def corpus() -> list[Example]:
     ]
 
 
+def texts(examples: list[Example]) -> list[str]:
+    return [f"{e.instruction} {e.response}" for e in examples]
+
+
 def features() -> np.ndarray:
-    return clusters.tfidf(clusters.texts(corpus()))
+    return clusters.tfidf(texts(corpus()))
 
 
 def blobs(sizes: list[int], seed: int = 0) -> np.ndarray:
     """Points around corners far from each other."""
     noise = np.random.default_rng(seed).normal(0, 0.01, (sum(sizes), 4))
     return noise + 10 * np.eye(4)[np.repeat(np.arange(len(sizes)), sizes)]
-
-
-def test_a_whole_instance_is_clustered() -> None:
-    assert clusters.texts([Example("Add.", "2", "1 1"), Example("Go.", "Gone.")]) == [
-        "Add.\n1 1\n2",
-        "Go.\nGone.",
-    ]
 
 
 def test_texts_with_common_words_point_the_same_way() -> None:
@@ -141,25 +138,6 @@ def test_features_that_are_no_numbers_are_refused() -> None:
         clusters.cluster(np.array([[0.0], [np.nan]]), count=1, seed=0)
 
 
-def test_a_sample_holds_so_many_of_each_cluster_and_all_of_a_smaller_one() -> None:
-    labels = np.array([0, 1, 0, 2, 0, 1, 0, 1])
-    kept = clusters.sample_per_cluster(labels, per_cluster=2, seed=0)
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert Counter(labels[kept].tolist()) == {0: 2, 1: 2, 2: 1}
-
-
-def test_samples_differ_between_seeds_only() -> None:
-    labels = np.repeat([0, 1], 50)
-    one, again, other = (clusters.sample_per_cluster(labels, per_cluster=5, seed=s) for s in (1, 1, 2))
-    assert (one == again).all()
-    assert (one != other).any()
-
-
-def test_a_sample_of_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="per_cluster of at least 1"):
-        clusters.sample_per_cluster(np.array([0, 1]), per_cluster=0, seed=0)
-
-
 def test_the_category_becomes_the_clusters_name_and_nothing_else_changes() -> None:
     found = clusters.clustered(corpus(), features(), count=3, seed=0)
     names = {"heart": "cluster-000", "tree": "cluster-001", "engine": "cluster-002"}  # 6, 4 and 2 texts
@@ -172,14 +150,6 @@ def test_the_category_becomes_the_clusters_name_and_nothing_else_changes() -> No
         )
 
 
-def test_a_pool_keeps_so_many_of_each_cluster_under_the_names_of_all() -> None:
-    pool = clusters.clustered(corpus(), features(), count=3, per_cluster=3, seed=0)
-    assert Counter(e.category for e in pool) == {"cluster-000": 3, "cluster-001": 3, "cluster-002": 2}
-    order = [e.id + e.instruction for e in corpus()]
-    places = [order.index(e.id + e.instruction) for e in pool]
-    assert places == sorted(places)
-
-
 def test_features_of_other_examples_are_refused() -> None:
     with pytest.raises(ConfigError, match="each of 12 examples, got 11"):
         clusters.clustered(corpus(), features()[1:], count=3, seed=0)
@@ -190,7 +160,7 @@ def test_clusters_of_medquad_follow_the_kind_of_question() -> None:
     if not file.exists():
         pytest.skip(f"{file.name} is not here")
     examples = list(sources.medquad(file))[::16]
-    found = clusters.clustered(examples, clusters.tfidf(clusters.texts(examples)), count=10, seed=0)
+    found = clusters.clustered(examples, clusters.tfidf(texts(examples)), count=10, seed=0)
     # Purity: the share of examples whose kind is the commonest of their cluster.
     kinds: dict[str, Counter[str]] = {}
     for before, after in zip(examples, found, strict=True):
