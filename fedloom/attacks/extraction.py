@@ -1,0 +1,114 @@
+"""Extraction as FedPIT measures it: ask a model what its training asked, see how much of the answer is the trained one.
+
+The attacker knows a training example's prompt and takes the greedy answer; ROUGE-L to the trained response says
+how much of it came back (arXiv 2403.06131v3, section 4.3). A model that has learnt the task scores high on prompts
+it never saw, and an untuned one is far from zero. So everything is reported beside the untuned base, and beside
+held-out examples: what members gain over the base and held-out examples do not is memorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
+from typing import Any
+
+from fedloom.attacks.intervals import Proportion, proportion
+from fedloom.attacks.measures import BASE, Mean, difference, mean, with_base
+from fedloom.data.example import Example
+from fedloom.data.template import Template
+from fedloom.data.text import rouge_l
+from fedloom.errors import DataError
+from fedloom.rng import numpy_stream
+from fedloom.state import AdapterState
+from fedloom.steps import Engine, Generate
+
+
+def draw(clients: Mapping[str, Sequence[Example]], n: int, *, seed: int) -> list[Example]:
+    """`n` training examples, as many of one client as of another while they last; all of them where there are fewer."""
+    names = sorted(clients)
+    order = numpy_stream(seed, "attacks", "draw").permutation(len(names))
+    rows = [
+        [clients[name][i] for i in numpy_stream(seed, "attacks", "draw", name).permutation(len(clients[name]))]
+        for name in (names[i] for i in order)
+    ]
+    turns = chain.from_iterable(zip_longest(*rows))
+    return [example for example in turns if example is not None][:n]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one model said to one set of prompts."""
+
+    rouge_l: Mean
+    beyond_base: Mean  # the model's ROUGE-L minus the base's on the same example
+    exact: Proportion  # answers that equal the reference but for case and white space
+    values: tuple[float, ...]  # ROUGE-L to the reference, one an example
+
+
+@dataclass(frozen=True)
+class Extraction:
+    members: Group
+    held_out: Group
+    gap: Mean  # ROUGE-L of members minus that of held-out examples
+    memorised: Mean  # the same of what either gains over the base, so that unequal difficulty cancels
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def extract(
+    engine: Engine,
+    template: Template,
+    adapters: Mapping[str, AdapterState | None],
+    members: Sequence[Example],
+    held_out: Sequence[Example],
+    *,
+    max_new_tokens: int,
+) -> dict[str, Extraction]:
+    """Mount the attack on several models in one batch, and on the untuned base (row "base").
+
+    Every prompt is the one a model is trained on, cut as training cuts it. Longer references than
+    `max_new_tokens` cannot come back whole.
+    """
+    if not members or not held_out:
+        raise DataError(f"Expected members and held-out examples, got {len(members)} and {len(held_out)}.")
+    rows = with_base(adapters)
+    examples = [*members, *held_out]
+    prompts = [_prompt(template, e) for e in examples]
+    answers = engine.answer(
+        {r: Generate(prompts, a, max_new_tokens=max_new_tokens, stop=template.stop) for r, a in rows.items()}
+    )
+    texts = {row: [template.decode(ids) for ids in answers[row]] for row in rows}
+    rouge = {row: [rouge_l(e.response, t) for e, t in zip(examples, texts[row], strict=True)] for row in rows}
+    return {row: _extraction(examples, texts[row], rouge[row], rouge[BASE], len(members)) for row in rows}
+
+
+def _prompt(template: Template, example: Example) -> tuple[int, ...]:
+    tokens, _ = template.contrast(example)  # where exactly the response is labelled, whatever the loss is on
+    return tokens.ids[: tokens.labelled.index(True)]
+
+
+def _extraction(
+    examples: Sequence[Example], texts: Sequence[str], values: Sequence[float], base: Sequence[float], split: int
+) -> Extraction:
+    gains = [v - b for v, b in zip(values, base, strict=True)]
+    same = [_folded(e.response) == _folded(t) for e, t in zip(examples, texts, strict=True)]
+
+    def group(part: slice) -> Group:
+        exact = same[part]
+        return Group(
+            mean(values[part]), mean(gains[part]), proportion(sum(exact), len(exact)), tuple(values[part])
+        )
+
+    members, held_out = slice(0, split), slice(split, None)
+    return Extraction(
+        group(members),
+        group(held_out),
+        gap=difference(values[members], values[held_out]),
+        memorised=difference(gains[members], gains[held_out]),
+    )
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
