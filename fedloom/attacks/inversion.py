@@ -1,0 +1,260 @@
+"""Which tokens did a client train on? Read off the first layer of its LoRA update.
+
+A LoRA layer computes y = W x + s B A x, so its gradients are dA = s B^T (sum_t dy_t x_t^T) and
+dB = s sum_t dy_t (A x_t)^T: every row of dA is a mixture of the layer's inputs x_t, and every row of dB one
+of their images A x_t. Where positions enter inside attention (RoPE), the first layer's x_t depends on the
+token alone, and embeddings are frozen and public. So the server asks of every token of the vocabulary how
+far its x_v is from the rows it received.
+
+Any number of steps of SGD, momentum and clipping keep this exact. Adam scales single coordinates and blurs
+it, and attackers still read most of it. `q_proj`, `k_proj` and `v_proj` share their input, so rank r shows up
+to 3 r directions. More distinct tokens than directions do not hide: tokens are taken one at a time, each
+removed from rows and vocabulary before the next, which names a sparse mixture well beyond its rank. In the
+very first step B = 0 leaves dA = 0, and dB still names fewer than r tokens.
+
+The span test is DAGER's (Petrov et al. 2024, arXiv 2405.15586), its LoRA form derived here; taking tokens one
+at a time is rank-aware order-recursive matching pursuit (Davies & Eldar 2012, arXiv 1004.4529).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedloom.attacks.view import ServerView
+from fedloom.state import AdapterState
+from fedloom.steps import Engine, Score
+
+_ON_DISK, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # PEFT's keys
+_NEGLIGIBLE = 1e-5  # singular values this small against the largest come from rounding
+_DUPLICATE = 1e-2  # of a vector's length; with less left of it, it cannot be told from those taken
+
+
+@dataclass(frozen=True)
+class FirstInputs:
+    """What the first adapted layer is fed for each token, whatever surrounds it."""
+
+    modules: tuple[str, ...]  # adapted modules that share this input: q_proj, k_proj, v_proj
+    vectors: Tensor  # (V, d), float32 on the CPU
+
+
+@dataclass(frozen=True)
+class Inapplicable:
+    """Why this attack has nothing to say. It does not mean that the update is safe to publish."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenRanking:
+    """The vocabulary, from the token most likely in the client's examples to the least."""
+
+    tokens: Tensor  # (V,) token ids
+    distances: Tensor  # (V,) by token id: ||x - P x|| / ||x||, P the projection on the rows' span; 0: inside
+    explained: int | None  # this many first tokens account for the whole update; None: the search ended before
+    factor: Literal["A", "B"]  # whose rows were read
+    directions: int  # numerical rank of those rows, the largest of a module where factor is "B"
+
+
+@dataclass(frozen=True)
+class TokenRecall:
+    recall: float  # share of the T true tokens among the T ranked first
+    chance: float  # T / V: what a random ranking finds
+    chance_sd: float  # its standard deviation
+    tokens: int  # T
+
+
+def layer_inputs(model: Any, adapter: AdapterState) -> FirstInputs | Inapplicable:
+    """Feed the vocabulary to a Hugging Face causal LM and keep what its first adapted layer gets.
+
+    Whether the attack applies is measured, not looked up: the same tokens in another order must give the
+    same vectors. They do in Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX and OLMo, whose positions enter
+    inside attention; they do not in GPT-2 and OPT, which add learned positions to the embeddings.
+    """
+    names = sorted(key.removeprefix(_ON_DISK).removesuffix(_A) for key in adapter if key.endswith(_A))
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0].detach().reshape(-1, args[0].shape[-1]).float().cpu()
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    size = model.get_input_embeddings().weight.shape[0]
+    probe = torch.arange(min(8, size), device=model.device)
+    try:
+        with torch.no_grad():
+            model(input_ids=probe.flip(0)[None], use_cache=False)
+            turned = {name: x.flip(0) for name, x in seen.items()}
+            seen.clear()
+            model(input_ids=probe[None], use_cache=False)
+            first = next(iter(seen))  # in order of call
+            shared = [name for name, x in seen.items() if x.shape == seen[first].shape and x.equal(seen[first])]
+            largest = float(seen[first].abs().max())
+            if float((seen[first] - turned[first]).abs().max()) > 1e-3 * largest:
+                return Inapplicable(
+                    f"The input of {first!r}, the first adapted layer, depends on position or context, so a token "
+                    "has no vector of its own there (learned positions, or earlier layers without an adapter)."
+                )
+            hooks.append(model.get_submodule(first).register_forward_pre_hook(_stop))
+            vectors = []
+            for ids in torch.arange(size, device=model.device).split(256):
+                with suppress(_Stop):
+                    model(input_ids=ids[None], use_cache=False)
+                vectors.append(seen[first])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return FirstInputs(tuple(shared), torch.cat(vectors))
+
+
+class _Stop(Exception):
+    """Ends a forward once the first adapted layer has its input."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+def shrinkage(*, learning_rate: float, weight_decay: float, steps: int) -> float:
+    """The share of every parameter that decay took away in `steps` steps: decoupled, or SGD's in plain form."""
+    return 1.0 - (1.0 - learning_rate * weight_decay) ** steps
+
+
+def invert(view: ServerView, inputs: FirstInputs, *, guesses: int = 64, decayed: float = 0.0) -> TokenRanking | Inapplicable:
+    """Rank the vocabulary by how well each token's vector explains the rows of the update.
+
+    The first `guesses` are taken one at a time; what is left follows by distance to the span. `decayed` is
+    the multiple of the known broadcast A that weight decay took (`shrinkage`: the server set the rate), and
+    is put back first. Time grows with guesses * V * d * directions.
+    """
+    vectors = inputs.vectors.double()  # (V, d)
+    keys = [_ON_DISK + module for module in inputs.modules]
+    a = [view.adapter[key + _A].double() for key in keys]  # (r, d) each
+    delta_a = torch.cat([view.delta[key + _A].double() + decayed * x for key, x in zip(keys, a, strict=True)])
+    rounding = torch.finfo(view.delta[keys[0] + _A].dtype).eps
+    floor = rounding * max(float(x.abs().max()) for x in a)  # an entry this small is the difference of two equals
+    if float(delta_a.abs().max()) > floor:
+        looks = [_Look(delta_a, vectors, floor)]
+    else:
+        b = [view.adapter[key + _B] for key in keys]
+        delta_b = [view.delta[key + _B].double() + decayed * x.double() for key, x in zip(keys, b, strict=True)]
+        images = [vectors @ x.t() for x in a]  # (V, r) each
+        looks = [
+            _Look(rows, image, rounding * float(x.abs().max()))
+            for rows, image, x in zip(delta_b, images, b, strict=True)
+            if float(rows.abs().max()) > rounding * float(x.abs().max())
+        ]
+    factor: Literal["A", "B"] = "A" if looks and looks[0].vectors is vectors else "B"
+    if not looks or min(look.codirections for look in looks) == 0:
+        return Inapplicable(
+            f"The rows of the first layer's {factor} update leave no direction out, so they single out no token."
+            if looks
+            else "The update of the first layer is zero."
+        )
+    directions = max(len(look.basis) for look in looks)
+    distances = (1.0 - _closeness(looks)).clamp(0.0, 1.0).sqrt()
+
+    taken: list[int] = []
+    explained = None
+    while len(taken) < min(guesses, len(vectors)):
+        closeness = _closeness(looks)
+        closeness[taken] = -1.0
+        token = int(closeness.argmax())
+        if closeness[token] <= 0.0:
+            break
+        taken.append(token)
+        for look in looks:
+            look.take(token)
+        if not any(len(look.basis) for look in looks):
+            explained = len(taken)
+            break
+    order = distances.clone()
+    order[taken] = torch.arange(-len(taken), 0, dtype=order.dtype)
+    return TokenRanking(order.argsort(stable=True), distances.float(), explained, factor, directions)
+
+
+class _Look:
+    """Rows of an update and the vocabulary in their space, with the tokens taken so far removed from both."""
+
+    def __init__(self, rows: Tensor, vectors: Tensor, floor: float):
+        self.rows = rows  # (n, d)
+        self.vectors = vectors  # (V, d); as given: what is removed lives in `left` and in `removed`
+        self.lengths = vectors.square().sum(1)  # (V,) squared
+        self.left = self.lengths.clone()  # (V,) squared length of what is left
+        self.removed = rows.new_empty(0, rows.shape[1])  # orthonormal
+        largest = float(torch.linalg.matrix_norm(rows, 2))
+        noise = floor * (math.sqrt(rows.shape[0]) + math.sqrt(rows.shape[1]))  # norm of that much rounding
+        self.tolerance = max(_NEGLIGIBLE * largest, noise)
+        self._span()
+
+    @property
+    def codirections(self) -> int:
+        return self.rows.shape[1] - len(self.basis)
+
+    def _span(self) -> None:
+        _, values, rows = torch.linalg.svd(self.rows, full_matrices=False)
+        self.basis = rows[values > self.tolerance]  # (k, d), orthonormal
+
+    def closeness(self) -> Tensor:
+        """Squared share of each vector, less what was taken, that lies in the span: (V,), 1 inside."""
+        inside = (self.vectors @ self.basis.t()).square().sum(1)
+        told = self.left > _DUPLICATE**2 * self.lengths
+        return torch.where(told, inside / self.left.clamp_min(1e-300), 0.0)
+
+    def take(self, token: int) -> None:
+        x = self.vectors[token]
+        for _ in range(2):  # once more for what rounding left
+            x = x - self.removed.t() @ (self.removed @ x)
+        x = x / x.norm()
+        self.removed = torch.cat([self.removed, x[None]])
+        self.left = (self.left - (self.vectors @ x).square()).clamp_min(0.0)
+        self.rows = self.rows - torch.outer(self.rows @ x, x)
+        self._span()
+
+
+def _closeness(looks: Sequence[_Look]) -> Tensor:
+    return torch.stack([look.closeness() for look in looks]).mean(0)
+
+
+def recall(ranking: TokenRanking, tokens: Collection[int], *, known: Collection[int] = ()) -> TokenRecall:
+    """How many of the distinct `tokens` stand among as many ranked first.
+
+    `known` tokens, those of a public prompt format, are neither asked for nor do they take up places.
+    """
+    wanted, skipped = set(tokens) - set(known), set(known)
+    size = len(ranking.tokens) - len(skipped)
+    if not wanted:
+        return TokenRecall(float("nan"), float("nan"), float("nan"), 0)
+    ranked = [token for token in ranking.tokens.tolist() if token not in skipped]
+    t = len(wanted)
+    chance = t / size
+    # Hits of a random ranking are hypergeometric: t draws from `size`, of which t count.
+    sd = math.sqrt(chance * (1 - chance) * (size - t) / max(1, size - 1) / t)
+    return TokenRecall(len(wanted.intersection(ranked[:t])) / t, chance, sd, t)
+
+
+def precision(ranking: TokenRanking, tokens: Collection[int], *, threshold: float) -> float:
+    """Share of true tokens among those within `threshold` of the span, DAGER's rule; NaN where none is."""
+    accepted = (ranking.distances < threshold).nonzero().flatten().tolist()
+    return len(set(tokens).intersection(accepted)) / len(accepted) if accepted else float("nan")
+
+
+def membership(view: ServerView, engine: Engine, examples: Sequence[Any]) -> list[float]:
+    """A score for each example, higher for those the client trained on: how far its update lowers their loss.
+
+    The loss under the broadcast adapter less the loss with this one update applied, in nats per labelled
+    token. What the client started from is the reference, so an easy example gains nothing by being easy.
+    """
+    answers = engine.answer(
+        {"before": Score(examples, view.adapter), "after": Score(examples, view.adapter + view.delta)}
+    )
+    pairs = zip(answers["before"], answers["after"], strict=True)
+    return [(before.nll - after.nll) / max(1, before.targets) for before, after in pairs]

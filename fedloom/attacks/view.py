@@ -1,0 +1,75 @@
+"""What an adversary in each position may read. An attack takes a view and nothing else of the training.
+
+Everybody knows the base model, its tokenizer, the prompt format and the settings of the run: they are
+public, and attacks get them as arguments. A view holds what depends on anyone's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.algorithms.aggregators import weighted_mean
+from fedloom.algorithms.base import Algorithm
+from fedloom.client import Client
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Engine, drive
+
+
+@dataclass(frozen=True)
+class ServerView:
+    """The honest-but-curious server, one client, one round: the two messages that travelled.
+
+    It sees everything that is a field of them: the client's id, weight and metrics too. It does not see
+    the client's examples, its memory, its synthetic examples or any adapter it keeps.
+    """
+
+    broadcast: Broadcast
+    update: Update
+
+    @property
+    def adapter(self) -> AdapterState:
+        """What the client started from."""
+        return self.broadcast.adapter
+
+    @property
+    def delta(self) -> AdapterState:
+        return self.update.delta
+
+
+@dataclass(frozen=True)
+class ClientView:
+    """A curious participant: its own examples, and the global adapters it was sent, in order of rounds.
+
+    It does not see the update of any other client, nor who else took part.
+    """
+
+    client: ClientId
+    examples: Sequence[Any]
+    received: Sequence[AdapterState]
+
+
+@dataclass(frozen=True)
+class PublicView:
+    """Whoever downloads the released adapter: nothing of the training but its last result."""
+
+    adapter: AdapterState
+
+
+def upload(algorithm: Algorithm, message: Broadcast, client: Client, engine: Engine) -> ServerView:
+    """One honest client's answer to `message`, as the server gets it. The client's memory stays as it was."""
+    [update] = drive({client.id: algorithm.client(message, client.staged())}, engine)
+    return ServerView(message, update)
+
+
+def aggregated(views: Sequence[ServerView]) -> ServerView:
+    """What is left to see where the server learns only the weighted mean: secure aggregation.
+
+    Expects views of one round, all of one broadcast. Metrics of single clients are gone.
+    """
+    first = views[0]
+    mean = weighted_mean([view.update for view in views], first.adapter.zeros_like())
+    weight = sum(view.update.weight for view in views)
+    return ServerView(first.broadcast, Update("aggregate", mean, weight))
