@@ -1,0 +1,108 @@
+"""One client attacks another: with prefixes from its own records it fishes for secrets that are not its own.
+
+Every client receives the aggregated model, and knows how records of this federation begin. It samples
+continuations of such beginnings and keeps what looks like a secret (arXiv 2506.06060; there the secrets are
+personal data, here whatever strings the caller names). A secret that any text of the attacker holds is none of
+its victims'. Two controls tell leakage from luck: the untuned base, and decoys, secrets of the same kind that
+nobody was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedloom.attacks.intervals import Proportion
+from fedloom.attacks.measures import share, with_base
+from fedloom.data.example import Example
+from fedloom.data.template import Template
+from fedloom.data.text import words
+from fedloom.state import AdapterState
+from fedloom.steps import Engine, Generate
+
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of an own response that a prefix holds, after the whole prompt
+
+
+def prefixes(template: Template, own: Sequence[Example]) -> list[tuple[int, ...]]:
+    """How the attacker's own records begin: its prompts, and prompts with more and more of the response; each once."""
+    found: dict[tuple[int, ...], None] = {}
+    for example in own:
+        tokens, _ = template.contrast(example)  # where exactly the response is labelled
+        first = tokens.labelled.index(True)
+        for part in SHARES:
+            found[tokens.ids[: first + int(part * (len(tokens.ids) - first))]] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Fished:
+    """What one attacker got out of one model."""
+
+    coverage: Proportion | None  # secrets exclusive to the victims that came out at least once
+    efficiency: Proportion | None  # queries whose answer holds at least one of them
+    decoys: Proportion | None  # strings of the same kind, never trained on, that came out
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def attack(
+    engine: Engine,
+    template: Template,
+    adapters: Mapping[str, AdapterState | None],
+    clients: Mapping[str, Sequence[Example]],
+    secrets: Mapping[str, Sequence[str]],
+    decoys: Sequence[str] = (),
+    *,
+    attackers: Sequence[str],
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+) -> dict[str, dict[str, Fished]]:
+    """Row -> attacker -> what it got, the untuned base (row "base") among the rows.
+
+    `secrets` are each client's; those of all others are an attacker's prey. `samples` answers are drawn to
+    every prefix. A secret counts where its words stand in an answer one after the other, whatever the case
+    and the punctuation between them.
+    """
+    rows = with_base(adapters)
+    queries = {a: [p for p in prefixes(template, clients[a]) for _ in range(samples)] for a in attackers}
+    answers = engine.answer(
+        {
+            (row, a): Generate(
+                queries[a], adapter, max_new_tokens=max_new_tokens, stop=template.stop, temperature=temperature,
+                stream=("attacks", "cross-client", a),
+            )
+            for row, adapter in rows.items()
+            for a in attackers
+        }
+    )  # fmt: skip
+    prey = {a: _exclusive(clients[a], [s for c in secrets if c != a for s in secrets[c]]) for a in attackers}
+    unseen = {_spaced(decoy) for decoy in decoys}
+    return {
+        row: {
+            a: _fished([_spaced(template.decode(ids)) for ids in answers[row, a]], prey[a], unseen)
+            for a in attackers
+        }
+        for row in rows
+    }
+
+
+def _exclusive(own: Sequence[Example], secrets: Sequence[str]) -> set[str]:
+    """The secrets, each once, that no text of the attacker holds; one without words is none."""
+    known = [_spaced(text) for e in own for text in (e.instruction, e.context, e.response)]
+    return {s for s in map(_spaced, secrets) if s.strip() and not any(s in text for text in known)}
+
+
+def _fished(answers: Sequence[str], prey: set[str], decoys: set[str]) -> Fished:
+    return Fished(
+        coverage=share(sum(any(s in said for said in answers) for s in prey), len(prey)),
+        efficiency=share(sum(any(s in said for s in prey) for said in answers), len(answers)),
+        decoys=share(sum(any(s in said for said in answers) for s in decoys), len(decoys)),
+    )
+
+
+def _spaced(text: str) -> str:
+    """The words between blanks, so that only whole words match."""
+    return f" {' '.join(words(text))} "
