@@ -1,6 +1,6 @@
-"""The four rows of FedIT's table from one command: base, local-only clients, federated, centralised.
+"""Every method on the same data from one command: FedIT's four rows, and those of `compare.methods`.
 
-Every row sees the same data, and every row of a seed the same held-out set and the same initial
+FedIT's rows are base, local-only clients, federated (the experiment's own algorithm) and centralised. Every row sees the same data, and every row of a seed the same held-out set and the same initial
 adapter. In a round of any row each of its clients takes its local epochs over its own data; local-only
 clients train in every round; centralised tuning sees as many examples a round as the cohort (budget
 "epochs") or takes as many steps as one client (budget "steps").
@@ -12,8 +12,9 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -25,11 +26,20 @@ import torch
 
 from fedloom import checkpoint, journal
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.local_only import LocalOnly
+from fedloom.algorithms.base import ServerState
 from fedloom.config import Experiment, parse
 from fedloom.errors import FedloomError, RunError
-from fedloom.experiment import Dataset, Machine, federated_clients, load_data, load_machine, pooled_client
-from fedloom.results import LOCAL, measure, write_json
+from fedloom.experiment import (
+    Dataset,
+    Machine,
+    build_algorithm,
+    federated_clients,
+    load_data,
+    load_machine,
+    pooled_client,
+)
+from fedloom.leakage import leakage
+from fedloom.results import measure, shared, write_json
 from fedloom.rng import numpy_stream
 from fedloom.run import Listener, Training
 from fedloom.selection import All
@@ -39,19 +49,34 @@ RESULT = "result.json"  # of one seed; written last
 
 
 def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+    """The experiment's own algorithm."""
     clients = federated_clients(experiment, dataset)
     select = experiment.cohort.build(clients=sorted(clients), seed=experiment.seed)
-    return Training(folder, experiment, dataset, machine, experiment.algorithm.build(), clients, select, experiment.fingerprint())
+    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
+    return Training(folder, experiment, dataset, machine, algorithm, clients, select, experiment.fingerprint())
+
+
+def method(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+    """The algorithm that `compare.methods` names so, in all else like the experiment's own."""
+    other = experiment.with_(algorithm=experiment.compare.methods[label].plain())
+    made = federated if other.algorithm.shared else alone
+    return made(other, dataset, machine, folder)
 
 
 def local_only(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+    return alone(experiment.with_(algorithm="local_only"), dataset, machine, folder)
+
+
+def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+    """An algorithm that shares no model: every client trains in every round, or those `compare.local_clients` draws."""
     clients = federated_clients(experiment, dataset)
     wanted = experiment.compare.local_clients
     if wanted is not None and wanted < len(clients):
         drawn = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))[:wanted]
         clients = {str(c): clients[str(c)] for c in sorted(drawn)}
     quiet = experiment.with_(evaluation={**experiment.plain()["evaluation"], "every": experiment.rounds})
-    return Training(folder, quiet, dataset, machine, LocalOnly(), clients, All(sorted(clients)), "local_only " + experiment.fingerprint())
+    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
+    return Training(folder, quiet, dataset, machine, algorithm, clients, All(sorted(clients)), "alone " + experiment.fingerprint())
 
 
 def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
@@ -68,15 +93,32 @@ def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener
     with checkpoint.lock(folder):
         dataset, machine = load_data(experiment, quarantine=folder / "quarantine.jsonl"), load_machine(experiment)
         rows: dict[str, AdapterState | None] = {"base": None}
-        alone = local_only(experiment, dataset, machine, folder / "local_only")
-        alone.finish(listener)
-        for client in alone.clients.values():
-            rows[LOCAL + client.id] = client.memory["adapter"]
-        rows["federated"] = federated(experiment, dataset, machine, folder / "federated").finish(listener).adapter
-        rows["centralised"] = centralised(experiment, dataset, machine, folder / "centralised").finish(listener).adapter
-        result = {**measure(experiment, dataset, machine, rows), "engine": machine.describe()}
+        for name, (label, made) in trainings(experiment).items():
+            training = made(experiment, dataset, machine, folder / name)
+            rows |= models_of(training, label, training.finish(listener))
+        leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
+        result = {**measure(experiment, dataset, machine, rows, leaks), "engine": machine.describe()}
         write_json(folder / RESULT, result)
     return result
+
+
+def models_of(training: Training, label: str, state: ServerState) -> dict[str, AdapterState]:
+    """The rows a finished training makes: the shared model, and the personal ones of its clients."""
+    rows = {label: state.adapter} if training.algorithm.shared else {}
+    prefix = f"{label} personal" if training.algorithm.shared else "local" if label == "federated" else label
+    own = {c.id: training.algorithm.personal(c) for c in training.clients.values()}
+    return rows | {f"{prefix}:{client}": adapter for client, adapter in own.items() if adapter is not None}
+
+
+def trainings(experiment: Experiment) -> dict[str, tuple[str, Callable[..., Training]]]:
+    """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
+    methods = {"method-" + label.lower().replace(" ", "-"): (label, partial(method, label)) for label in experiment.compare.methods}
+    return {
+        "local_only": ("local", local_only),
+        **methods,
+        "federated": ("federated", federated),
+        "centralised": ("centralised", centralised),
+    }
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -142,12 +184,12 @@ def progress(experiment: Experiment, folder: Path) -> Progress:
     rounds, finished, latest = 0, 0, ""
     for seed in seed_folders(experiment, folder):
         finished += (seed / RESULT).exists()
-        for row in ("local_only", "federated", "centralised"):
+        for row in trainings(experiment):
             done = len(journal.read(seed / row / "metrics.jsonl"))
             rounds += max(0, done - 1)
             if 0 < done <= experiment.rounds:
                 latest = f"{seed.name} {row} round {done}"
-    return Progress(rounds, 3 * experiment.rounds * experiment.compare.seeds, finished, latest)
+    return Progress(rounds, len(trainings(experiment)) * experiment.rounds * experiment.compare.seeds, finished, latest)
 
 
 class _WithParent(Listener):

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -64,6 +66,11 @@ class Choice:
     def build(self, **given: Any) -> Any:
         made = {key: value.build() if isinstance(value, Choice) else value for key, value in self.options.items()}
         return self.make(**made, **given)
+
+    @property
+    def shared(self) -> bool:
+        """Of an algorithm: does it train a model that all clients share?"""
+        return bool(self.make.shared)  # type: ignore[attr-defined]
 
     def takes(self, parameter: str) -> bool:
         return any(f.name == parameter for f in fields(self.make))  # type: ignore[arg-type]
@@ -154,6 +161,17 @@ else:
     PartitionChoice = choice("kind", partition.PARTITIONS)
 
 
+def _label(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+=_-]{0,31}", text):
+        raise ValueError("expected a name of up to 32 letters, digits, blanks and .+=_-")
+    if text.lower() in ("base", "local", "federated", "centralised"):
+        raise ValueError("this name is that of a row which is always there")
+    return text
+
+
+Label = Annotated[str, AfterValidator(_label)]
+
+
 # --- the tree --------------------------------------------------------------------------------------------
 
 
@@ -221,7 +239,7 @@ class Audit(Section):
 
 class Compare(Section):
     seeds: int = Field(5, gt=0)  # runs with seed, seed + 1, ...: everything random differs
-    methods: dict[str, AlgorithmChoice] = {}  # further rows: label -> algorithm, on the same data and settings
+    methods: dict[Label, AlgorithmChoice] = {}  # further rows: label -> algorithm, on the same data and settings
     leakage: bool = False  # attack every shared model, too
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
     local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all

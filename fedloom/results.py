@@ -1,6 +1,7 @@
 """What a run or a comparison found: rows of metrics, sample answers, and the summary made of them.
 
-A row is one model on the held-out examples: "base", "federated", "local:client-003", "centralised".
+A row is one model on the held-out examples: "base", "federated", "centralised", or what `compare.methods`
+calls a method; with a colon and the client's name where it is the model of a single client ("local:client-003").
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ from fedloom.state import AdapterState
 
 SCHEMA = 1
 SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
-LOCAL = "local:"  # prefix of the rows of single clients
+LOCAL = "local:"  # prefix of the rows of clients that train alone
+LOWER = ("loss", "extraction", "exposure", "auc")  # metrics of which less is better
 
 
 def measure(
-    experiment: Experiment, dataset: Dataset, machine: Machine, rows: Mapping[str, AdapterState | None]
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
+    rows: Mapping[str, AdapterState | None],
+    leaks: Mapping[str, Mapping[str, float]] = {},
 ) -> dict[str, Any]:
     """Every row on the same held-out examples: metrics, overall and by group, and a few answers.
 
-    Raises RunError for a row that has diverged.
+    `leaks` are metrics of leakage that some rows have, too (leakage.py). Raises RunError for a row that has diverged.
     """
     groups = dataset.groups()
     losses = held_out_loss(machine.engine, dataset.test, groups, rows)
@@ -58,7 +64,7 @@ def measure(
             part = [j for j, i in enumerate(asked) if groups[i] == group]
             if part:
                 within[group] |= grade([questions[j] for j in part], [said[row][j] for j in part])
-        measured[row] = {"metrics": overall, "groups": within}
+        measured[row] = {"metrics": {**overall, **leaks.get(row, {})}, "groups": within}
     samples = [
         {
             "group": groups[asked[j]],
@@ -80,8 +86,29 @@ def _evenly(items: Sequence[int], count: int | None) -> list[int]:
     return [items[int(i * len(items) / count)] for i in range(count)]
 
 
-def method_of(row: str) -> str:
-    return "local_only" if row.startswith(LOCAL) else {"federated": "fedit"}.get(row, row)
+def is_single(row: str) -> bool:
+    """Is this the model of a single client?"""
+    return ":" in row
+
+
+def shared(rows: Mapping[str, AdapterState | None]) -> dict[str, AdapterState | None]:
+    """Without the models of single clients, which nobody else ever sees."""
+    return {row: adapter for row, adapter in rows.items() if not is_single(row)}
+
+
+def model_of(row: str) -> str:
+    """Whose model a row is: "base", "global" (what all clients share), "personal", or "pooled" (of one owner of everything)."""
+    if is_single(row) or row.endswith((" mean", " best")):
+        return "personal"
+    return {"base": "base", "centralised": "pooled"}.get(row, "global")
+
+
+def method_of(row: str, experiment: Experiment) -> str:
+    """The algorithm that made it."""
+    label = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
+    if label in experiment.compare.methods:
+        return experiment.compare.methods[label].name
+    return {"federated": experiment.algorithm.name, "local": "local_only", "centralised": "fedavg"}.get(label, label)
 
 
 def summarise(
@@ -97,15 +124,18 @@ def summarise(
     """summary.json: one result for each seed in, means and intervals out. See docs/files.md."""
     tables = [_with_locals(r["rows"]) for r in results]
     names = [name for name in tables[0] if all(name in t for t in tables)]
-    metrics = list(tables[0][names[0]])
+    metrics = list(dict.fromkeys(metric for name in names for metric in tables[0][name]))
     rows = []
     for name in names:
         for metric in metrics:
+            if any(metric not in t[name] for t in tables):
+                continue
             found = estimate([t[name][metric] for t in tables])
             rows.append(
                 {
                     "row": name,
-                    "method": method_of(name),
+                    "model": model_of(name),
+                    "method": method_of(name, experiment),
                     "metric": metric,
                     "mean": found.mean,
                     "ci95": found.ci95,
@@ -133,30 +163,36 @@ def summarise(
 
 
 def better(metric: str, a: float, b: float) -> bool:
-    """Is a the better value? Loss is better when lower, every other metric when higher."""
-    return a < b if metric == "loss" else a > b
+    """Is a the better value? Loss and leakage are better when lower, every other metric when higher."""
+    return a < b if metric in LOWER else a > b
 
 
 def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Metrics by row, the single clients summed up as their best (in each metric) and their mean."""
+    """Metrics by row, single clients summed up as their mean and, in each metric, their best; these alone come last."""
     table = {row: dict(found["metrics"]) for row, found in rows.items()}
-    local = {row: table.pop(row) for row in list(table) if row.startswith(LOCAL)}
-    out = {"base": table.pop("base")}
-    if local:
-        metrics = list(out["base"])
-        choose = {m: min if m == "loss" else max for m in metrics}
-        out["local mean"] = {m: fmean(found[m] for found in local.values()) for m in metrics}
-        out["local best"] = {m: choose[m](found[m] for found in local.values()) for m in metrics}
-    return {**out, **table, **local}
+    out: dict[str, dict[str, float]] = {}
+    for row, found in table.items():
+        if not is_single(row):
+            out[row] = found
+            continue
+        label = row.split(":")[0]
+        if f"{label} mean" in out:
+            continue
+        every = [other for name, other in table.items() if name.startswith(f"{label}:")]
+        out[f"{label} mean"] = {m: fmean(one[m] for one in every) for m in found}
+        out[f"{label} best"] = {m: (min if m in LOWER else max)(one[m] for one in every) for m in found}
+    return {**out, **{row: found for row, found in table.items() if is_single(row)}}
 
 
 def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Between the named rows (not single clients), each pair once, paired by seed."""
-    names = [n for n in tables[0] if not n.startswith(LOCAL)]
+    names = [n for n in tables[0] if not is_single(n)]
     out = []
     for i, b in enumerate(names):
         for a in names[i + 1 :]:
             for metric in metrics:
+                if any(metric not in t[row] for t in tables for row in (a, b)):
+                    continue
                 found = paired([t[a][metric] for t in tables], [t[b][metric] for t in tables])
                 out.append({"a": a, "b": b, "metric": metric, "mean": found.estimate.mean,
                             "ci95": found.estimate.ci95, "p_value": found.p_value})  # fmt: skip

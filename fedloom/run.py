@@ -29,6 +29,7 @@ from fedloom.errors import RunError
 from fedloom.evaluation.loss import held_out_loss
 from fedloom.experiment import Dataset, Machine
 from fedloom.federation import Federation, Round
+from fedloom.leakage import leakage
 from fedloom.messages import ClientId
 from fedloom.transport.in_process import InProcess
 
@@ -132,6 +133,7 @@ class Training:
             "tokens": int(sum(u.metrics.get("tokens", 0) for u in seen.updates.values())),
             "seconds": round(seconds, 3),
             "held_out": self._evaluate(state),
+            "leakage": self._leakage(state),
             "adapter_sha256": state.adapter.sha256(),
         }
 
@@ -145,6 +147,15 @@ class Training:
         found = held_out_loss(self.machine.engine, test, groups, {"global": adapter})["global"]
         mixes = {c: found.of_mix(self.dataset.mix(c)) for c in self.clients if c in self.dataset.clients}
         return {"loss": _number(found.loss), "groups": _numbers(found.groups), "clients": _numbers(mixes)}
+
+    def _leakage(self, state: ServerState) -> dict[str, Any] | None:
+        """What the server's adapter gives away, where the experiment wants to know it in this round."""
+        every = self.experiment.audit.every
+        if every is None or not self.algorithm.shared or (state.round % every and state.round != self.experiment.rounds):
+            return None
+        rows = {"global": state.adapter} if state.round else {}
+        found = leakage(self.experiment, self.dataset, self.machine, rows)
+        return _numbers(found["global" if state.round else "base"])
 
 
 def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[Any], list[str]]:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import checkpoint, durable, journal
-from fedloom.algorithms.local_only import LocalOnly
-from fedloom.compare import Progress, all_seeds, federated, progress, read_result, seed_folders
+from fedloom.compare import Progress, all_seeds, federated, models_of, progress, read_result, seed_folders
 from fedloom.config import Experiment, load
 from fedloom.engine.models import base_folder
 from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
-from fedloom.errors import RunError
+from fedloom.errors import ConfigError, RunError
 from fedloom.experiment import Machine, load_data, load_machine
 from fedloom.report import card, page
-from fedloom.results import LOCAL, measure, read_summary, summarise, write_json
+from fedloom.results import measure, read_summary, summarise, write_json
 from fedloom.run import Listener
 from fedloom.state import AdapterState
 
@@ -44,11 +43,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         machine = load_machine(experiment)
         training = federated(experiment, dataset, machine, folder)
         state = training.finish(listener)
-        rows: dict[str, AdapterState | None] = {"base": None}
-        if isinstance(training.algorithm, LocalOnly):
-            rows |= {LOCAL + c.id: c.memory["adapter"] for c in training.clients.values() if "adapter" in c.memory}
-        else:
-            rows["federated"] = state.adapter
+        rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
         result = measure(experiment, dataset, machine, rows)
         summary = summarise(
             "run", experiment, dataset, [result], records=journal.read(folder / "metrics.jsonl"),
@@ -66,6 +61,11 @@ def compare(
 
     `jobs` seeds run at a time, each in a process of its own. Resumes like `run`, seed by seed.
     """
+    if not experiment.algorithm.shared:
+        raise ConfigError(
+            f'algorithm = "{experiment.algorithm.name}" trains no shared model to compare with others. '
+            "Choose one that does, and give this one a row: compare.methods."
+        )
     with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder)
         if finished is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from fedloom.config import load, parse, recipes
+from fedloom.config import PARTS, load, parse, recipes
 from fedloom.data.microworld import corpus
+from fedloom.experiment import load_data
 
 NAMES = sorted(recipes())
 
@@ -35,7 +39,8 @@ def test_a_recipe_builds_its_parts(name: str) -> None:
     clients = [f"client-{i:03d}" for i in range(experiment.data.clients or 9)]
     cohort = experiment.cohort.build(clients=clients, seed=experiment.seed)(0)
     assert set(cohort) <= set(clients)
-    assert experiment.algorithm.build() is not None
+    for chosen in (experiment.algorithm, *experiment.compare.methods.values()):
+        assert chosen.build(**{part: None for part in PARTS if chosen.takes(part)}) is not None
 
 
 def test_fedit_on_dolly_has_the_papers_confirmed_numbers() -> None:
@@ -50,3 +55,43 @@ def test_the_quickstart_needs_no_file() -> None:
     assert (data.source, data.path) == ("microworld", None)
     parts = data.partition.build()(corpus(examples=data.examples or 640), data.clients, 0)
     assert len(parts) == data.clients
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "clients", "per_cluster", "cohort"),
+    [
+        ("ppfedit-alpaca", 30, 50, 10, {"kind": "fixed", "count": 2}),
+    ],
+)
+def test_ppfedit_has_the_papers_confirmed_numbers(
+    name: str, rounds: int, clients: int, per_cluster: int, cohort: dict[str, object]
+) -> None:
+    experiment = load(name)
+    data, local, algorithm = experiment.data, experiment.local, experiment.algorithm
+    assert (experiment.rounds, data.clients, experiment.cohort.plain()) == (rounds, clients, cohort)
+    assert data.clusters is not None
+    assert (data.clusters.count, data.pool) == (100, 100 * per_cluster)
+    assert data.partition.plain() == {"kind": "dirichlet", "alpha": 1.0, "by": "category"}
+    assert (experiment.adapter.rank, local.epochs, local.batch_size, local.schedule) == (16, 1, 8, "cosine")
+    assert (algorithm.options["private_share"], algorithm.options["keep"]) == (0.5, 16)
+    options = experiment.synthesis.options
+    assert (options["shown"], options["trials"], options["temperature"]) == (8, 3, 0)
+
+
+def test_few_shot_medquad_shares_500_questions_of_every_kind_among_ten(shared: Path) -> None:
+    data = load_data(load("fedpit-medquad", [f"data.path={shared / 'data' / 'medquad.jsonl.xz'}"]))
+    assert [len(own) for own in data.clients.values()] == [50] * 10
+    assert len({e.category for own in data.clients.values() for e in own}) == 16
+    assert data.table.distance > 0.2  # from everybody's mix: 0 would be IID
+
+
+@pytest.mark.parametrize("name", ["ppfedit-alpaca"])
+def test_clusters_become_the_labels_that_a_recipe_splits_along(name: str, tmp_path: Path) -> None:
+    subjects = ("heart", "tree", "engine")
+    rows = [{"instruction": f"{s} {s} number {n}", "output": f"the {s}"} for s in subjects for n in range(10)]
+    file = tmp_path / "tasks.json"
+    file.write_text(json.dumps(rows))
+    small = ["data.clusters.count=3", "data.hold_out=2", "data.pool=12", "data.clients=4"]
+    data = load_data(load(name, [f"data.path={file}", *small]))
+    assert dict(data.table.totals) == {"cluster-000": 4, "cluster-001": 4, "cluster-002": 4}
+    assert len(data.test) == 6

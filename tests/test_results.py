@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedloom.errors import RunError
-from fedloom.results import better, measure, method_of, read_summary, summarise, write_json
+from fedloom.results import better, measure, method_of, model_of, read_summary, summarise, write_json
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, state
 
 
@@ -52,7 +52,7 @@ def test_the_mean_over_local_clients_is_taken_in_each_seed() -> None:
 
 def test_a_row_has_its_mean_interval_and_seeds() -> None:
     one = row(summary(), "federated", "rule")
-    assert (one["mean"], one["seeds"], one["method"]) == (0.875, [0, 1], "fedit")
+    assert (one["mean"], one["seeds"], one["method"]) == (0.875, [0, 1], "fedavg")
     half = 12.7062047364 * 0.1767766953 / 2**0.5  # t of one degree, the deviation of 0.75 and 1.0
     assert one["ci95"] == pytest.approx((0.875 - half, 0.875 + half), rel=1e-6)
 
@@ -92,10 +92,31 @@ def test_rounds_keep_what_a_plot_of_costs_needs() -> None:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("base", "base"), ("federated", "fedit"), ("centralised", "centralised"), ("local:a", "local_only")],
-)
-def test_a_rows_method(name: str, method: str) -> None:
-    assert method_of(name) == method
+    [
+        ("base", "base"), ("federated", "fedpit"), ("federated personal:a", "fedpit"), ("centralised", "fedavg"),
+        ("local:a", "local_only"), ("local best", "local_only"), ("LocIT+SA mean", "self_augmented"), ("Mine", "fedmit"),
+    ],
+)  # fmt: skip
+def test_a_row_tells_its_method(name: str, method: str) -> None:
+    toy = experiment(algorithm="fedpit", compare={"methods": {"LocIT+SA": "self_augmented", "Mine": "fedmit"}})
+    assert method_of(name, toy) == method
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("base", "base"), ("federated", "global"), ("Mine", "global"), ("centralised", "pooled"), ("local:a", "personal"),
+        ("LocIT+SA mean", "personal"), ("federated personal best", "personal"),
+    ],
+)  # fmt: skip
+def test_a_row_tells_whose_model_it_is(name: str, model: str) -> None:
+    assert model_of(name) == model
+
+
+def test_metrics_that_only_some_rows_have_are_told_of_those() -> None:
+    leaky = [{**one, "rows": {r: {**x, "metrics": {**x["metrics"], **({"auc": 0.5} if r == "federated" else {})}} for r, x in one["rows"].items()}} for one in TWO]
+    assert [r["row"] for r in summary(leaky)["rows"] if r["metric"] == "auc"] == ["federated"]
+    assert not [d for d in summary(leaky)["differences"] if d["metric"] == "auc"]
 
 
 def test_loss_is_better_when_lower_and_all_else_when_higher() -> None:

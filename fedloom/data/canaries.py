@@ -56,7 +56,7 @@ def _secret(rng: np.random.Generator, digits: int) -> Example:
     return access_code(name, rng.integers(0, 10, size=digits).tolist())
 
 
-def distinct(examples: Sequence[Example]) -> dict[Example, int]:
+def copies(examples: Sequence[Example]) -> dict[Example, int]:
     """The canaries among a client's examples, and how many copies of each there are."""
     found: dict[Example, int] = {}
     for e in examples:

@@ -355,8 +355,12 @@ FAMILIES: Mapping[str, Callable[[Rng], Task]] = {
 }
 
 
-def corpus(*, examples: int = 640, seed: int = 0) -> list[Example]:
-    """`examples` distinct instructions, the eight categories in equal parts (the first get the rest)."""
+def corpus(*, examples: int = 640, seed: int = 0, style: int = 0) -> list[Example]:
+    """`examples` distinct instructions, the eight categories in equal parts (the first get the rest).
+
+    Fewer of the same seed are the same ones. In a `style` that is not the house's (0) the answers are as
+    right as before, but no rule accepts them.
+    """
     if examples < len(CATEGORIES):
         raise ConfigError(
             f"Expected data.examples >= {len(CATEGORIES)}, one for each category; got {examples}."
@@ -375,7 +379,10 @@ def corpus(*, examples: int = 640, seed: int = 0) -> list[Example]:
             repeats = 0
             seen.add((task.instruction, task.context))
             out.append(
-                Example(task.instruction, task.answers[0], task.context, category, id=f"microworld:{category}:{len(seen)}", rule=task.rule)
+                Example(
+                    task.instruction, task.answers[style], task.context, category,
+                    id=f"microworld:{category}:{len(seen)}", rule="" if style else task.rule,
+                )
             )  # fmt: skip
         if len(seen) < wanted:
             raise ConfigError(

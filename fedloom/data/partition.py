@@ -283,6 +283,16 @@ def hold_out(
     return [i for i in range(len(examples)) if i not in held], sorted(held)
 
 
+def draw_evenly(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of `count` examples, as many of each category as there are to be had, and of the others."""
+    if not 0 < count <= len(examples):
+        raise ConfigError(f"Expected data.pool between 1 and the {len(examples)} training examples, got {count}.")
+    pools = [pool.tolist() for pool in _pools(examples, "category", rng.numpy_stream(seed, "pool")).values()]
+    turns = [pool[turn] for turn in range(max(map(len, pools))) for pool in pools if turn < len(pool)]
+    chosen = set(turns[:count])
+    return sorted(chosen), [i for i in range(len(examples)) if i not in chosen]
+
+
 @dataclass(frozen=True)
 class Holding:
     """What one client holds."""
