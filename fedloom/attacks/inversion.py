@@ -56,8 +56,8 @@ class TokenRanking:
     """The vocabulary, from the token most likely in the client's examples to the least."""
 
     tokens: Tensor  # (V,) token ids
-    distances: Tensor  # (V,) by token id: ||x - P x|| / ||x||, P the projection on the rows' span; 0: inside
-    explained: int | None  # this many first tokens account for the whole update; None: the search ended before
+    distances: Tensor  # (V,) by token id: ||x - P x|| / ||x||, P projects on the rows' span; 0: inside
+    explained: int | None  # so many first tokens, fewer than d, account for the whole update; None: none do
     factor: Literal["A", "B"]  # whose rows were read
     directions: int  # numerical rank of those rows, the largest of a module where factor is "B"
 
@@ -86,19 +86,22 @@ def layer_inputs(model: Any, adapter: AdapterState) -> FirstInputs | Inapplicabl
 
         return hook
 
+    def feed(ids: Tensor) -> None:
+        model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
+
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     size = model.get_input_embeddings().weight.shape[0]
     probe = torch.arange(min(8, size), device=model.device)
     try:
         with torch.no_grad():
-            model(input_ids=probe.flip(0)[None], use_cache=False)
+            feed(probe.flip(0))
             turned = {name: x.flip(0) for name, x in seen.items()}
             seen.clear()
-            model(input_ids=probe[None], use_cache=False)
+            feed(probe)
             first = next(iter(seen))  # in order of call
-            shared = [name for name, x in seen.items() if x.shape == seen[first].shape and x.equal(seen[first])]
-            largest = float(seen[first].abs().max())
-            if float((seen[first] - turned[first]).abs().max()) > 1e-3 * largest:
+            x = seen[first]
+            shared = [name for name, y in seen.items() if y.shape == x.shape and y.equal(x)]
+            if float((x - turned[first]).abs().max()) > 1e-3 * float(x.abs().max()):
                 return Inapplicable(
                     f"The input of {first!r}, the first adapted layer, depends on position or context, so a token "
                     "has no vector of its own there (learned positions, or earlier layers without an adapter)."
@@ -107,7 +110,7 @@ def layer_inputs(model: Any, adapter: AdapterState) -> FirstInputs | Inapplicabl
             vectors = []
             for ids in torch.arange(size, device=model.device).split(256):
                 with suppress(_Stop):
-                    model(input_ids=ids[None], use_cache=False)
+                    feed(ids)
                 vectors.append(seen[first])
     finally:
         for handle in hooks:
@@ -123,68 +126,84 @@ def _stop(*_: Any) -> None:
     raise _Stop
 
 
-def shrinkage(*, learning_rate: float, weight_decay: float, steps: int) -> float:
-    """The share of every parameter that decay took away in `steps` steps: decoupled, or SGD's in plain form."""
-    return 1.0 - (1.0 - learning_rate * weight_decay) ** steps
+def shrinkage(*, learning_rate: float, weight_decay: float, steps: int, momentum: float = 0.0) -> float:
+    """The multiple of every parameter that weight decay took away in `steps` steps.
+
+    AdamW's is decoupled; SGD's enters after clipping, and through momentum, and is just as known.
+    """
+    left, velocity = 1.0, 0.0
+    for _ in range(steps):
+        velocity = momentum * velocity + weight_decay * left
+        left -= learning_rate * velocity
+    return 1.0 - left
 
 
-def invert(view: ServerView, inputs: FirstInputs, *, guesses: int = 64, decayed: float = 0.0) -> TokenRanking | Inapplicable:
+def invert(
+    view: ServerView,
+    inputs: FirstInputs,
+    *,
+    guesses: int = 64,
+    decayed: float = 0.0,
+) -> TokenRanking | Inapplicable:
     """Rank the vocabulary by how well each token's vector explains the rows of the update.
 
-    The first `guesses` are taken one at a time; what is left follows by distance to the span. `decayed` is
-    the multiple of the known broadcast A that weight decay took (`shrinkage`: the server set the rate), and
-    is put back first. Time grows with guesses * V * d * directions.
+    The first `guesses` are taken one at a time; what is left follows by distance to the span, so 0 of them
+    is the plain span test. `decayed` is the multiple of the broadcast adapter that weight decay took
+    (`shrinkage`), and is put back before anything else. Time grows with guesses * V * d * directions.
     """
-    vectors = inputs.vectors.double()  # (V, d)
-    keys = [_ON_DISK + module for module in inputs.modules]
-    a = [view.adapter[key + _A].double() for key in keys]  # (r, d) each
-    delta_a = torch.cat([view.delta[key + _A].double() + decayed * x for key, x in zip(keys, a, strict=True)])
-    rounding = torch.finfo(view.delta[keys[0] + _A].dtype).eps
-    floor = rounding * max(float(x.abs().max()) for x in a)  # an entry this small is the difference of two equals
-    if float(delta_a.abs().max()) > floor:
-        looks = [_Look(delta_a, vectors, floor)]
-    else:
-        b = [view.adapter[key + _B] for key in keys]
-        delta_b = [view.delta[key + _B].double() + decayed * x.double() for key, x in zip(keys, b, strict=True)]
-        images = [vectors @ x.t() for x in a]  # (V, r) each
-        looks = [
-            _Look(rows, image, rounding * float(x.abs().max()))
-            for rows, image, x in zip(delta_b, images, b, strict=True)
-            if float(rows.abs().max()) > rounding * float(x.abs().max())
-        ]
-    factor: Literal["A", "B"] = "A" if looks and looks[0].vectors is vectors else "B"
-    if not looks or min(look.codirections for look in looks) == 0:
-        return Inapplicable(
-            f"The rows of the first layer's {factor} update leave no direction out, so they single out no token."
-            if looks
-            else "The update of the first layer is zero."
-        )
+    looks = _looks(view, inputs, decayed)
+    if not looks:
+        return Inapplicable("The update of the first layer is zero.")
+    telling = [look for look in looks if len(look.basis) < look.rows.shape[1]]
+    if not telling:
+        return Inapplicable("The rows of the update fill their space, so they single out no token.")
+    looks = telling
     directions = max(len(look.basis) for look in looks)
     distances = (1.0 - _closeness(looks)).clamp(0.0, 1.0).sqrt()
 
     taken: list[int] = []
     explained = None
-    while len(taken) < min(guesses, len(vectors)):
+    for _ in range(guesses):
         closeness = _closeness(looks)
-        closeness[taken] = -1.0
+        closeness[taken] = 0.0
         token = int(closeness.argmax())
-        if closeness[token] <= 0.0:
+        if closeness[token] <= 0.0:  # nothing is left of the rows, or of the vocabulary
             break
         taken.append(token)
         for look in looks:
             look.take(token)
-        if not any(len(look.basis) for look in looks):
-            explained = len(taken)
-            break
+    if not any(len(look.basis) for look in looks) and len(taken) < min(look.rows.shape[1] for look in looks):
+        explained = len(taken)
     order = distances.clone()
     order[taken] = torch.arange(-len(taken), 0, dtype=order.dtype)
-    return TokenRanking(order.argsort(stable=True), distances.float(), explained, factor, directions)
+    return TokenRanking(order.argsort(stable=True), distances, explained, looks[0].factor, directions)
+
+
+def _looks(view: ServerView, inputs: FirstInputs, decayed: float) -> list[_Look]:
+    """The rows of dA of all modules together; where they are zero, those of dB, module by module."""
+    keys = [_ON_DISK + module for module in inputs.modules]
+    vectors = inputs.vectors.double()  # (V, d)
+    a = torch.cat([view.adapter[key + _A].double() for key in keys])  # (modules * r, d)
+    rounding = torch.finfo(view.adapter[keys[0] + _A].dtype).eps
+    rows = torch.cat([view.delta[key + _A].double() for key in keys]) + decayed * a
+    floor = rounding * float(a.abs().max())  # an entry this small is the difference of two equals
+    if float(rows.abs().max()) > floor:
+        return [_Look("A", rows, vectors, floor)]
+    looks = []
+    for key in keys:
+        b = view.adapter[key + _B].double()
+        rows = view.delta[key + _B].double() + decayed * b  # (out, r)
+        floor = rounding * float(b.abs().max())
+        if float(rows.abs().max()) > floor:
+            looks.append(_Look("B", rows, vectors @ view.adapter[key + _A].double().t(), floor))
+    return looks
 
 
 class _Look:
     """Rows of an update and the vocabulary in their space, with the tokens taken so far removed from both."""
 
-    def __init__(self, rows: Tensor, vectors: Tensor, floor: float):
+    def __init__(self, factor: Literal["A", "B"], rows: Tensor, vectors: Tensor, floor: float):
+        self.factor: Literal["A", "B"] = factor
         self.rows = rows  # (n, d)
         self.vectors = vectors  # (V, d); as given: what is removed lives in `left` and in `removed`
         self.lengths = vectors.square().sum(1)  # (V,) squared
@@ -194,10 +213,6 @@ class _Look:
         noise = floor * (math.sqrt(rows.shape[0]) + math.sqrt(rows.shape[1]))  # norm of that much rounding
         self.tolerance = max(_NEGLIGIBLE * largest, noise)
         self._span()
-
-    @property
-    def codirections(self) -> int:
-        return self.rows.shape[1] - len(self.basis)
 
     def _span(self) -> None:
         _, values, rows = torch.linalg.svd(self.rows, full_matrices=False)

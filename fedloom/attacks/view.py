@@ -67,9 +67,11 @@ def upload(algorithm: Algorithm, message: Broadcast, client: Client, engine: Eng
 def aggregated(views: Sequence[ServerView]) -> ServerView:
     """What is left to see where the server learns only the weighted mean: secure aggregation.
 
-    Expects views of one round, all of one broadcast. Metrics of single clients are gone.
+    Metrics of single clients are gone. Raises: ValueError if the views are not of one broadcast.
     """
     first = views[0]
+    if len({(view.broadcast.round, view.adapter.sha256()) for view in views}) > 1:
+        raise ValueError("Expected views of one broadcast; deltas from different starts have no mean.")
     mean = weighted_mean([view.update for view in views], first.adapter.zeros_like())
     weight = sum(view.update.weight for view in views)
     return ServerView(first.broadcast, Update("aggregate", mean, weight))
