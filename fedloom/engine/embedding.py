@@ -32,18 +32,13 @@ def embed(model: Any, texts: Sequence[Sequence[int]], *, longest: int = 512) -> 
     rows: list[tuple[int, np.ndarray]] = []
     for batch in _batches(kept):
         width = max(len(kept[i]) for i in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # (b, n); padding is masked, whatever it is
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
+        ids = torch.zeros(len(batch), width, dtype=torch.long, device=device)  # (b, n)
         for row, i in enumerate(batch):
             ids[row, : len(kept[i])] = torch.tensor(kept[i])
-            mask[row, : len(kept[i])] = 1
-        hidden = model.base_model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-        ).last_hidden_state  # (b, n, d)
-        counted = mask.to(hidden.device)[:, :, None]
-        # Padding may hold NaN in some attention kernels, and NaN * 0 is NaN.
-        total = hidden.float().masked_fill(counted == 0, 0).sum(1)  # (b, d)
-        rows += zip(batch, (total / counted.sum(1)).cpu().numpy(), strict=True)
+        # No mask: padding is on the right, where causal attention never looks.
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (b, n, d)
+        for states, i in zip(hidden.float(), batch, strict=True):
+            rows.append((i, states[: len(kept[i])].mean(0).cpu().numpy()))
     if not rows:
         return np.zeros((0, model.config.get_text_config().hidden_size), dtype=np.float32)
     return np.stack([vector for _, vector in sorted(rows, key=lambda row: row[0])])
