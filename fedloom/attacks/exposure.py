@@ -90,11 +90,10 @@ def exposures(
     ends = np.cumsum([len(part) for side in sides for part in side])[:-1]
     base = object()
     requests: dict[Hashable, Score] = {base: Score(examples)}
-    answers = engine.answer(requests | {row: Score(examples, adapter) for row, adapter in adapters.items()})
+    answers = engine.answer(requests | {row: Score(examples, a) for row, a in adapters.items() if a is not None})
     untuned = _losses(answers[base])
     found: dict[Row, dict[str, Exposure]] = {}
     for row, adapter in adapters.items():
-        # The base is compared with its own answer: two of them differ by rounding, which would be ranked.
         losses = untuned if adapter is None else _losses(answers[row])
         found[row] = {
             name: _exposure(np.split(scores, ends))

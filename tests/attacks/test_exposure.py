@@ -105,9 +105,9 @@ def pool(planted: list[float], held_out: list[float], references: list[float]) -
 
 def test_each_reference_is_scored_once_an_adapter_and_all_adapters_in_one_call() -> None:
     engine = Losing(lambda adapter, x: x)
-    exposures(engine, [pool([0.5, 3.5], [20.0], SIXTEEN)], {"a": "first", "b": "second"})  # type: ignore[dict-item]
+    exposures(engine, [pool([0.5, 3.5], [20.0], SIXTEEN)], {"a": "first", "b": "second", "c": None})  # type: ignore[dict-item]
     [asked] = engine.asked
-    assert [len(request.examples) for request in asked.values()] == [19, 19, 19]  # base, a, b
+    assert [len(request.examples) for request in asked.values()] == [19, 19, 19]  # base, which is c, a, b
 
 
 def test_planted_and_held_out_are_ranked_in_their_own_pool() -> None:
