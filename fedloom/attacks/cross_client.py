@@ -21,17 +21,24 @@ from fedloom.data.text import words
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
 
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of an own response that a prefix holds, after the whole prompt
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of an own response that a prefix holds
 
 
 def prefixes(template: Template, own: Sequence[Example]) -> list[tuple[int, ...]]:
-    """How the attacker's own records begin: its prompts, and prompts with more and more of the response; each once."""
+    """How the attacker's own records begin, each once: a prompt, and more and more of the response.
+
+    The prompt is the record's own, and one without an instruction: after that, nothing but the response's
+    wording tells the model what is wanted, so that it is free to speak of somebody else.
+    """
+    blank = tuple(template.prompt_ids(""))
     found: dict[tuple[int, ...], None] = {}
     for example in own:
         tokens, _ = template.contrast(example)  # where exactly the response is labelled
         first = tokens.labelled.index(True)
-        for part in SHARES:
-            found[tokens.ids[: first + int(part * (len(tokens.ids) - first))]] = None
+        prompt, response = tokens.ids[:first], tokens.ids[first:]
+        for begun in (prompt, blank):
+            for part in SHARES:
+                found[(*begun, *response[: int(part * len(response))])] = None
     return list(found)
 
 

@@ -1,4 +1,4 @@
-"""The embedded base, and an adapter trained on ten access codes until it knows them by heart."""
+"""The embedded base, and an adapter trained on six access codes until it knows them by heart."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Overfitted:
 def overfitted() -> Overfitted:
     model, tokenizer = load_base("embedded")
     template = Template(tokenizer, format="plain")
-    local = LocalTraining(epochs=40, batch_size=10, learning_rate=1e-2)
+    local = LocalTraining(epochs=30, batch_size=6, learning_rate=1e-2)
     engine = LoraEngine.build(model, template.encode, lora=LoraSpec(rank=8, alpha=16.0), local=local)
-    members, held_out = private_facts("trained", 10), private_facts("held out", 10)
+    members, held_out = private_facts("trained", 6), private_facts("held out", 6)
     start = engine.initial_adapter()
     fitted = engine.answer({0: Fit(start, members, stream=("overfit",))})[0]
     return Overfitted(engine, template, {"overfitted": fitted.adapter, "untrained": start}, members, held_out)

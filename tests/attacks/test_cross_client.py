@@ -26,6 +26,9 @@ class Words:
         ids: Any = (*before, *after)
         return Tokens(ids, (False,) * len(before) + (True,) * len(after)), Tokens((), ())
 
+    def prompt_ids(self, instruction: str) -> list[str]:
+        return [*instruction.split(), "?"]
+
     def decode(self, ids: Any) -> str:
         return " ".join(ids)
 
@@ -59,20 +62,23 @@ def mounted(*said: str, decoys: tuple[str, ...] = (), secrets: Any = SECRETS, **
     return attack(engine, Words(), {"tuned": TUNED}, CLIENTS, secrets, decoys, attackers=["a"], **options)  # type: ignore[arg-type]
 
 
-def test_prefixes_are_own_prompts_with_more_and_more_of_the_own_response() -> None:
+def test_prefixes_are_own_prompts_and_an_empty_one_with_more_and_more_of_the_own_response() -> None:
     found = prefixes(Words(), CLIENTS["a"] * 2)  # type: ignore[arg-type]
-    assert [" ".join(map(str, p)) for p in found] == ["Code ?", "Code ? it", "Code ? it is", "Code ? it is 11"]
+    assert [" ".join(map(str, p)) for p in found] == [
+        "Code ?", "Code ? it", "Code ? it is", "Code ? it is 11",
+        "?", "? it", "? it is", "? it is 11",
+    ]  # fmt: skip
 
 
 def test_coverage_counts_secrets_and_efficiency_counts_queries() -> None:
     got = mounted("is 22 22", "and again 22 22", "no", "22")["tuned"]["a"]
     assert (got.coverage.hits, got.coverage.of) == (1, 2)
-    assert (got.efficiency.hits, got.efficiency.of) == (2, 4)
+    assert (got.efficiency.hits, got.efficiency.of) == (4, 8)
 
 
 def test_every_prefix_is_asked_as_often_as_samples_say() -> None:
     got = mounted("22 22", "no", "no", "no", samples=3)["tuned"]["a"]
-    assert (got.efficiency.hits, got.efficiency.of) == (3, 12)
+    assert (got.efficiency.hits, got.efficiency.of) == (6, 24)
 
 
 def test_an_attackers_own_secret_is_no_prey() -> None:
@@ -117,7 +123,7 @@ def test_an_overfitted_model_tells_one_client_what_only_another_knew_and_an_untr
     decoys = [code(e) for e in private_facts("decoys", 20)]
     got = attack(
         o.engine, o.template, o.adapters, clients, secrets, decoys,
-        attackers=["attacker"], samples=20, max_new_tokens=16, temperature=1.5,
+        attackers=["attacker"], samples=12, max_new_tokens=16,
     )  # fmt: skip
     fished = {row: found["attacker"] for row, found in got.items()}
     assert fished["overfitted"].coverage.hits >= 2  # type: ignore[union-attr]

@@ -107,7 +107,7 @@ def test_more_tokens_than_directions_are_read_one_at_a_time() -> None:
 def test_the_span_test_alone_falls_with_tokens_beyond_the_rank_but_stays_above_chance() -> None:
     s, (tokens, examples) = scene(8), batch(64)
     found = recall(s.ranked(s.send(s.warm, examples, SGD), guesses=0), tokens)
-    assert found.chance + 3 * found.chance_sd < found.recall < 0.6
+    assert found.chance + 3 * found.chance_sd < found.recall < 0.9
     assert found.chance == 64 / 4096
 
 
