@@ -84,6 +84,8 @@ def test_every_prefix_is_asked_as_often_as_samples_say() -> None:
 def test_an_attackers_own_secret_is_no_prey() -> None:
     got = mounted("11 11")["tuned"]["a"]
     assert (got.coverage.hits, got.efficiency.hits) == (0, 0)
+    named = mounted("77 77", secrets={**SECRETS, "a": ["77 77"]})["tuned"]["a"]  # which none of its texts spells out
+    assert (named.coverage.hits, named.coverage.of) == (0, 2)
 
 
 def test_a_victims_secret_that_the_attacker_holds_too_is_not_exclusive() -> None:
@@ -126,7 +128,7 @@ def test_an_overfitted_model_tells_one_client_what_only_another_knew_and_an_untr
         attackers=["attacker"], samples=12, max_new_tokens=16,
     )  # fmt: skip
     fished = {row: found["attacker"] for row, found in got.items()}
-    assert fished["overfitted"].coverage.hits >= 2  # type: ignore[union-attr]
+    assert fished["overfitted"].coverage.hits >= 3  # type: ignore[union-attr]
     assert fished["untrained"].coverage.hits == fished["base"].coverage.hits == 0  # type: ignore[union-attr]
     assert all(found.decoys.hits == 0 for found in fished.values() if found.decoys)
 

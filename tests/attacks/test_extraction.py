@@ -142,6 +142,10 @@ def test_a_draw_depends_on_the_seed_and_not_on_the_order_of_clients() -> None:
     assert draw(both, 6, seed=1) == draw(dict(reversed(both.items())), 6, seed=1) != draw(both, 6, seed=2)
 
 
+def test_no_client_is_always_the_first_to_be_drawn() -> None:
+    assert {draw(clients(a=5, b=5), 1, seed=seed)[0].owner for seed in range(10)} == {"a", "b"}
+
+
 # Intervals of means
 
 
