@@ -57,7 +57,7 @@ class TokenRanking:
 
     tokens: Tensor  # (V,) token ids
     distances: Tensor  # (V,) by token id: share of its vector outside the rows' span, evened out; 0: inside
-    explained: int | None  # so many first tokens, fewer than d, account for the whole update; None: none do
+    explained: int | None  # so many first tokens, and hardly others, account for the whole update; None: open
     factor: Literal["A", "B"]  # whose rows were read
     directions: int  # numerical rank of those rows, the largest of a module where factor is "B"
 
@@ -174,7 +174,8 @@ def invert(
         taken.append(token)
         for look in looks:
             look.take(token)
-    if not any(len(look.basis) for look in looks) and len(taken) < min(look.rows.shape[1] for look in looks):
+    # Below half of d + rank no other tokens explain the rows as well, unless vectors depend on one another.
+    if not any(len(look.basis) for look in looks) and 2 * len(taken) < looks[0].rows.shape[1] + directions:
         explained = len(taken)
     order = distances.clone()
     order[taken] = torch.arange(-len(taken), 0, dtype=order.dtype)

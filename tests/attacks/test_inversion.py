@@ -104,6 +104,11 @@ def test_more_tokens_than_directions_are_read_one_at_a_time() -> None:
     assert recall(ranking, tokens).recall >= 0.95
 
 
+def test_a_search_that_uses_up_the_space_explains_nothing() -> None:
+    s, (_, examples) = scene(8, "random:qwen3"), batch(100)
+    assert s.ranked(s.send(s.warm, examples, SGD)).explained is None  # 64 guesses reduce any rows to nothing: d = 64
+
+
 def test_the_span_test_alone_falls_with_tokens_beyond_the_rank_but_stays_above_chance() -> None:
     s, (tokens, examples) = scene(8), batch(64)
     found = recall(s.ranked(s.send(s.warm, examples, SGD), guesses=0), tokens)
