@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 
 from fedloom import checkpoint, journal
-from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.synthetic import FATES
 from fedloom.config import Experiment, parse
 from fedloom.errors import FedloomError, RunError
 from fedloom.experiment import (
@@ -46,6 +48,7 @@ from fedloom.selection import All
 from fedloom.state import AdapterState
 
 RESULT = "result.json"  # of one seed; written last
+SAMPLES = 3  # generated texts kept for each fate
 
 
 def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
@@ -93,11 +96,15 @@ def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener
     with checkpoint.lock(folder):
         dataset, machine = load_data(experiment, quarantine=folder / "quarantine.jsonl"), load_machine(experiment)
         rows: dict[str, AdapterState | None] = {"base": None}
+        synthesis: dict[str, Any] = {}
         for name, (label, made) in trainings(experiment).items():
             training = made(experiment, dataset, machine, folder / name)
             rows |= models_of(training, label, training.finish(listener))
+            if found := synthesis_of(training):
+                synthesis[label] = found
         leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
-        result = {**measure(experiment, dataset, machine, rows, leaks), "engine": machine.describe()}
+        measured = measure(experiment, dataset, machine, rows, leaks)
+        result = {**measured, "synthesis": synthesis, "engine": machine.describe()}
         write_json(folder / RESULT, result)
     return result
 
@@ -108,6 +115,24 @@ def models_of(training: Training, label: str, state: ServerState) -> dict[str, A
     prefix = f"{label} personal" if training.algorithm.shared else "local" if label == "federated" else label
     own = {c.id: training.algorithm.personal(c) for c in training.clients.values()}
     return rows | {f"{prefix}:{client}": adapter for client, adapter in own.items() if adapter is not None}
+
+
+def synthesis_of(training: Training) -> dict[str, Any] | None:
+    """What was generated: counts by fate over all rounds and clients, and a few texts of each fate; None: nothing.
+
+    Texts are in a simulation's reports alone; on a network they would stay with their clients.
+    """
+    counts: Counter[str] = Counter()
+    for record in journal.read(training.folder / "metrics.jsonl"):
+        for metrics in record["clients"].values():
+            counts.update({k.removeprefix(FATES): int(n) for k, n in metrics.items() if k.startswith(FATES)})
+    if not counts:
+        return None
+    samples: dict[str, list[Any]] = {}
+    for client in training.clients.values():
+        for fate, texts in client.memory.get("synthetic", {}).get("samples", {}).items():
+            samples.setdefault(fate, []).extend({"client": client.id, **text} for text in texts)
+    return {"counts": dict(counts), "samples": {fate: texts[:SAMPLES] for fate, texts in sorted(samples.items())}}
 
 
 def trainings(experiment: Experiment) -> dict[str, tuple[str, Callable[..., Training]]]:

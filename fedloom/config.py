@@ -196,7 +196,7 @@ class Clusters(Section):
 
 
 class Data(Section):
-    source: Literal["microworld", "dolly", "alpaca", "medquad", "table", "hub"] = "microworld"
+    source: Literal["microworld", "dolly", "alpaca", "alpacare", "medquad", "table", "hub"] = "microworld"
     path: str | list[str] | None = None  # a file, or for "table" also a folder or several; for "hub" the id
     columns: dict[str, str] = {}  # ours -> theirs, for "table" and "hub"
     split: str = "train"  # for "hub"

@@ -95,7 +95,11 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
 
 def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clusters) -> list[Example]:
     """The examples with groups of alike texts as their categories."""
-    from fedloom.data.clusters import clustered, tfidf  # here, since scikit-learn takes a second to import
+    from fedloom.data.clusters import (  # here, since scikit-learn takes a second to import
+        clustered,
+        standardized,
+        tfidf,
+    )
 
     texts = [f"{e.instruction}\n{e.context}\n{e.response}" for e in examples]
     if wanted.of == "tfidf":
@@ -103,7 +107,7 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
     else:
         model, tokenizer = _load_base(experiment)
         template = load_template(experiment, tokenizer)
-        features = embed(model, [template.document_ids(text) for text in texts])
+        features = standardized(embed(model, [template.document_ids(text) for text in texts]))
     return clustered(examples, features, count=wanted.count, seed=experiment.seed)
 
 

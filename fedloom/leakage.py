@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fedloom.attacks.exposure import Pool, exposures
 from fedloom.attacks.extraction import draw, extract
+from fedloom.attacks.measures import BASE, with_base
+from fedloom.attacks.membership import membership
 from fedloom.config import Experiment
 from fedloom.data.canaries import copies
 from fedloom.data.example import Example
@@ -47,11 +50,29 @@ def targets(experiment: Experiment, dataset: Dataset) -> Targets:
 def leakage(
     experiment: Experiment, dataset: Dataset, machine: Machine, rows: Mapping[str, AdapterState | None]
 ) -> dict[str, dict[str, float]]:
-    """Every metric of every row, and of the untuned base; `exposure` only where canaries were planted."""
-    on = targets(experiment, dataset)
-    asked = {row: adapter for row, adapter in rows.items() if row != "base"}
-    told = extract(
-        machine.engine, machine.template, asked, on.members, on.held_out,
-        max_new_tokens=experiment.evaluation.max_new_tokens,
-    )  # fmt: skip
-    return {row: {"extraction": found.members.rouge_l.mean} for row, found in told.items()}
+    """Every metric of every row and of the untuned base, `exposure` only where canaries were planted.
+
+    Losses are compared with the base's, so that what is easy anyway does not pass for leaked; the base
+    itself is measured by its loss alone.
+    """
+    on, engine = targets(experiment, dataset), machine.engine
+    tuned = {row: adapter for row, adapter in rows.items() if row != BASE}
+    every = with_base(tuned)
+    said = extract(
+        engine, machine.template, tuned, on.members, on.held_out, max_new_tokens=experiment.evaluation.max_new_tokens
+    )
+    told = membership(engine, on.members, on.held_out, every)
+    found = {
+        row: {
+            "extraction": said[row].members.rouge_l.mean,
+            "auc": told[row]["loss" if row == BASE else "reference"].auc,
+        }
+        for row in every
+    }
+    if on.canaries:
+        known = exposures(engine, [Pool(list(on.canaries), on.twins, on.references)], every)
+        for row in every:
+            mean = known[row]["loss" if row == BASE else "calibrated"].planted.mean
+            assert mean is not None  # there are canaries
+            found[row]["exposure"] = mean
+    return found

@@ -152,6 +152,7 @@ def summarise(
         "differences": _differences(tables, metrics),
         "groups": {row: part["groups"] for row, part in results[0]["rows"].items()},
         "samples": results[0]["samples"],
+        "synthesis": results[0].get("synthesis", {}),
         "rounds": [{k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records],
         "adapter_sha256": adapter_sha256,
         "partition": {"by": dataset.by, "distance": dataset.table.distance, "totals": dict(dataset.table.totals),

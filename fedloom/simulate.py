@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import checkpoint, durable, journal
-from fedloom.compare import Progress, all_seeds, federated, models_of, progress, read_result, seed_folders
+from fedloom.compare import (
+    Progress,
+    all_seeds,
+    federated,
+    models_of,
+    progress,
+    read_result,
+    seed_folders,
+    synthesis_of,
+)
 from fedloom.config import Experiment, load
 from fedloom.engine.models import base_folder
 from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
@@ -45,6 +54,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         state = training.finish(listener)
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
         result = measure(experiment, dataset, machine, rows)
+        if made := synthesis_of(training):
+            result["synthesis"] = {"federated": made}
         summary = summarise(
             "run", experiment, dataset, [result], records=journal.read(folder / "metrics.jsonl"),
             adapter_sha256=state.adapter.sha256(), engine=machine.describe(),

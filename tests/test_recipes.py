@@ -9,6 +9,7 @@ import pytest
 
 from fedloom.config import PARTS, load, parse, recipes
 from fedloom.data.microworld import corpus
+from fedloom.errors import DataError
 from fedloom.experiment import load_data
 
 NAMES = sorted(recipes())
@@ -61,6 +62,7 @@ def test_the_quickstart_needs_no_file() -> None:
     ("name", "rounds", "clients", "per_cluster", "cohort"),
     [
         ("ppfedit-alpaca", 30, 50, 10, {"kind": "fixed", "count": 2}),
+        ("ppfedit-medinstruct", 10, 10, 5, {"kind": "all"}),
     ],
 )
 def test_ppfedit_has_the_papers_confirmed_numbers(
@@ -85,7 +87,7 @@ def test_few_shot_medquad_shares_500_questions_of_every_kind_among_ten(shared: P
     assert data.table.distance > 0.2  # from everybody's mix: 0 would be IID
 
 
-@pytest.mark.parametrize("name", ["ppfedit-alpaca"])
+@pytest.mark.parametrize("name", ["ppfedit-alpaca", "ppfedit-medinstruct", "fedpit-alpacare"])
 def test_clusters_become_the_labels_that_a_recipe_splits_along(name: str, tmp_path: Path) -> None:
     subjects = ("heart", "tree", "engine")
     rows = [{"instruction": f"{s} {s} number {n}", "output": f"the {s}"} for s in subjects for n in range(10)]
@@ -95,3 +97,18 @@ def test_clusters_become_the_labels_that_a_recipe_splits_along(name: str, tmp_pa
     data = load_data(load(name, [f"data.path={file}", *small]))
     assert dict(data.table.totals) == {"cluster-000": 4, "cluster-001": 4, "cluster-002": 4}
     assert len(data.test) == 6
+
+
+def test_fedpit_on_alpacare_shares_as_many_tasks_as_there_are_seeds_among_three() -> None:
+    data = load("fedpit-alpacare").data
+    assert (data.clients, data.pool) == (3, 167)
+    assert data.partition.plain() == {"kind": "dirichlet", "alpha": 1.0, "by": "category"}
+
+
+@pytest.mark.parametrize("name", ["fedpit-alpacare", "ppfedit-medinstruct"])
+def test_the_seeds_of_alpacare_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    seed = {"topic": "Neurology", "instruction": "Explain it.", "input": "<noinput>", "difficulty": "1"}
+    file = tmp_path / "med_seed.json"
+    file.write_text(json.dumps([seed] * 167))
+    with pytest.raises(DataError, match="None of the 167 records has a response"):
+        load_data(load(name, [f"data.path={file}"]))

@@ -13,7 +13,6 @@ from fedloom.algorithms.server_optimizers import SGD
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
-from fedloom.state import AdapterState
 from fedloom.steps import Steps
 
 PERSONAL = "personal"  # in a client's memory: an adapter of its own

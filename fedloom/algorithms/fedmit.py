@@ -47,6 +47,6 @@ class FedMIT(Averaging):
             "steps": scorer.steps + fitted.steps,
             "tokens": scorer.tokens + fitted.tokens,
             **chosen.metrics,
-            **synthesis_metrics(client),
+            **synthesis_metrics(client, message),
         }
         return Update(client.id, {"delta": fitted.adapter - start}, len(client.examples), metrics)

@@ -38,7 +38,7 @@ class FedPIT(Averaging):
         client.memory[PERSONAL] = private.adapter
 
         public = yield from fit_anew(client, start, synthetic, round=message.round, purpose="public")
-        metrics = {"steps": public.steps, "tokens": public.tokens, **synthesis_metrics(client)}
+        metrics = {"steps": public.steps, "tokens": public.tokens, **synthesis_metrics(client, message)}
         if synthetic:
             metrics["loss"] = public.loss
         return Update(client.id, {"delta": public.adapter - start}, len(client.examples), metrics)

@@ -63,7 +63,7 @@ class FewFedPIT(Averaging):
             "tokens": private.tokens + public.tokens,
             "cross_term": cross_term(private.adapter, public.adapter, self.private_share),
             **chosen.metrics,
-            **synthesis_metrics(client),
+            **synthesis_metrics(client, message),
         }
         return Update(client.id, {"delta": delta}, len(client.examples), metrics)
 

@@ -75,7 +75,7 @@ class FewFedWeight:
             "steps": fitted.steps,
             "tokens": fitted.tokens,
             OWN_LOSS: sum(s.nll for s in own) / max(1, sum(s.targets for s in own)),
-            **synthesis_metrics(client),
+            **synthesis_metrics(client, message),
         }
         return Update(client.id, {"delta": fitted.adapter - start}, len(client.examples), metrics)
 

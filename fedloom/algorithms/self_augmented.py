@@ -38,7 +38,7 @@ class SelfAugmented:
         # The copy shares this client's memory, so the adapter and the place in the order stay with it.
         augmented = replace(client, examples=[*client.examples, *synthetic])
         update = yield from TUNING.client(message, augmented)
-        return replace(update, metrics={**update.metrics, **synthesis_metrics(client)})
+        return replace(update, metrics={**update.metrics, **synthesis_metrics(client, message)})
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         return TUNING.server(state, updates)

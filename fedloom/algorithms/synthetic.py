@@ -28,6 +28,7 @@ Synthesizer = Callable[..., Steps[Any]]
 Contrast = Callable[[Any], tuple[Any, Any]]
 
 Rule = Literal["ifs", "ifd", "perplexity", "first"]
+FATES = "synthetic/"  # prefix of the metrics that count candidates by fate
 SHORTEST_RESPONSE = 4  # tokens; the score of a shorter one is noise
 
 
@@ -54,9 +55,12 @@ def synthetic_examples(
     return [type(client.examples[0])(**fields) for fields in made["examples"]]
 
 
-def synthesis_metrics(client: Client) -> dict[str, float]:
-    """How many candidates met which fate. Counts only: no text leaves the client."""
-    return {f"synthetic/{fate}": float(count) for fate, count in client.memory["synthetic"]["counts"].items()}
+def synthesis_metrics(client: Client, message: Broadcast) -> dict[str, float]:
+    """How many candidates met which fate, in a round that made any. Counts only: no text leaves the client."""
+    made = client.memory["synthetic"]
+    if made["round"] != message.round:
+        return {}
+    return {FATES + fate: float(count) for fate, count in made["counts"].items()}
 
 
 def fit_anew(
