@@ -12,6 +12,7 @@ import pytest
 
 from fedloom import compare, results, simulate
 from fedloom.config import Experiment
+from fedloom.errors import ConfigError
 from fedloom.report import card, page
 from fedloom.run import Listener
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
@@ -76,6 +77,35 @@ def test_all_rows_are_there_for_every_seed(toy: Toy, tmp_path: Path) -> None:
     names = dict.fromkeys(r["row"] for r in summary["rows"])
     assert list(names) == ["base", "local mean", "local best", "federated", "centralised", *(f"local:{c}" for c in "abcd")]
     assert all(r["seeds"] == [0, 1] for r in summary["rows"])
+
+
+METHODS = {"compare": {"seeds": 2, "methods": {"Mine": "fedavg", "Alone again": "local_only"}}}
+
+
+def test_further_methods_are_rows_between_local_and_federated(toy: Toy, tmp_path: Path) -> None:
+    summary = simulate.compare(TOY.with_(**METHODS), tmp_path)
+    named = [n for n in dict.fromkeys(r["row"] for r in summary["rows"]) if not results.is_single(n)]
+    assert named == ["base", "local mean", "local best", "Mine", "Alone again mean", "Alone again best", "federated", "centralised"]
+    models = {r["row"]: r["model"] for r in summary["rows"]}
+    assert (models["Mine"], models["Alone again mean"], models["Alone again:a"]) == ("global", "personal", "personal")
+
+
+def test_the_same_algorithm_under_another_name_ends_the_same(toy: Toy, tmp_path: Path) -> None:
+    summary = simulate.compare(TOY.with_(**METHODS), tmp_path)
+    assert values(summary, "Mine") == values(summary, "federated")
+    assert values(summary, "Alone again mean") == values(summary, "local mean")
+    assert (tmp_path / "seed-0" / "method-alone-again" / "metrics.jsonl").exists()
+
+
+def test_progress_counts_the_rounds_of_further_methods(toy: Toy, tmp_path: Path) -> None:
+    seen: list[compare.Progress] = []
+    simulate.compare(TOY.with_(**METHODS), tmp_path, on_progress=seen.append)
+    assert seen[-1].rounds == seen[-1].total == 2 * 5 * 4
+
+
+def test_an_algorithm_without_a_shared_model_is_no_experiment_to_compare(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trains no shared model"):
+        simulate.compare(TOY.with_(algorithm="local_only"), tmp_path)
 
 
 def test_local_rows_sum_up_the_single_clients(toy: Toy, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.local_only import LocalOnly
 from fedloom.algorithms.server_optimizers import SGD
-from fedloom.config import Experiment, load, parse
+from fedloom.config import ALGORITHMS, Experiment, load, parse
 from fedloom.data.partition import Dirichlet
 from fedloom.errors import ConfigError
 from fedloom.selection import All, Fixed
@@ -152,6 +152,47 @@ def test_toml_that_is_none_is_said_with_its_line() -> None:
     assert "line 1" in refusal(text="rounds = \n")
 
 
+# --- algorithms with parts -------------------------------------------------------------------------------
+
+
+def test_the_parts_of_an_algorithm_are_no_settings() -> None:
+    assert "there is no such key" in refusal("algorithm.name=fewfedpit", "algorithm.synthesize=1")
+    assert set(read("algorithm=fewfedpit").algorithm.options) == {"server_optimizer", "private_share", "keep", "rule", "drop_unhelpful", "every"}
+
+
+def test_an_algorithm_checks_its_options_when_the_file_is_read() -> None:
+    assert "private_share in [0, 1], got 2.0" in refusal("algorithm.name=fewfedpit", "algorithm.private_share=2")
+
+
+def test_the_journal_version_has_its_name_too() -> None:
+    assert read("algorithm=ppfedit").algorithm.make is read("algorithm=fewfedpit").algorithm.make
+
+
+def test_only_some_algorithms_share_a_model() -> None:
+    alone = {name for name in ALGORITHMS if not read(f"algorithm={name}").algorithm.shared}
+    assert alone == {"local_only", "self_augmented"}
+
+
+def test_options_two_levels_down_are_checked() -> None:
+    assert "synthesis.filters.shorest: there is no such key" in refusal("synthesis.filters.shorest=3")
+    assert "temperature" in refusal("synthesis.temperature=warm")
+    assert read("synthesis.wording=self_instruct").synthesis.options["wording"].build().item_end == "\n\nTask "
+
+
+def test_further_methods_are_algorithms_with_options() -> None:
+    experiment = read('compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}')
+    assert experiment.compare.methods["FewFedPIT 0.3"].options["private_share"] == 0.3
+
+
+@pytest.mark.parametrize("label", ["base", "Federated", "local", "", "a:b", "../up", "x" * 33])
+def test_a_method_cannot_have_a_name_that_is_taken_or_no_folder(label: str) -> None:
+    assert "compare.methods" in refusal(text=f"[compare.methods]\n{tomli_w.dumps({label: 'fedavg'})}")
+
+
+def test_a_method_that_does_not_exist_is_named() -> None:
+    assert "got 'fedavgg'; did you mean 'fedavg'?" in refusal("compare.methods.FedIT=fedavgg")
+
+
 # --- where it comes from ---------------------------------------------------------------------------------
 
 
@@ -192,7 +233,9 @@ overrides = st.lists(
             'adapter.targets=["q_proj", "o_proj"]', "data.path=some where.jsonl", 'data.path=["a", "b"]', "data.examples=99",
             "data.columns.instruction=q", "cohort.kind=poisson", "cohort.kind=fixed", "data.partition.kind=dirichlet",
             "algorithm.name=local_only", "algorithm.server_optimizer.lr=0.25", "evaluation.examples=5", "compare.local_clients=2",
-            "prompt.system=Say \"hi\"\\n", "name=ä ☃",
+            "prompt.system=Say \"hi\"\\n", "name=ä ☃", "synthesis.temperature=0.5", "synthesis.filters.shortest=2", "synthesis=spare",
+            "compare.methods.FedIT=fedavg", 'compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}',
+            "data.canaries.copies=[1, 4]", "data.clusters.count=9", "data.pool=16", "audit.every=2",
         ]
     ),
     max_size=6, unique=True,
@@ -204,6 +247,8 @@ overrides = st.lists(
 def test_writing_and_reading_changes_no_fingerprint(changes: list[str]) -> None:
     if "algorithm.name=local_only" in changes:
         changes = [c for c in changes if not c.startswith("algorithm.server")]
+    if "synthesis=spare" in changes:
+        changes = [c for c in changes if not c.startswith("synthesis.")]
     experiment = read(*changes)
     again = parse(experiment.to_toml(), "again")
     assert again.fingerprint() == experiment.fingerprint()
