@@ -34,10 +34,12 @@ class Encoded:
 
 
 class Encoder:
-    """`encode`, once for each example object; tokens stay for the life of the engine.
+    """`encode`, once for each example object while it is in use: the ones not asked for longest are forgotten.
 
     What is `Tokens` already is taken as it is, and not kept.
     """
+
+    KEPT = 65_536  # examples; synthetic ones are new every round, so something must go
 
     def __init__(self, encode: Callable[[Any], Tokens], *, vocabulary: int, longest: int | None):
         self._encode = encode
@@ -48,9 +50,11 @@ class Encoder:
     def __call__(self, example: Any) -> Encoded:
         if isinstance(example, Tokens):
             return self._checked(example)
-        if id(example) not in self._known:
-            self._known[id(example)] = (example, self._checked(self._encode(example)))
-        return self._known[id(example)][1]
+        known = self._known.pop(id(example), None) or (example, self._checked(self._encode(example)))
+        self._known[id(example)] = known  # dictionaries keep their order: the last is the latest
+        if len(self._known) > self.KEPT:
+            del self._known[next(iter(self._known))]
+        return known[1]
 
     def _checked(self, tokens: Tokens) -> Encoded:
         if len(tokens.ids) != len(tokens.labelled):

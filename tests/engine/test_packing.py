@@ -163,3 +163,18 @@ def test_tokens_that_cannot_be_used_are_refused(tokens, message):
 def test_examples_of_the_longest_length_train():
     trained = engine(llama(max_position_embeddings=64))
     assert trained.answer({0: Fit(moved(trained.layout), [*examples(1), example(65, 0)])})[0].steps == 1
+
+
+def test_examples_are_encoded_once_while_in_use_and_the_others_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "KEPT", 2)
+    asked: list[str] = []
+
+    def spell(text: str) -> Tokens:
+        asked.append(text)
+        return Tokens((1, 2), (False, True))
+
+    encode = Encoder(spell, vocabulary=VOCABULARY, longest=64)
+    a, b, c = "one", "two", "three"
+    for text in (a, b, a, c, a, b):  # at c, b is the one not asked for longest
+        encode(text)
+    assert asked == [a, b, c, b]
