@@ -29,22 +29,28 @@ def model_card(summary: Mapping[str, Any]) -> str:
     experiment, engine = summary["experiment"], summary["engine"]
     base, data = experiment["model"]["base"], experiment["data"]
     names, metrics = findings.rows(summary), findings.metrics(summary)
-    algorithm = experiment["algorithm"]["name"]
+    own = findings.own(summary)
     return _template().render(
         name=_plain(summary["name"]),
         base_id=_public(base),
-        local_only=algorithm == "local_only",
+        local_only="federated" not in names,
         verdict=" ".join(findings.verdict(summary)),
         facts=[(key, _plain(text)) for key, text in _facts(summary)],
         version=summary["environment"]["fedloom"],
         test=summary["data"]["test"],
         seeds=len(findings.seeds(summary)),
-        metrics=[findings.metric_title(m) for m in metrics],
+        metrics=[f"{findings.metric_title(m)} {findings.arrow(m)}" for m in metrics],
         meanings=[
             (findings.METRICS[m].title, findings.METRICS[m].meaning) for m in metrics if m in findings.METRICS
         ],
-        best_note="local best" in names,
-        rows=[{"title": findings.title(n), "cells": [_cell(summary, n, m) for m in metrics]} for n in names],
+        best_note=any(n.endswith(" best") for n in names),
+        rows=[{
+                "title": _plain(findings.title(n, own)),
+                "model": findings.model(n),
+                "cells": [_cell(summary, n, m) for m in metrics],
+            }
+            for n in names
+        ],
         code=_code(base),
         format=engine["format"],
         tiny=base == "embedded" or base.startswith("random:"),
@@ -105,8 +111,10 @@ def _algorithm(experiment: Mapping[str, Any]) -> str:
     known = {
         "fedavg": "FedAvg of LoRA adapters, weighted by examples (FedIT, arXiv 2305.05644)",
         "local_only": "local-only: every client alone",
+        "fedpit": "FedPIT, first version (arXiv 2403.06131v1)",
+        "fewfedpit": "FewFedPIT, the journal version of FedPIT (arXiv 2403.06131v3)",
     }
-    return known.get(name, name)
+    return known.get(name, findings.ALGORITHMS.get(name, name))
 
 
 def _options(options: Mapping[str, Any]) -> str:

@@ -14,10 +14,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from fedloom.report.findings import (
+    axis,
     byte_size,
     entry,
+    factor,
     main_metric,
-    metric_title,
+    methods,
+    own,
     rows,
     single_clients,
     title,
@@ -48,10 +51,22 @@ GROUP_COLOURS = (
     "#b0527c",
     "#9aa0a8",
 )
+# For methods: hues that none of the rows above has.
+METHOD_COLOURS = ("#cc6677", "#6f69c9", "#88ccee", "#999933", "#aa4499", "#8c6d4f", "#b0527c", "#9aa0a8")
 FAINT = "rgba(128,128,128,0.14)"
 
 SHOWN_CLIENTS = 400  # more would be thinner than a pixel; evenly chosen from more
 ROW_BY_ROW = 24  # up to here every client gets a line with its name
+
+
+def colour(row: str, labels: Sequence[str] = ()) -> str:
+    """A row's; `labels` are the compared methods', in their order, which share colours with their clients."""
+    if row in ROW_COLOURS:
+        return ROW_COLOURS[row]
+    label = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
+    if label in labels:
+        return METHOD_COLOURS[list(labels).index(label) % len(METHOD_COLOURS)]
+    return ROW_COLOURS.get("local_only" if label == "local" else label, GROUP_COLOURS[0])
 
 
 def shown_clients(names: Sequence[str], limit: int = SHOWN_CLIENTS) -> list[str]:
@@ -108,7 +123,13 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
     )
 
 
-def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: What) -> go.Figure:
+def loss_figure(
+    journals: Mapping[str, Sequence[Sequence[Record]]],
+    *,
+    what: What,
+    own: str | None = None,
+    labels: Sequence[str] = (),
+) -> go.Figure:
     """A loss by round: thin lines for the seeds, a thick one for their mean.
 
     `journals` is row -> seeds -> records. The horizontal line is the base model on the
@@ -116,7 +137,7 @@ def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Wha
     """
     traces: list[Any] = []
     for row, seeds in journals.items():
-        colour = ROW_COLOURS.get(row, GROUP_COLOURS[0])
+        hue, name = colour(row, labels), _label(curve_title(row, own))
         curves = [curve for records in seeds if (curve := loss_curve(records, what=what))]
         if len(curves) > 1:
             traces += [
@@ -124,7 +145,7 @@ def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Wha
                     x=list(c),
                     y=list(c.values()),
                     mode="lines",
-                    line={"color": colour, "width": 1},
+                    line={"color": hue, "width": 1},
                     opacity=0.35,
                     showlegend=False,
                     hoverinfo="skip",
@@ -138,10 +159,10 @@ def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Wha
                     x=list(mean),
                     y=list(mean.values()),
                     mode="lines+markers" if len(mean) <= 30 else "lines",
-                    line={"color": colour, "width": 2.5},
+                    line={"color": hue, "width": 2.5},
                     marker={"size": 6},
-                    name=_label(curve_title(row)),
-                    hovertemplate=f"{_label(curve_title(row))}: %{{y:.3f}}<extra></extra>",
+                    name=name,
+                    hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
                 )
             )
     base = base_loss(journals) if what == "held_out" else None
@@ -187,8 +208,8 @@ def loss_figure(journals: Mapping[str, Sequence[Sequence[Record]]], *, what: Wha
     )
 
 
-def curve_title(row: str) -> str:
-    return {"local_only": "Local only, all clients"}.get(row, title(row))
+def curve_title(row: str, own: str | None = None) -> str:
+    return {"local_only": "Local only, all clients"}.get(row, title(row, own))
 
 
 PARTS: dict[Part, str] = {
@@ -298,8 +319,9 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
 
 def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
     """The main metric of every row: mean, 95% interval, seeds as faint dots; single clients on one line."""
-    metric, names, alone = main_metric(summary), rows(summary), single_clients(summary)
-    scale = 1 if metric == "loss" else 100
+    metric, names = main_metric(summary), rows(summary)
+    alone = [row for row in single_clients(summary) if row.startswith(LOCAL)]
+    scale, labels = factor(metric), list(methods(summary))
     lines = [
         *names[:1],
         *([LOCAL] if alone else []),
@@ -324,10 +346,10 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
         shown = entry(summary, row, metric)
         if shown is None:
             continue
-        colour, mean, ci95 = ROW_COLOURS.get(row, GROUP_COLOURS[0]), shown["mean"], shown["ci95"]
+        hue, mean, ci95 = colour(row, labels), shown["mean"], shown["ci95"]
         if len(shown["values"]) > 1:
             traces.append(
-                _dots([scale * v for v in shown["values"]], y + 0.24, colour, size=5, opacity=0.5, hover=None)
+                _dots([scale * v for v in shown["values"]], y + 0.24, hue, size=5, opacity=0.5, hover=None)
             )
         bars = (
             None
@@ -342,23 +364,24 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
                 x=[scale * mean],
                 y=[y],
                 mode="markers",
-                marker={"size": 12, "color": colour},
+                marker={"size": 12, "color": hue},
                 error_x=bars,
                 showlegend=False,
-                hovertext=[f"{title(row)}: {value(metric, mean)}{interval}"],
+                hovertext=[f"{_label(title(row, own(summary)))}: {value(metric, mean)}{interval}"],
                 hoverinfo="text",
             )
         )
     names_ = {
         "tickvals": list(range(len(lines))),
-        "ticktext": ["Local only, each client" if n == LOCAL else title(n) for n in lines],
+        "ticktext": [
+            "Local only, each client" if n == LOCAL else _label(title(n, own(summary))) for n in lines
+        ],
     }
-    below = metric_title(metric) + (", nats per token (lower is better)" if metric == "loss" else ", %")
     return _figure(
         traces,
         height=44 * len(lines) + 80,
         hovermode="closest",
-        xaxis={"title": _title(below), **({} if metric == "loss" else {"rangemode": "tozero"})},
+        xaxis={"title": _title(axis(metric)), **({} if metric == "loss" else {"rangemode": "tozero"})},
         yaxis={**names_, "range": [len(lines) - 0.5, -0.5]},
     )
 
@@ -377,7 +400,9 @@ def _dots(
     )
 
 
-def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.Figure:
+def groups_figure(
+    table: Mapping[str, Mapping[str, float]], metric: str, *, own: str | None = None
+) -> go.Figure:
     """Rows by groups of the held-out examples; the fuller the colour, the better.
 
     `table` is row -> group -> value.
@@ -391,7 +416,7 @@ def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.F
     scale = [(0.0, "rgba(59,125,216,0.03)"), (1.0, "rgba(59,125,216,0.62)")]
     written = [[_cell(metric, x) for x in line] for line in cells]
     hover = [
-        [f"{_label(title(n))}<br>{_label(g)}: {value(metric, table[n].get(g))}" for g in groups]
+        [f"{_label(title(n, own))}<br>{_label(g)}: {value(metric, table[n].get(g))}" for g in groups]
         for n in names
     ]
     grid = go.Heatmap(
@@ -420,7 +445,7 @@ def groups_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.F
         xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
         yaxis={
             "tickvals": list(range(len(names))),
-            "ticktext": [_label(title(n)) for n in names],
+            "ticktext": [_label(title(n, own)) for n in names],
             "showgrid": False,
             "autorange": "reversed",
         },
@@ -431,13 +456,15 @@ def _cell(metric: str, x: float | None) -> str:
     return "" if x is None else f"{x:.2f}" if metric == "loss" else f"{100 * x:.0f}"
 
 
-def clients_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.Figure:
+def clients_figure(
+    table: Mapping[str, Mapping[str, float]], metric: str, *, own: str | None = None
+) -> go.Figure:
     """What each client gets, in its own mix of groups.
 
     `table` is client -> row -> value, a row named as in ROW_COLOURS.
     """
     clients = shown_clients(list(table), 40)
-    scale = 1 if metric == "loss" else 100
+    scale = factor(metric)
     traces: list[Any] = []
     for y, client in enumerate(clients):
         ends = [scale * x for x in table[client].values()]
@@ -453,25 +480,24 @@ def clients_figure(table: Mapping[str, Mapping[str, float]], metric: str) -> go.
         )
     for row in dict.fromkeys(r for found in table.values() for r in found):
         having = [(y, c) for y, c in enumerate(clients) if row in table[c]]
-        name = "This client alone" if row == "local_only" else title(row)
+        name = "This client alone" if row == "local_only" else title(row, own)
         traces.append(
             go.Scatter(
                 x=[scale * table[c][row] for _, c in having],
                 y=[y for y, _ in having],
                 mode="markers",
                 name=name,
-                marker={"size": 10, "color": ROW_COLOURS.get(row, GROUP_COLOURS[0]), "opacity": 0.9},
+                marker={"size": 10, "color": colour(row), "opacity": 0.9},
                 hovertext=[f"{_label(c)}<br>{name}: {value(metric, table[c][row])}" for _, c in having],
                 hoverinfo="text",
             )
         )
-    below = metric_title(metric) + (", nats per token (lower is better)" if metric == "loss" else ", %")
     return _figure(
         traces,
         height=24 * len(clients) + 130,
         hovermode="closest",
         showlegend=True,
-        xaxis={"title": _title(below)},
+        xaxis={"title": _title(axis(metric))},
         yaxis={**_ticks(clients, every=True), "range": [len(clients) - 0.5, -0.5]},
     )
 

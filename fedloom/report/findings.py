@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.results import LOCAL, better
+from fedloom.results import LOCAL, LOWER, better, is_single, model_of
 
 Summary = Mapping[str, Any]
 Interval = Sequence[float] | None
@@ -16,6 +17,8 @@ Interval = Sequence[float] | None
 class Metric:
     title: str
     meaning: str
+    unit: str = "points"  # of a difference; a share of 1 is written in percent, everything else as it is
+    digits: int = 1
 
 
 # In reading order; the first that a summary holds is the one the page is about.
@@ -35,8 +38,31 @@ METRICS = {
     "loss": Metric(
         "Held-out loss",
         "How surprised the model is by the reference answers, in nats per token of them; lower is better.",
+        unit="nats",
+        digits=3,
+    ),
+    "exposure": Metric(
+        "Exposure, bits",
+        "How far up among secrets of the same form a model ranks one that was planted in a client's data, the "
+        "mean over planted ones. What a model never saw gets 1.44 bits on average; each bit more halves the rank.",
+        unit="bits",
+        digits=2,
+    ),
+    "extraction": Metric(
+        "Extraction, ROUGE-L",
+        "Asked what its training asked, how much of the trained response the model gives. A model that has "
+        "learnt the task scores without having memorised anything, and the untuned base is not at zero either.",
+    ),
+    "auc": Metric(
+        "Membership AUC",
+        "How well the model's losses tell examples it was trained on from held-out ones, compared with the base's "
+        "losses (of the base itself: its own): 0.5 is a coin, 1 is always.",
+        unit="",
+        digits=2,
     ),
 }
+LEAKS = ("exposure", "extraction", "auc")  # the first that a summary holds is the one drawn against quality
+NOT_SEEN = 1 / math.log(2)  # bits: mean exposure of a secret that a model never saw
 
 TITLES = {
     "base": "Base model, untuned",
@@ -45,8 +71,6 @@ TITLES = {
     "federated": "Federated",
     "centralised": "Centralised, pooled data",
 }
-
-
 SHORT = {
     "base": "Base",
     "local mean": "Mean client",
@@ -54,14 +78,48 @@ SHORT = {
     "federated": "Federated",
     "centralised": "Centralised",
 }
+ALGORITHMS = {
+    "fedavg": "FedIT",
+    "local_only": "LocIT",
+    "self_augmented": "LocIT+SA",
+    "fedpit": "FedPIT",
+    "fewfedpit": "FewFedPIT",
+    "fedmit": "FedMIT",
+    "fewfedweight": "FewFedWeight",
+}
 
 
-def title(row: str) -> str:
-    return f"{row.removeprefix(LOCAL)}, alone" if row.startswith(LOCAL) else TITLES.get(row, row)
+def own(summary: Summary) -> str:
+    """What the experiment's own algorithm is called."""
+    name = str(summary["experiment"]["algorithm"]["name"])
+    return ALGORITHMS.get(name, name)
+
+
+def title(row: str, own: str | None = None) -> str:
+    """`own` is the name of the algorithm behind "federated", where it is to be said."""
+    label, _, client = row.partition(":")
+    if client:
+        return f"{client}, alone" if row.startswith(LOCAL) else f"{title(label, own)}, {client}"
+    if row in TITLES:
+        return f"{TITLES[row]} ({own})" if row == "federated" and own else TITLES[row]
+    for end, said in ((" mean", "mean of clients"), (" best", "best client"), (" personal", "personal")):
+        if row.endswith(end):
+            return f"{title(row.removesuffix(end), own)}, {said}"
+    return row
+
+
+def model(row: str) -> str:
+    """Whose model it is, in words: everybody's, a client's, or one owner's of everything."""
+    end = next((said for end, said in ((" mean", ", mean"), (" best", ", best")) if row.endswith(end)), "")
+    return model_of(row) + end
 
 
 def metric_title(metric: str) -> str:
     return METRICS[metric].title if metric in METRICS else metric
+
+
+def arrow(metric: str) -> str:
+    return "↓" if metric in LOWER else "↑"
 
 
 def metrics(summary: Summary) -> list[str]:
@@ -73,13 +131,25 @@ def main_metric(summary: Summary) -> str:
     return metrics(summary)[0]
 
 
+def leaks(summary: Summary) -> list[str]:
+    """The metrics of leakage that were measured."""
+    found = metrics(summary)
+    return [m for m in LEAKS if m in found]
+
+
 def rows(summary: Summary) -> list[str]:
     """The rows of the table, without the single clients."""
-    return [r for r in dict.fromkeys(r["row"] for r in summary["rows"]) if not r.startswith(LOCAL)]
+    return [r for r in dict.fromkeys(r["row"] for r in summary["rows"]) if not is_single(r)]
 
 
 def single_clients(summary: Summary) -> list[str]:
-    return [r for r in dict.fromkeys(r["row"] for r in summary["rows"]) if r.startswith(LOCAL)]
+    return [r for r in dict.fromkeys(r["row"] for r in summary["rows"]) if is_single(r)]
+
+
+def methods(summary: Summary) -> Mapping[str, Mapping[str, Any]]:
+    """label -> settings of the further algorithms that were compared."""
+    found: Mapping[str, Mapping[str, Any]] = summary["experiment"].get("compare", {}).get("methods", {})
+    return found
 
 
 def seeds(summary: Summary) -> list[int]:
@@ -91,8 +161,13 @@ def entry(summary: Summary, row: str, metric: str) -> Mapping[str, Any] | None:
 
 
 def best(summary: Summary, names: Sequence[str], metric: str) -> set[str]:
-    """The row, or the equal rows, with the best mean; none where all are equal."""
+    """The row, or the equal rows, with the best mean; none where all are equal.
+
+    Of leakage the untuned base is no candidate: it has nothing to leak.
+    """
     means = {n: found["mean"] for n in names if (found := entry(summary, n, metric)) is not None}
+    if metric in LEAKS:
+        means.pop("base", None)
     if len(set(means.values())) < 2:
         return set()
     return {
@@ -117,28 +192,42 @@ def excludes_zero(ci95: Interval) -> bool:
 # --- numbers ---------------------------------------------------------------------------------------------
 
 
-def value(metric: str, x: float | None) -> str:
-    """A value as the page writes it: losses in nats, everything else a share in percent."""
-    if x is None:
-        return "–"
-    return f"{x:.3f}" if metric == "loss" else f"{100 * x:.1f}%"
-
-
-def half_width(metric: str, ci95: Interval) -> str:
-    if ci95 is None:
-        return ""
-    half = (ci95[1] - ci95[0]) / 2
-    return f"± {half:.3f}" if metric == "loss" else f"± {100 * half:.1f}"
-
-
-def change(metric: str, x: float, *, digits: int = 1) -> str:
-    """A signed difference, without its unit: points (of 100) or nats."""
-    text = f"{x:+.3f}" if metric == "loss" else f"{100 * x:+.{digits}f}"
-    return text.replace("-", "−")
+def factor(metric: str) -> int:
+    """What a value is multiplied with to be written: shares are percentages."""
+    return 100 if _scale(metric).unit == "points" else 1
 
 
 def unit(metric: str) -> str:
-    return "nats" if metric == "loss" else "points"
+    """Of a difference."""
+    return _scale(metric).unit
+
+
+def axis(metric: str) -> str:
+    """The metric as an axis names it."""
+    if metric == "loss":
+        return f"{metric_title(metric)}, nats per token (lower is better)"
+    return metric_title(metric) + (", %" if factor(metric) == 100 else "")
+
+
+def value(metric: str, x: float | None) -> str:
+    """A value as the page writes it: shares in percent, the rest in their unit."""
+    if x is None:
+        return "–"
+    return f"{factor(metric) * x:.{_scale(metric).digits}f}{'%' if factor(metric) == 100 else ''}"
+
+
+def half_width(metric: str, ci95: Interval) -> str:
+    return "" if ci95 is None else f"± {factor(metric) * (ci95[1] - ci95[0]) / 2:.{_scale(metric).digits}f}"
+
+
+def change(metric: str, x: float, *, digits: int | None = None) -> str:
+    """A signed difference, without its unit; `digits` are of points only."""
+    fixed = digits if digits is not None and factor(metric) == 100 else _scale(metric).digits
+    return f"{factor(metric) * x:+.{fixed}f}".replace("-", "−")
+
+
+def _scale(metric: str) -> Metric:
+    return METRICS.get(metric, Metric(metric, ""))
 
 
 def byte_size(count: float) -> str:
@@ -179,8 +268,9 @@ def verdict(summary: Summary) -> list[str]:
     found = difference(summary, "federated", rival, metric)
     gap, ci95 = found if found is not None else (fed["mean"] - other["mean"], None)
     digits = 0 if abs(gap) >= 0.1 else 1
+    who = "Federated tuning" + ("" if own(summary) == "FedIT" else f" by {own(summary)}")
     sentences = [
-        f"{_scores('Federated tuning', metric, fed['mean'], digits)}, against "
+        f"{_scores(who, metric, fed['mean'], digits)}, against "
         f"{_short(metric, other['mean'], digits)} for {_WHO[rival]}: {_amount(metric, gap, digits)}"
         f"{_interval(metric, ci95, len(seeds(summary)), digits)}."
     ]
@@ -190,6 +280,7 @@ def verdict(summary: Summary) -> list[str]:
         )
     elif not excludes_zero(ci95):
         sentences.append("The interval includes zero, so these seeds do not show which of the two is better.")
+    sentences += _against_fedit(summary, metric)
     if rival != "base" and (base := entry(summary, "base", metric)) is not None:
         sentences.append(f"The untuned base model is at {_short(metric, base['mean'], digits)}.")
     pooled = entry(summary, "centralised", metric)
@@ -208,6 +299,30 @@ def _alone(summary: Summary, metric: str) -> list[str]:
         f"{_short(metric, mean['mean'], 0)}, against {floor} for the untuned base model.",
         "Nothing was shared between clients in this run.",
     ]
+
+
+def _against_fedit(summary: Summary, metric: str) -> list[str]:
+    """How the experiment's own algorithm does beside FedIT, where that was compared, in quality and in exposure."""
+    label = next((label for label, its in methods(summary).items() if its["name"] == "fedavg"), None)
+    if label is None or own(summary) == "FedIT":
+        return []
+    said = []
+    for what, m in (("In quality", metric), ("In leakage", next(iter(leaks(summary)), None))):
+        found = difference(summary, "federated", label, m) if m else None
+        one, other = (entry(summary, row, m) for row in ("federated", label)) if m else (None, None)
+        if m is None or found is None or one is None or other is None:
+            continue
+        gap, ci95 = found
+        shown = f"{what}, {own(summary)} is at {value(m, one['mean'])} and {label} at {value(m, other['mean'])} ({metric_title(m)}"
+        if ci95 is None:
+            said.append(f"{shown}; one seed, so no interval).")
+            continue
+        shown += f"; difference {change(m, gap)} {unit(m)}".rstrip() + f", {_range(m, ci95, 1)})"
+        if not excludes_zero(ci95):
+            said.append(f"{shown}: the interval includes zero, so these seeds do not tell the two apart.")
+        else:
+            said.append(f"{shown}: {own(summary) if better(m, gap, 0.0) else label} {'leaks less' if m in LEAKS else 'is better'}.")
+    return said
 
 
 def _against_pooled(summary: Summary, metric: str, pooled: float) -> str:

@@ -23,7 +23,7 @@ from fedloom import durable, journal
 from fedloom.errors import RunError
 from fedloom.report import figures, findings, pictures, rounds
 from fedloom.report.pictures import Journals
-from fedloom.results import LOCAL, SCHEMA, better, read_summary
+from fedloom.results import LOCAL, LOWER, SCHEMA, better, is_single, read_summary
 
 NEEDED = (
     "kind",
@@ -44,7 +44,7 @@ POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {scripts}; "
     "base-uri 'none'; form-action 'none'"
 )
-CURVES = ("federated", "centralised", "local_only")
+FEW_DIFFERENCES = 10  # of one metric: as many as five rows have
 
 Summary = Mapping[str, Any]
 
@@ -86,7 +86,8 @@ def render(summary: Summary, journals: Journals) -> str:
             metrics=findings.metrics(summary),
             results=_table(summary, names),
             singles=_table(summary, findings.single_clients(summary), mark_best=False),
-            hindsight="local best" in names,
+            hindsight=any(name.endswith(" best") for name in names),
+            attacked=findings.leaks(summary),
             differences=_differences(summary),
             shown=pictures.pictures(summary, journals),
             participation=rounds.took_part([c["client"] for c in summary["partition"]["clients"]], records),
@@ -95,7 +96,10 @@ def render(summary: Summary, journals: Journals) -> str:
             facts=_facts(summary),
             command=_command(summary),
             glossary=[m for key, m in findings.METRICS.items() if key in findings.metrics(summary)],
-            title=findings.title,
+            own=findings.own(summary),
+            labels=list(findings.methods(summary)),
+            lower=LOWER,
+            arrow=findings.arrow,
             metric_title=findings.metric_title,
         )
     )
@@ -132,18 +136,22 @@ def _summary(folder: Path) -> Summary:
 def _journals(folder: Path, summary: Summary) -> Journals:
     """What is there of them: a page without curves is better than none."""
     if summary["kind"] == "compare":
+        places = {row: row for row in ("federated", *findings.methods(summary), "centralised", "local_only")}
+        places |= {label: method_folder(label) for label in findings.methods(summary)}
         found = {
-            row: [
-                journal.read(folder / f"seed-{seed}" / row / "metrics.jsonl")
-                for seed in findings.seeds(summary)
-            ]
-            for row in CURVES
+            row: [journal.read(folder / f"seed-{seed}" / place / "metrics.jsonl") for seed in findings.seeds(summary)]
+            for row, place in places.items()
         }
     else:
-        row = "local_only" if summary["experiment"]["algorithm"]["name"] == "local_only" else "federated"
+        row = "federated" if "federated" in findings.rows(summary) else "local_only"
         found = {row: [journal.read(folder / "metrics.jsonl")]}
     kept = {row: [records for records in seeds if records] for row, seeds in found.items()}
     return {row: seeds for row, seeds in kept.items() if seeds}
+
+
+def method_folder(label: str) -> str:
+    """Where a comparison keeps what it trained for a method, under each seed."""
+    return "method-" + label.lower().replace(" ", "-")
 
 
 # --- the tables ------------------------------------------------------------------------------------------
@@ -163,25 +171,27 @@ def _table(summary: Summary, names: Sequence[str], *, mark_best: bool = True) ->
             }
             for m, e in found.items()
         ]
-        table.append({"row": name, "title": findings.title(name), "colour": _colour(name), "cells": cells})
+        table.append(
+            {
+                "title": findings.title(name, findings.own(summary)),
+                "model": findings.model(name),
+                "colour": figures.colour(name, list(findings.methods(summary))),
+                "cells": cells,
+            }
+        )
     return table
 
 
-def _colour(row: str) -> str:
-    return figures.ROW_COLOURS.get(
-        "local_only" if row.startswith(LOCAL) else row, figures.ROW_COLOURS["base"]
-    )
-
-
-def _differences(summary: Summary) -> dict[str, list[dict[str, Any]]]:
-    """metric -> lines; what the federated row is compared with comes first."""
+def _differences(summary: Summary) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """metric -> lines that concern the federated row, and the others; these are told apart where there are many."""
     table = {}
     for metric in findings.metrics(summary):
         lines = [d for d in summary["differences"] if d["metric"] == metric]
-        table[metric] = [
-            _difference(d, metric) for d in sorted(lines, key=lambda d: "federated" not in (d["a"], d["b"]))
-        ]
-    return {metric: lines for metric, lines in table.items() if lines}
+        first = [_difference(d, metric) for d in lines if "federated" in (d["a"], d["b"])]
+        others = [_difference(d, metric) for d in lines if "federated" not in (d["a"], d["b"])]
+        few = len(lines) <= FEW_DIFFERENCES or not first
+        table[metric] = {"first": first + others if few else first, "others": [] if few else others}
+    return {metric: parts for metric, parts in table.items() if parts["first"]}
 
 
 def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -193,7 +203,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
     return {
         "a": _short(d["a"]),
         "b": _short(d["b"]),
-        "mean": f"{findings.change(metric, d['mean'])} {findings.unit(metric)}",
+        "mean": f"{findings.change(metric, d['mean'])} {findings.unit(metric)}".strip(),
         "interval": "–"
         if ci95 is None
         else f"{findings.change(metric, ci95[0])} to {findings.change(metric, ci95[1])}",
@@ -204,7 +214,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def _short(row: str) -> str:
-    return findings.SHORT.get(row, row)
+    return findings.SHORT.get(row) or findings.title(row)
 
 
 def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[str, Any]:
@@ -215,16 +225,18 @@ def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[st
     top = next(
         (row for row, x in first.items() if not any(better(metric, y, x) for y in first.values())), None
     )
-    order = [row for row in ("base", top, "federated", "centralised") if row is not None and row in said]
+    order = ["base", top, *(row for row in said if row != "base" and not is_single(row))]
+    order = [row for row in order if row is not None and row in said]
+    labels, own = list(findings.methods(summary)), findings.own(summary)
 
     def answer(row: str) -> dict[str, Any]:
-        named = f"Best single client ({row.removeprefix(LOCAL)})" if row == top else findings.title(row)
+        named = f"Best single client ({row.removeprefix(LOCAL)})" if row == top else findings.title(row, own)
         if right := sample["right"]:
             mark = "✓ right" if right[row] else ""
         else:
             same = " ".join(said[row].lower().split()) == " ".join(sample["reference"].lower().split())
             mark = "✓ same as the reference" if same else ""
-        return {"title": named, "text": said[row], "mark": mark, "colour": _colour(row)}
+        return {"title": named, "text": said[row], "mark": mark, "colour": figures.colour(row, labels)}
 
     return {
         **sample,

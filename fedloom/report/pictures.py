@@ -14,15 +14,18 @@ from fedloom.report.findings import (
     Summary,
     byte_size,
     duration,
+    entry,
     main_metric,
+    methods,
     metric_title,
+    own,
     seeds,
     single_clients,
     title,
     value,
 )
 from fedloom.report.rounds import Record, What
-from fedloom.results import LOCAL
+from fedloom.results import LOCAL, is_single
 
 Journals = Mapping[str, Sequence[Sequence[Record]]]  # row -> seeds -> records
 
@@ -64,8 +67,11 @@ def _groups(summary: Summary) -> Iterator[Picture]:
     groups = list(dict.fromkeys(g for found in table.values() for g in found))
     if groups:
         label = f"{metric_title(metric)} of every row in each {summary['partition']['by']}."
-        body = [[title(row), *(value(metric, found.get(g)) for g in groups)] for row, found in table.items()]
-        yield Picture("groups", label, figures.groups_figure(table, metric), ["row", *groups], body)
+        body = [
+            [title(row, own(summary)), *(value(metric, found.get(g)) for g in groups)]
+            for row, found in table.items()
+        ]
+        yield Picture("groups", label, figures.groups_figure(table, metric, own=own(summary)), ["row", *groups], body)
 
 
 def _by_group(summary: Summary) -> dict[str, dict[str, float]]:
@@ -75,12 +81,15 @@ def _by_group(summary: Summary) -> dict[str, dict[str, float]]:
         row: {g: found[metric] for g, found in groups.items() if metric in found}
         for row, groups in summary["groups"].items()
     }
-    alone = {row: table.pop(row) for row in list(table) if row.startswith(LOCAL)}
+    single = {row: table.pop(row) for row in list(table) if is_single(row)}
     base = {"base": table.pop("base")} if "base" in table else {}
-    groups = list(dict.fromkeys(g for found in alone.values() for g in found))
-    mean = {g: fmean(found[g] for found in alone.values() if g in found) for g in groups}
-    each = alone if len(alone) <= figures.ROW_BY_ROW else {}
-    return {**base, **each, **({"local mean": mean} if alone else {}), **table}
+    local = {row: found for row, found in single.items() if row.startswith(LOCAL)}
+    means = {}
+    for label in dict.fromkeys(row.split(":")[0] for row in single):
+        its = [found for row, found in single.items() if row.startswith(f"{label}:")]
+        groups = dict.fromkeys(g for found in its for g in found)
+        means[f"{label} mean"] = {g: fmean(found[g] for found in its if g in found) for g in groups}
+    return {**base, **(local if len(local) <= figures.ROW_BY_ROW else {}), **means, **table}
 
 
 def _clients(summary: Summary) -> Iterator[Picture]:
@@ -88,9 +97,9 @@ def _clients(summary: Summary) -> Iterator[Picture]:
     rows = list(dict.fromkeys(row for found in table.values() for row in found))
     if rows:
         label = f"{metric_title(metric)} for each client in its own mix of data."
-        head = ["client", *("This client alone" if row == "local_only" else title(row) for row in rows)]
+        head = ["client", *("This client alone" if row == "local_only" else title(row, own(summary)) for row in rows)]
         body = [[client, *(value(metric, found.get(row)) for row in rows)] for client, found in table.items()]
-        yield Picture("clients", label, figures.clients_figure(table, metric), head, body)
+        yield Picture("clients", label, figures.clients_figure(table, metric, own=own(summary)), head, body)
 
 
 def _by_client(summary: Summary) -> dict[str, dict[str, float]]:
@@ -148,10 +157,9 @@ def _bytes(summary: Summary) -> Iterator[Picture]:
 
 def _rounds(summary: Summary, journals: Journals) -> Iterator[Picture]:
     # Where nobody shares an adapter there is none to measure on held-out examples.
-    yield from _loss(
-        "held_out", "Held-out loss by round.", {r: j for r, j in journals.items() if r != "local_only"}
-    )
-    yield from _loss("train", "Training loss by round.", journals)
+    shared = {row: j for row, j in journals.items() if entry(summary, row, "loss") is not None}
+    yield from _loss("held_out", "Held-out loss by round.", shared, summary)
+    yield from _loss("train", "Training loss by round.", journals, summary)
     records = federated(journals)
     if any(r["round"] > 0 for r in records):
         clients = [c["client"] for c in summary["partition"]["clients"]]
@@ -164,13 +172,15 @@ def _rounds(summary: Summary, journals: Journals) -> Iterator[Picture]:
         )
 
 
-def _loss(what: What, label: str, journals: Journals) -> Iterator[Picture]:
+def _loss(what: What, label: str, journals: Journals, summary: Summary) -> Iterator[Picture]:
     curves = {row: [rounds.loss_curve(r, what=what) for r in of_seeds] for row, of_seeds in journals.items()}
     means = {row: mean for row, found in curves.items() if (mean := rounds.mean_curve(found))}
     if means:
-        head = ["round", *map(figures.curve_title, means)]
+        head = ["round", *(figures.curve_title(row, own(summary)) for row in means)]
         across = sorted({r for mean in means.values() for r in mean})
         body: list[list[str | int]] = [
             [r, *(value("loss", mean.get(r)) for mean in means.values())] for r in across
         ]
-        yield Picture(what, label, figures.loss_figure(journals, what=what), head, body)
+        labels = list(methods(summary))
+        figure = figures.loss_figure(journals, what=what, own=own(summary), labels=labels)
+        yield Picture(what, label, figure, head, body)

@@ -54,7 +54,7 @@ def test_every_row_stands_in_the_table_with_its_interval(compare_folder: Folder)
         "Base model, untuned",
         "Local only, mean of clients",
         "Local only, best client",
-        "Federated",
+        "Federated (FedIT)",
         "Centralised, pooled data",
     ]
     assert len({line.count("|") for line in table}) == 1

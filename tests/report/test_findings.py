@@ -24,7 +24,11 @@ def summary(
         gap_ = {"mean": values.get("federated", 0) - values.get("local best", 0), "ci95": None}
     else:
         gap_ = {"mean": gap[0], "ci95": [gap[1], gap[2]]}
-    return {"rows": rows, "differences": [{**found, **gap_}]}
+    return {
+        "rows": rows,
+        "differences": [{**found, **gap_}],
+        "experiment": {"algorithm": {"name": "fedavg"}},
+    }
 
 
 TABLE = {"base": 0.1, "local mean": 0.2, "local best": 0.3, "federated": 0.71}

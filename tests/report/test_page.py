@@ -218,7 +218,7 @@ def test_what_a_client_gets_is_weighted_by_its_own_mix(run_folder: Folder) -> No
     }
     change(folder, partition=partition, groups=groups)
     federated = next(
-        t for t in Page(page.write(folder)).figures["clients"]["data"] if t.get("name") == "Federated"
+        t for t in Page(page.write(folder)).figures["clients"]["data"] if t.get("name") == "Federated (FedIT)"
     )
     assert federated["x"] == [62.5]  # percent: (1 * 1.0 + 3 * 0.5) / 4
 
