@@ -75,10 +75,12 @@ class Found:
     damaged: tuple[str, ...]  # file and reason of every newer round that could not be used
 
 
-def newest(folder: Path, *, fingerprint: str) -> Found:
-    """The newest valid round. Raises RunError when every committed round is damaged."""
+def newest(folder: Path, *, fingerprint: str, before: int | None = None) -> Found:
+    """The newest valid round, of those before `before` where it is given. Raises RunError when all of them are damaged."""
     damaged: list[str] = []
     manifests = sorted(folder.glob("round-*.json"), reverse=True)
+    if before is not None:
+        manifests = [m for m in manifests if int(m.stem.removeprefix("round-")) < before]
     for manifest in manifests:
         try:
             return Found(_read(manifest, fingerprint), tuple(damaged))

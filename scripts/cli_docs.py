@@ -23,7 +23,8 @@ HEAD = """# Commands
 
 Made by `scripts/cli_docs.py` from the command line itself.
 
-Exit codes: 0 done, 1 a bug in fedloom, 2 something you can mend (the message says what), 130 interrupted.
+Exit codes: 0 done, 1 a bug in fedloom or a failed gate of `fedloom audit`, 2 something you can mend (the message says what),
+130 interrupted.
 Results go to standard output, progress and complaints to standard error.
 """
 

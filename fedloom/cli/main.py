@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from fedloom.cli import chat, compare, copy, describe, evaluate, export, judge, partition, report, run
+from fedloom.cli import audit, chat, compare, copy, describe, evaluate, export, judge, partition, report, run
 from fedloom.cli.console import complain
 from fedloom.errors import FedloomError
 
@@ -24,12 +24,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, describe, partition, copy, evaluate, judge, chat, export, report):
+for command in (run, compare, describe, partition, copy, evaluate, judge, audit, chat, export, report):
     app.command(name=command.__name__.rpartition(".")[2])(command.command)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a bug in fedloom, 2 something the user can mend, 130 interrupted."""
+    """Exit codes: 0 done, 1 a bug in fedloom or a failed gate of `fedloom audit`, 2 something the user can mend, 130 interrupted."""
     # Idle OpenMP threads spin by default, which slows everything on shared cores up to twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
