@@ -63,10 +63,10 @@ def colour(row: str, labels: Sequence[str] = ()) -> str:
     """A row's; `labels` are the compared methods', in their order, which share colours with their clients."""
     if row in ROW_COLOURS:
         return ROW_COLOURS[row]
-    label = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
-    if label in labels:
-        return METHOD_COLOURS[list(labels).index(label) % len(METHOD_COLOURS)]
-    return ROW_COLOURS.get("local_only" if label == "local" else label, GROUP_COLOURS[0])
+    method = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
+    if method in labels:
+        return METHOD_COLOURS[list(labels).index(method) % len(METHOD_COLOURS)]
+    return ROW_COLOURS.get("local_only" if method == "local" else method, GROUP_COLOURS[0])
 
 
 def shown_clients(names: Sequence[str], limit: int = SHOWN_CLIENTS) -> list[str]:
@@ -87,13 +87,13 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
     for k, group in enumerate(groups):
         counts = [held[c].get(group, 0) for c in clients]
         colour = ROW_COLOURS["federated"] if one_each else GROUP_COLOURS[k % len(GROUP_COLOURS)]
-        hover = [f"{_label(c)}<br>{_label(group)}: {n}" for c, n in zip(clients, counts, strict=True)]
+        hover = [f"{label(c)}<br>{label(group)}: {n}" for c, n in zip(clients, counts, strict=True)]
         traces.append(
             go.Bar(
                 x=counts if lying else place,
                 y=place if lying else counts,
                 orientation="h" if lying else "v",
-                name=_label(group),
+                name=label(group),
                 marker={"color": colour, "line": {"width": 0}},
                 hovertext=hover,
                 hoverinfo="text",
@@ -103,23 +103,23 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
     names = _ticks(clients)
     if lying:
         height = 24 * len(clients) + 90 + (0 if one_each else 50)
-        return _figure(
+        return figure(
             traces,
             height=height,
             barmode="stack",
             bargap=0.25,
             hovermode="closest",
-            xaxis={"title": _title("training examples")},
+            xaxis={"title": axis_title("training examples")},
             yaxis={**names, "autorange": "reversed"},
         )
-    return _figure(
+    return figure(
         traces,
         height=400,
         barmode="stack",
         bargap=0.1 if len(clients) <= 60 else 0,
         hovermode="closest",
-        xaxis={**names, "title": _title("client"), "showgrid": False},
-        yaxis={"title": _title("training examples")},
+        xaxis={**names, "title": axis_title("client"), "showgrid": False},
+        yaxis={"title": axis_title("training examples")},
     )
 
 
@@ -137,7 +137,7 @@ def loss_figure(
     """
     traces: list[Any] = []
     for row, seeds in journals.items():
-        hue, name = colour(row, labels), _label(curve_title(row, own))
+        hue, name = colour(row, labels), label(curve_title(row, own))
         curves = [curve for records in seeds if (curve := loss_curve(records, what=what))]
         if len(curves) > 1:
             traces += [
@@ -196,7 +196,7 @@ def loss_figure(
             }
         ]
     )
-    return _figure(
+    return figure(
         traces,
         height=340,
         hovermode="x unified",
@@ -204,7 +204,7 @@ def loss_figure(
         annotations=notes,
         showlegend=True,
         xaxis=_rounds(journals),
-        yaxis={"title": _title("nats per token")},
+        yaxis={"title": axis_title("nats per token")},
     )
 
 
@@ -227,7 +227,7 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
     cells = [[part(r, c) for r in rounds] for c in names]
     hover = [
         [
-            f"{_label(c)}, round {r['round']}: {kind}" + _reason(r, c)
+            f"{label(c)}, round {r['round']}: {kind}" + _reason(r, c)
             for r, kind in zip(rounds, line, strict=True)
         ]
         for c, line in zip(names, cells, strict=True)
@@ -267,8 +267,8 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
         for kind in kinds
         if kind in present
     ]
-    across = {"title": _title("round"), "dtick": _step(len(rounds)), "showgrid": False}
-    return _figure(
+    across = {"title": axis_title("round"), "dtick": _step(len(rounds)), "showgrid": False}
+    return figure(
         [grid, *legend],
         height=height,
         xaxis=across,
@@ -279,7 +279,7 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
 
 
 def _reason(record: Record, client: str) -> str:
-    return f" ({_label(str(record['refused'][client]))})" if client in record["refused"] else ""
+    return f" ({label(str(record['refused'][client]))})" if client in record["refused"] else ""
 
 
 def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
@@ -307,13 +307,13 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
                 hoverinfo="text",
             )
         )
-    return _figure(
+    return figure(
         traces,
         height=300,
         showlegend=True,
         hovermode="x unified",
-        xaxis={"title": _title("round"), "dtick": _step(len(rounds))},
-        yaxis={"title": _title(unit), "rangemode": "tozero"},
+        xaxis={"title": axis_title("round"), "dtick": _step(len(rounds))},
+        yaxis={"title": axis_title(unit), "rangemode": "tozero"},
     )
 
 
@@ -331,7 +331,7 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
     for y, row in enumerate(lines):
         if row == LOCAL:
             found = [e for c in alone if (e := entry(summary, c, metric)) is not None]
-            hover = [f"{_label(title(e['row']))}: {value(metric, e['mean'])}" for e in found]
+            hover = [f"{label(title(e['row']))}: {value(metric, e['mean'])}" for e in found]
             traces.append(
                 _dots(
                     [scale * e["mean"] for e in found],
@@ -367,21 +367,21 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
                 marker={"size": 12, "color": hue},
                 error_x=bars,
                 showlegend=False,
-                hovertext=[f"{_label(title(row, own(summary)))}: {value(metric, mean)}{interval}"],
+                hovertext=[f"{label(title(row, own(summary)))}: {value(metric, mean)}{interval}"],
                 hoverinfo="text",
             )
         )
     names_ = {
         "tickvals": list(range(len(lines))),
         "ticktext": [
-            "Local only, each client" if n == LOCAL else _label(title(n, own(summary))) for n in lines
+            "Local only, each client" if n == LOCAL else label(title(n, own(summary))) for n in lines
         ],
     }
-    return _figure(
+    return figure(
         traces,
         height=44 * len(lines) + 80,
         hovermode="closest",
-        xaxis={"title": _title(axis(metric)), **({} if metric == "loss" else {"rangemode": "tozero"})},
+        xaxis={"title": axis_title(axis(metric)), **({} if metric == "loss" else {"rangemode": "tozero"})},
         yaxis={**names_, "range": [len(lines) - 0.5, -0.5]},
     )
 
@@ -416,7 +416,7 @@ def groups_figure(
     scale = [(0.0, "rgba(59,125,216,0.03)"), (1.0, "rgba(59,125,216,0.62)")]
     written = [[_cell(metric, x) for x in line] for line in cells]
     hover = [
-        [f"{_label(title(n, own))}<br>{_label(g)}: {value(metric, table[n].get(g))}" for g in groups]
+        [f"{label(title(n, own))}<br>{label(g)}: {value(metric, table[n].get(g))}" for g in groups]
         for n in names
     ]
     grid = go.Heatmap(
@@ -436,8 +436,8 @@ def groups_figure(
         texttemplate="%{text}",
     )
     # Broken at spaces and underscores, names of several words fit above their columns.
-    heads = [_label(g, 32).replace("_", " ").replace(" ", "<br>") for g in groups]
-    return _figure(
+    heads = [label(g, 32).replace("_", " ").replace(" ", "<br>") for g in groups]
+    return figure(
         [grid],
         height=30 * len(names) + 70,
         hovermode="closest",
@@ -445,7 +445,7 @@ def groups_figure(
         xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
         yaxis={
             "tickvals": list(range(len(names))),
-            "ticktext": [_label(title(n, own)) for n in names],
+            "ticktext": [label(title(n, own)) for n in names],
             "showgrid": False,
             "autorange": "reversed",
         },
@@ -488,16 +488,16 @@ def clients_figure(
                 mode="markers",
                 name=name,
                 marker={"size": 10, "color": colour(row), "opacity": 0.9},
-                hovertext=[f"{_label(c)}<br>{name}: {value(metric, table[c][row])}" for _, c in having],
+                hovertext=[f"{label(c)}<br>{name}: {value(metric, table[c][row])}" for _, c in having],
                 hoverinfo="text",
             )
         )
-    return _figure(
+    return figure(
         traces,
         height=24 * len(clients) + 130,
         hovermode="closest",
         showlegend=True,
-        xaxis={"title": _title(axis(metric))},
+        xaxis={"title": axis_title(axis(metric))},
         yaxis={**_ticks(clients, every=True), "range": [len(clients) - 0.5, -0.5]},
     )
 
@@ -505,7 +505,7 @@ def clients_figure(
 # --- what all of them share ------------------------------------------------------------------------------
 
 
-def _figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
+def figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
     axis = {
         "gridcolor": "rgba(128,128,128,0.18)",
         "linecolor": "rgba(128,128,128,0.35)",
@@ -541,7 +541,7 @@ def _figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
     return go.Figure(traces, settings)
 
 
-def _title(text: str) -> dict[str, Any]:
+def axis_title(text: str) -> dict[str, Any]:
     return {"text": text, "font": {"size": 13}}
 
 
@@ -549,18 +549,22 @@ def _ticks(names: Sequence[str], *, longest: int = 28, every: bool = False) -> d
     """Names at 0, 1, 2, ...; only every so many where there are too many to read."""
     step = 1 if every or len(names) <= ROW_BY_ROW else -(-len(names) // 12)
     shown = list(range(0, len(names), step))
-    return {"tickvals": shown, "ticktext": [_label(names[i], longest) for i in shown]}
+    return {"tickvals": shown, "ticktext": [label(names[i], longest) for i in shown]}
 
 
 def _rounds(journals: Mapping[str, Sequence[Sequence[Record]]]) -> dict[str, Any]:
     last = max((r["round"] for seeds in journals.values() for records in seeds for r in records), default=1)
-    return {"title": _title("round"), "dtick": _step(last)}
+    return rounds_axis(last)
+
+
+def rounds_axis(last: int) -> dict[str, Any]:
+    return {"title": axis_title("round"), "dtick": _step(last)}
 
 
 def _step(rounds: int) -> int:
     return next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10**6) if rounds <= 12 * s)
 
 
-def _label(name: str, longest: int = 60) -> str:
+def label(name: str, longest: int = 60) -> str:
     name = " ".join(name.split()) or "(none)"
     return escape(name if len(name) <= longest else name[: longest - 1] + "…")

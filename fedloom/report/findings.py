@@ -108,6 +108,10 @@ def title(row: str, own: str | None = None) -> str:
     return row
 
 
+def short(row: str) -> str:
+    return SHORT.get(row) or title(row)
+
+
 def model(row: str) -> str:
     """Whose model it is, in words: everybody's, a client's, or one owner's of everything."""
     end = next((said for end, said in ((" mean", ", mean"), (" best", ", best")) if row.endswith(end)), "")

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from fedloom import durable, journal
 from fedloom.errors import RunError
-from fedloom.report import figures, findings, pictures, rounds
+from fedloom.report import figures, findings, leakage, pictures, rounds, synthesis
 from fedloom.report.pictures import Journals
 from fedloom.results import LOCAL, LOWER, SCHEMA, better, is_single, read_summary
 
@@ -70,6 +70,8 @@ def render(summary: Summary, journals: Journals) -> str:
     metric = findings.main_metric(summary)
     seeds, names = findings.seeds(summary), findings.rows(summary)
     records = pictures.federated(journals)
+    generated, own = summary.get("synthesis", {}), findings.own(summary)
+    leaking = leakage.pictures(summary, journals)
     return (
         _environment()
         .get_template("page.html.j2")
@@ -87,16 +89,21 @@ def render(summary: Summary, journals: Journals) -> str:
             results=_table(summary, names),
             singles=_table(summary, findings.single_clients(summary), mark_best=False),
             hindsight=any(name.endswith(" best") for name in names),
+            curves={
+                f"leak_{m}": findings.metric_title(m) for m in findings.LEAKS if f"leak_{m}" in leaking
+            },
+            made=[synthesis.tally(label, own, found) for label, found in generated.items()],
+            swept=len(leakage.private_shares(summary)) > 1,
             attacked=findings.leaks(summary),
             differences=_differences(summary),
-            shown=pictures.pictures(summary, journals),
+            shown={**pictures.pictures(summary, journals), **leaking, **synthesis.pictures(summary)},
             participation=rounds.took_part([c["client"] for c in summary["partition"]["clients"]], records),
             samples=[_sample(s, summary, metric) for s in summary["samples"]],
             toml=tomli_w.dumps(summary["experiment"]),
             facts=_facts(summary),
             command=_command(summary),
             glossary=[m for key, m in findings.METRICS.items() if key in findings.metrics(summary)],
-            own=findings.own(summary),
+            own=own,
             labels=list(findings.methods(summary)),
             lower=LOWER,
             arrow=findings.arrow,
@@ -199,10 +206,10 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
     clear = findings.excludes_zero(ci95)
     reading = "not distinguishable"
     if clear:
-        reading = f"{_short(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
+        reading = f"{findings.short(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
     return {
-        "a": _short(d["a"]),
-        "b": _short(d["b"]),
+        "a": findings.short(d["a"]),
+        "b": findings.short(d["b"]),
         "mean": f"{findings.change(metric, d['mean'])} {findings.unit(metric)}".strip(),
         "interval": "–"
         if ci95 is None
@@ -211,10 +218,6 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "reading": reading,
         "decided": clear,
     }
-
-
-def _short(row: str) -> str:
-    return findings.SHORT.get(row) or findings.title(row)
 
 
 def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[str, Any]:
