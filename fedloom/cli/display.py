@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,10 +23,16 @@ from fedloom.cli.console import duration, err, out, size
 from fedloom.config import Experiment
 from fedloom.federation import Round
 from fedloom.messages import ClientId
+from fedloom.report import findings
+from fedloom.results import model_of
 from fedloom.run import Listener
 
-TITLES = {"rule": "rule ↑", "exact": "exact ↑", "rouge_l": "ROUGE-L ↑", "loss": "loss ↓"}
+TITLES = {
+    "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "loss": "loss ↓",
+    "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership ↓\nAUC",
+}  # fmt: skip
 ORDER = ("rule", "rouge_l", "exact", "loss")
+BESIDE_LEAKAGE = 2  # metrics of quality that a terminal has room for where leakage is shown, too
 
 
 class RunDisplay(Listener):
@@ -115,7 +122,8 @@ class CompareDisplay:
 
     def __enter__(self) -> Self:
         e = self._experiment
-        err.print(f"[bold]{e.name}[/]: local-only, federated and centralised over {e.compare.seeds} seeds, in {self._folder}",
+        others = "".join(f", {escape(label)}" for label in e.compare.methods)
+        err.print(f"[bold]{e.name}[/]: local-only{others}, federated and centralised over {e.compare.seeds} seeds, in {self._folder}",
                   highlight=False, soft_wrap=True)  # fmt: skip
         if self._live:
             self._bar.start()
@@ -140,35 +148,54 @@ class CompareDisplay:
 
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """The result table, what its differences show, and where everything lies."""
-    seeds = len(summary["rows"][0]["seeds"])
-    table = Table(title=f"{summary['name']}: held-out examples, {seeds} seed{'s' if seeds > 1 else ''}"
-                  + (", mean ± 95% interval" if seeds > 1 else ""), title_justify="left")  # fmt: skip
-    metrics = [m for m in ORDER if any(r["metric"] == m for r in summary["rows"])]
-    table.add_column("row")
-    for metric in metrics:
-        table.add_column(TITLES[metric], justify="right")
-    cells = {(r["row"], r["metric"]): r for r in summary["rows"]}
-    names = list(dict.fromkeys(r["row"] for r in summary["rows"]))
-    shown = [n for n in names if not n.startswith("local:")] or names
-    for name in shown:
-        table.add_row(name, *(_cell(cells[name, m], m) for m in metrics), style="bold" if name == "federated" else "")
-    out.print(table)
+    out.print(results_table(summary))
     for line in differences(summary):
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(escape(line), highlight=False, soft_wrap=True)
     out.print(f"Report:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"Adapter: {folder / 'adapter'}  (try: fedloom chat {folder})", highlight=False, soft_wrap=True)
 
 
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """Every named row; those of a method's best client, and further metrics of quality, are left to the page."""
+    seeds = len(findings.seeds(summary))
+    leaks = findings.leaks(summary)
+    quality = [m for m in findings.metrics(summary) if m in ORDER]
+    shown = quality[:BESIDE_LEAKAGE] if leaks else quality
+    table = Table(title=f"{summary['name']}: held-out examples, {seeds} seed{'s' if seeds > 1 else ''}"
+                  + (", mean ± 95% interval" if seeds > 1 else ""), title_justify="left")  # fmt: skip
+    table.add_column("row")
+    table.add_column("model")
+    for metric in (*shown, *leaks):
+        table.add_column(TITLES[metric], justify="right", no_wrap=True)
+    own = findings.own(summary)
+    for name in _named(summary) or findings.single_clients(summary):
+        entries = [findings.entry(summary, name, m) for m in (*shown, *leaks)]
+        cells = ["-" if e is None else f"{findings.value(e['metric'], e['mean'])} {findings.half_width(e['metric'], e['ci95'])}".strip() for e in entries]
+        title = f"federated ({own})" if name == "federated" else escape(name)
+        table.add_row(title, model_of(name), *cells, style="bold" if name == "federated" else "")
+    return table
+
+
+def _named(summary: Mapping[str, Any]) -> list[str]:
+    """Without the best clients of methods, which are chosen with hindsight."""
+    bests = {f"{label} best" for label in findings.methods(summary)} | {f"{label} personal best" for label in findings.methods(summary)}
+    return [row for row in findings.rows(summary) if row not in bests]
+
+
 def differences(summary: Mapping[str, Any]) -> list[str]:
-    """One plain sentence for each comparison of the federated row, in the first metric there is."""
-    metric = next(m for m in ORDER if any(r["metric"] == m for r in summary["rows"]))
+    """One plain sentence for each comparison of the federated row, in the first metric there is; in exposure with FedIT."""
+    metric = findings.main_metric(summary)
+    fedit = [label for label, its in findings.methods(summary).items() if its["name"] == "fedavg"]
+    wanted = {(row, metric) for row in _named(summary)} | {(row, leak) for row in fedit for leak in findings.leaks(summary)[:1]}
     lines = []
     for d in summary["differences"]:
-        if d["metric"] != metric or d["ci95"] is None or "federated" not in (d["a"], d["b"]):
+        other = d["a"] if d["b"] == "federated" else d["b"]
+        if d["ci95"] is None or "federated" not in (d["a"], d["b"]) or (other, d["metric"]) not in wanted:
             continue
         low, high = d["ci95"]
         clear = "the interval excludes zero" if low > 0 or high < 0 else "the interval includes zero"
-        lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {metric} (95% interval {low:+.3f} to {high:+.3f}; {clear})")
+        unit = "bits of exposure" if d["metric"] == "exposure" else d["metric"]
+        lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}; {clear})")
     return lines
 
 
@@ -179,14 +206,5 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     for metric in metrics:
         table.add_column(TITLES[metric], justify="right")
     for name, found in rows.items():
-        table.add_row(name, *(_value(found[m], m) for m in metrics))
+        table.add_row(name, *(findings.value(m, found[m]) for m in metrics))
     return table
-
-
-def _cell(row: Mapping[str, Any], metric: str) -> str:
-    half = f" ± {_value((row['ci95'][1] - row['ci95'][0]) / 2, metric)}" if row["ci95"] else ""
-    return _value(row["mean"], metric) + half
-
-
-def _value(value: float, metric: str) -> str:
-    return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f}%"

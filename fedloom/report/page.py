@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from fedloom import durable, journal
 from fedloom.errors import RunError
-from fedloom.report import figures, findings, leakage, pictures, rounds, synthesis
+from fedloom.report import audit, figures, findings, leakage, pictures, rounds, synthesis
 from fedloom.report.pictures import Journals
 from fedloom.results import LOCAL, LOWER, SCHEMA, better, is_single, read_summary
 
@@ -53,7 +53,7 @@ def write(folder: Path) -> Path:
     """Make `folder`/report.html from its summary and journals. Raises: RunError."""
     summary = _summary(folder)
     page = folder / "report.html"
-    durable.write(page, render(summary, _journals(folder, summary)).encode())
+    durable.write(page, render(summary, _journals(folder, summary), audit.read(folder)).encode())
     return page
 
 
@@ -64,12 +64,13 @@ def write_partition(partition: Mapping[str, Any], file: Path) -> Path:
     return file
 
 
-def render(summary: Summary, journals: Journals) -> str:
+def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | None = None) -> str:
     styles, boot = _text("page.css"), _text("page.js")
     plotly = get_plotlyjs().replace("\r\n", "\n")  # a hash is taken of what the parser makes of it
     metric = findings.main_metric(summary)
     seeds, names = findings.seeds(summary), findings.rows(summary)
     records = pictures.federated(journals)
+    told = {} if audited is None else audit.pictures(audited)
     generated, own = summary.get("synthesis", {}), findings.own(summary)
     leaking = leakage.pictures(summary, journals)
     return (
@@ -77,6 +78,7 @@ def render(summary: Summary, journals: Journals) -> str:
         .get_template("page.html.j2")
         .render(
             s=summary,
+            names=names,
             styles=styles,
             plotly=plotly,
             boot=boot,
@@ -93,10 +95,11 @@ def render(summary: Summary, journals: Journals) -> str:
                 f"leak_{m}": findings.metric_title(m) for m in findings.LEAKS if f"leak_{m}" in leaking
             },
             made=[synthesis.tally(label, own, found) for label, found in generated.items()],
+            audit=None if audited is None else audit.shown(audited, summary["adapter_sha256"]),
             swept=len(leakage.private_shares(summary)) > 1,
             attacked=findings.leaks(summary),
             differences=_differences(summary),
-            shown={**pictures.pictures(summary, journals), **leaking, **synthesis.pictures(summary)},
+            shown={**pictures.pictures(summary, journals), **leaking, **synthesis.pictures(summary), **told},
             participation=rounds.took_part([c["client"] for c in summary["partition"]["clients"]], records),
             samples=[_sample(s, summary, metric) for s in summary["samples"]],
             toml=tomli_w.dumps(summary["experiment"]),
