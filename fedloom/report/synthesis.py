@@ -39,7 +39,7 @@ NO_FATES = ("generated", "repeated")  # sums beside the fates
 # Three families, told apart by hue; their members by shade.
 HUES = {
     KEPT: ("#2a9d78",),
-    "failed": ("#8a919c", "#a9afb8", "#6d7480", "#c3c8ce", "#565d68"),
+    "failed": ("#8a919c", "#a9afb8", "#6d7480", "#c3c8ce", "#565d68", "#434953"),
     "filtered": (
         "#88ccee",
         "#5aa2c8",

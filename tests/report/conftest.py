@@ -131,6 +131,127 @@ def make_records(
     return records
 
 
+METHODS = """
+[compare.methods]
+"FedIT" = "fedavg"
+"FedPIT v1" = "fedpit"
+"Few 0.2" = { name = "fewfedpit", private_share = 0.2 }
+"LocIT+SA" = "self_augmented"
+[algorithm]
+name = "fewfedpit"
+private_share = 0.6
+"""
+LEAKAGE = {"base": (1.4, 0.15, 0.5), "FedIT": (4.0, 0.5, 0.7), "FedPIT v1": (3.0, 0.4, 0.6), "Few 0.2": (2.0, 0.3, 0.6),
+           "federated": (2.5, 0.35, 0.6), "centralised": (6.0, 0.7, 0.8)}  # fmt: skip
+SYNTHESIS = {
+    "federated": {
+        "counts": {"generated": 10, "kept": 6, "filtered/verbatim": 3, "failed/empty": 1, "repeated": 2},
+        "samples": {
+            "kept": [{"client": "client-000", "index": 0, "instruction": "Name a fish.", "context": "", "response": "A cod."}],
+            "filtered/verbatim": [
+                {"client": "client-001", "index": 3, "instruction": "<b>Say</b> it.", "context": "Here.", "response": "Word."}
+            ],
+        },
+    }
+}
+
+
+@pytest.fixture
+def methods_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A comparison of every kind of row: shared and personal models, leakage, leakage by round, synthesis."""
+
+    def make(*, seeds: int = 3, rounds: int = 4, leakage: bool = True) -> Path:
+        dataset = make_dataset(4)
+        experiment = parse(f'name = "invented"\nrounds = {rounds}\ndata.clients = 4\n{METHODS}', "invented")
+        singles = ("local", "FedPIT v1 personal", "LocIT+SA")
+        names = ["base", *(f"{s}:{c}" for s in singles for c in dataset.clients), *list(LEAKAGE)[1:]]
+        folder, results = tmp_path / "methods", []
+        for seed in range(seeds):
+            chance = random.Random(seed)
+            rows: dict[str, Any] = {}
+            for i, name in enumerate(names):
+                skill = 0.1 + 0.6 * i / len(names) + chance.uniform(-0.02, 0.02)
+                metrics = {"loss": 4 - 3 * skill, "rule": skill, "exact": skill / 2, "rouge_l": skill}
+                if leakage and name in LEAKAGE:
+                    for metric, x in zip(("exposure", "extraction", "auc"), LEAKAGE[name], strict=True):
+                        metrics[metric] = x + chance.uniform(-0.04, 0.04)
+                rows[name] = {"metrics": metrics, "groups": {KINDS[0]: {"rule": skill}}}
+            results.append({"seed": seed, "rows": rows, "samples": [], "synthesis": SYNTHESIS})
+            for place in ("federated", "centralised", "local_only", "method-fedit", "method-few-0.2"):
+                records = make_records(dataset, rounds=rounds, cohort=4, seed=seed)
+                for r in records:
+                    told = {"exposure": 1.4 + r["round"] / 2 + chance.uniform(-0.1, 0.1), "extraction": 0.2, "auc": 0.5}
+                    r["leakage"] = told if leakage and place != "local_only" else None
+                write_journal(folder / f"seed-{seed}" / place, records)
+        records = make_records(dataset, rounds=rounds, cohort=4, seed=0)
+        write_json(
+            folder / "summary.json",
+            summarise("compare", experiment, dataset, results, records=records, adapter_sha256="a" * 64, engine=ENGINE),
+        )
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def audited() -> dict[str, Any]:
+    """As `fedloom audit` writes it, of a model that leaks planted secrets and nothing else."""
+
+    def share(hits: int, of: int) -> dict[str, Any]:
+        return {"hits": hits, "of": of, "value": hits / of, "ci95": [max(0.0, hits / of - 0.2), min(1.0, hits / of + 0.2)]}
+
+    def group(mean: float) -> dict[str, Any]:
+        return {"rouge_l": {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}}
+
+    def separation(auc: float) -> dict[str, Any]:
+        return {"auc": auc, "auc_ci95": [auc - 0.1, auc + 0.1], "at": [{"target": 0.01, "tpr": share(1, 16)}]}
+
+    def exposed(bits: list[float], p: float) -> dict[str, Any]:
+        return {"bits": bits, "mean": sum(bits) / len(bits), "p_value": p}
+
+    extraction = {
+        row: {"members": group(x), "held_out": group(0.2), "memorised": {"mean": x - 0.2, "ci95": [x - 0.4, x]}}
+        for row, x in (("base", 0.2), ("released", 0.3))
+    }
+    scores = ("loss", "reference", "zlib", "min_k", "min_k_plus")
+    level = {"n": 1, "p": 0.5, "share": share(0, 6)}
+    suffixes = {side: {"extractable": [level]} for side in ("members", "held_out")}
+    told = {
+        "inversion": {"recall": 0.3, "chance": 0.02, "chance_sd": 0.01, "tokens": 90, "ci95": [0.2, 0.4]},
+        "membership": separation(0.55),
+    }
+    fished = {"client-000": {"coverage": share(0, 6), "decoys": share(0, 8)}}
+    return {
+        "schema": 1,
+        "name": "invented",
+        "adapter_sha256": "a" * 64,
+        "targets": {"members": 16, "held_out": 16, "canaries": 4, "twins": 4, "references": 128},
+        "positions": {
+            "public": {
+                "extraction": extraction,
+                "discoverable": {"base": suffixes, "released": suffixes},
+                "ranking": {"base": {"all": share(0, 64)}, "released": {"all": share(0, 64)}},
+                "membership": {row: {s: separation(0.5 + 0.05 * (s == best)) for s in scores} for row, best in (("base", ""), ("released", "zlib"))},
+                "exposure": {
+                    "released": {
+                        "calibrated": {
+                            "planted": exposed([6.5, 7.0, 3.2, 5.0], 0.0001), "held_out": exposed([0.2, 0.7, 1.5, 2.5], 0.6),
+                            "ceiling": 7.0, "leaks": True,
+                        }
+                    },
+                    "by_copies": [{"copies": 2, "canaries": 4, "mean": 5.4, "p_value": 0.0001}],
+                },
+            },
+            "client": {"cross_client": {"base": fished, "released": fished}},
+            "server": {"client": "client-000", **told, "aggregated": {"clients": 4, **told}},
+        },
+        "synthesis": {"reason": "no client keeps synthetic examples"},
+        "one_run": {"epsilon": 0.0, "correct": 2, "guesses": 2},
+        "gate": [],
+        "passed": None,
+    }  # fmt: skip
+
+
 def write_journal(folder: Path, records: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
