@@ -67,7 +67,10 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
                 hoverinfo="skip",
             )
         )
-    for nth, row in enumerate(row for row in rows(summary) if _both(summary, row, metric, leak)):
+    points = [row for row in rows(summary) if _both(summary, row, metric, leak)]
+    leaked = [e["mean"] for row in points if (e := entry(summary, row, leak)) is not None]
+    middle = (min(leaked) + max(leaked)) / 2  # labels point inwards, above and below by turns
+    for nth, row in enumerate(points):
         found = _both(summary, row, metric, leak)
         if found is None:
             continue
@@ -80,7 +83,7 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
                 y=[factor(metric) * up["mean"]],
                 mode="markers+text",
                 text=[figures.label(short(row) + (f", β = {swept[row]:g}" if row in swept else ""), 32)],
-                textposition="bottom right" if nth % 2 else "top right",  # neighbours seldom overlap so
+                textposition=f"{'bottom' if nth % 2 else 'top'} {'left' if right['mean'] > middle else 'right'}",
                 textfont={"size": 12},
                 marker={"size": 12, "color": hue},
                 error_x=_bar(right, leak, hue),
