@@ -23,7 +23,7 @@ from tests.test_cli import refused, type_in
 
 TINY = [
     "model.base=random:llama", "rounds=2", "adapter.rank=1", "data.examples=64", "data.clients=3", "data.hold_out=2",
-    "data.private_facts=0", "local.learning_rate=1e-2", "examples_per_round=8", "evaluation.answers=0",
+    "data.private_facts=0", "data.partition={kind='by_size', sizes=[3, 1, 2]}", "local.learning_rate=1e-2", "examples_per_round=8", "evaluation.answers=0",
     "evaluation.max_new_tokens=4", "audit.references=64", "audit.examples=8", "cohort.kind=all",
 ]  # fmt: skip
 CANARIES = "data.canaries={copies=[1, 2]}"
@@ -85,7 +85,7 @@ def test_attackers_fish_for_what_is_not_theirs(found: dict[str, Any]) -> None:
 def test_the_server_looks_at_the_client_with_the_fewest_examples(found: dict[str, Any], finished: Path) -> None:
     sizes = {c: len(own) for c, own in load_data(load(finished)).clients.items()}
     server = found["positions"]["server"]
-    assert server["examples"] == sizes[server["client"]] == min(sizes.values())
+    assert server["examples"] == sizes[server["client"]] == min(sizes.values()) < max(sizes.values())
     assert server["round"] == 2
     assert {"inversion", "membership"} <= server.keys() & server["aggregated"].keys()
 

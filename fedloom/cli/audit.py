@@ -40,6 +40,7 @@ def command(
     exceeded, or could not be measured. Needs the data the run was trained on.
     """
     from fedloom.audit import AUDIT, FULL, SAMPLES, Limits, audit
+    from fedloom.report import page
 
     limits = Limits(exposure=max_exposure, auc=max_auc, extraction=max_extraction, recall=max_recall)
     found = audit(
@@ -47,7 +48,7 @@ def command(
         say=lambda part: err.print(f"[dim]auditing: {part}[/]", highlight=False),
     )  # fmt: skip
     out.print(_table(found))
-    out.print(f"Wrote {run / AUDIT}", highlight=False, soft_wrap=True)
+    out.print(f"Wrote {run / AUDIT} and {page.write(run)}", highlight=False, soft_wrap=True)
     for line in found["gate"]:
         if line["passed"]:
             out.print(f"passed: {OPTIONS[line['measure']]} {line['limit']:g}, found {line['value']:.3f}", highlight=False)
