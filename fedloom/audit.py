@@ -50,7 +50,7 @@ NEAR = 0.7  # ROUGE-L above which a synthetic example is a near-copy: FedPIT's f
 DELTA = 1e-5  # of the bound on epsilon
 SHORTEST = 5  # words of a field that is looked for in samples
 ATTACKERS = 2
-CHANGEABLE = ("audit", "evaluation", "model", "transport")  # sections: how is measured, not what was trained
+CHANGEABLE = ("audit", "evaluation", "model")  # sections: how is measured, not what was trained
 NO_CANARIES = "no canaries were planted: set data.canaries and train anew"
 
 
@@ -276,7 +276,8 @@ def replay(training: Training, before: Checkpoint) -> dict[str, ServerView]:
     for name, memory in before.memories.items():
         clients[name].memory = dict(memory)
     sent = {c: training.algorithm.broadcast(before.state, c) for c in training.select(before.state.round)}
-    transport = InProcess(training.algorithm, training.machine.engine, clients, training.experiment.transport.width)
+    how = training.experiment.transport
+    transport = InProcess(training.algorithm, training.machine.engine, clients, how.width, how.codec.build())
     return {d.update.client: ServerView(sent[d.update.client], d.update) for d in transport.exchange(sent)}
 
 

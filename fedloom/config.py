@@ -47,6 +47,7 @@ from fedloom.errors import ConfigError
 from fedloom.selection import All, Fixed, Fraction, Poisson, RoundRobin
 from fedloom.synthesis.pool import FromPool
 from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording, Wording
+from fedloom.transport.codec import Bf16, Fp32, Int4, Int8
 
 STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
 
@@ -141,10 +142,12 @@ ALGORITHMS = {
 PARTS = ("synthesize", "contrast", "relabel")  # of an algorithm, made from the other sections
 SYNTHESES = {"self_instruct": SelfInstruct, "spare": FromPool, "restyled": FromPool}
 WORDINGS = {"embedded": Wording, "self_instruct": SelfInstructWording}
+CODECS = {"fp32": Fp32, "bf16": Bf16, "int8": Int8, "int4": Int4}
 COHORTS = {"all": All, "fixed": Fixed, "fraction": Fraction, "round_robin": RoundRobin, "poisson": Poisson}
 
 if TYPE_CHECKING:  # made at run time, of which a type checker sees nothing
     AlgorithmChoice: TypeAlias = Any
+    CodecChoice: TypeAlias = Any
     CohortChoice: TypeAlias = Any
     PartitionChoice: TypeAlias = Any
     SynthesisChoice: TypeAlias = Any
@@ -157,6 +160,7 @@ else:
         "kind", SYNTHESES, given=("encode", "decode", "stop", "seed", "context_length", "pool"),
         nested={"wording": choice("style", WORDINGS)},
     )  # fmt: skip
+    CodecChoice = choice("name", CODECS)
     CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
     PartitionChoice = choice("kind", partition.PARTITIONS)
 
@@ -222,6 +226,7 @@ class Prompt(Section):
 
 class Transport(Section):
     width: int = Field(8, gt=0)  # clients in one engine batch
+    codec: CodecChoice = {}  # what messages lose on their way, in simulation too
 
 
 class Evaluation(Section):
@@ -343,7 +348,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     for parent in parents:
         below = table.setdefault(parent, {})
         if isinstance(below, str):  # `cohort = "all"` is short for `cohort = { kind = "all" }`
-            below = table[parent] = {"name" if parent in ("algorithm", "server_optimizer") else "kind": below}
+            below = table[parent] = {"name" if parent in ("algorithm", "server_optimizer", "codec") else "kind": below}
         if not isinstance(below, dict):
             raise ConfigError(f"Cannot set {path}: {parent} is a value, not a section.")
         table = below

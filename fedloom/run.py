@@ -93,7 +93,8 @@ class Training:
             listener.committed(record)
             clock = time.monotonic()
 
-        transport = InProcess(self.algorithm, self.machine.engine, self.clients, self.experiment.transport.width)
+        how = self.experiment.transport
+        transport = InProcess(self.algorithm, self.machine.engine, self.clients, how.width, how.codec.build())
         federation = Federation(self.algorithm, transport, self.select, after_round, listener.updated)
         return federation.run(state, self.experiment.rounds)
 

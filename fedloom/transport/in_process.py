@@ -12,6 +12,8 @@ from fedloom.messages import Broadcast, ClientId
 from fedloom.steps import Engine, drive
 from fedloom.transport import wire
 from fedloom.transport.base import Delivery
+from fedloom.transport.codec import Codec, Fp32
+from fedloom.transport.error_feedback import still_owed, with_what_is_owed
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class InProcess:
     engine: Engine
     clients: Mapping[ClientId, Client]
     width: int = 8
+    codec: Codec = Fp32()
 
     def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Delivery]:
         queue = iter(broadcasts.items())
@@ -30,6 +33,11 @@ class InProcess:
             staged = {c: self.clients[c].staged() for c, _ in group}
             work = {c: self.algorithm.client(wire.unpack_broadcast(down[c]), staged[c]) for c, _ in group}
             for update in drive(work, self.engine):
-                up = wire.pack_update(update)
-                self.clients[update.client].memory = staged[update.client].memory
-                yield Delivery(wire.unpack_update(up), len(up), len(down[update.client]))
+                memory = staged[update.client].memory
+                meant = with_what_is_owed(update, memory) if self.codec.error_feedback else update
+                up = wire.pack_update(meant, self.codec)
+                arrived = wire.unpack_update(up, self.codec, broadcasts[update.client].adapter)
+                if self.codec.error_feedback:
+                    memory.update(still_owed(meant, arrived))
+                self.clients[update.client].memory = memory
+                yield Delivery(arrived, len(up), len(down[update.client]))

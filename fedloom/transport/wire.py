@@ -17,8 +17,10 @@ from torch import Tensor
 from fedloom.errors import RefusedUpdate
 from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
+from fedloom.transport.codec import Codec, Fp32, Parts, layout
 
 SCHEMA = 1
+NOTHING = AdapterState({})
 
 
 def pack_broadcast(message: Broadcast) -> bytes:
@@ -28,23 +30,37 @@ def pack_broadcast(message: Broadcast) -> bytes:
 def unpack_broadcast(data: bytes) -> Broadcast:
     """Raises RefusedUpdate("malformed" or "schema") for bytes that are not a broadcast of this schema."""
     fields, states = _unpack(data, "broadcast", {"round": int, "task": str})
-    return Broadcast(fields["round"], states, fields["task"])
+    return Broadcast(fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"])
 
 
-def pack_update(update: Update) -> bytes:
-    fields = {"kind": "update", "client": update.client, "weight": update.weight, "metrics": dict(update.metrics)}
-    return _pack(fields, update.states)
+def pack_update(update: Update, codec: Codec = Fp32()) -> bytes:
+    fields: dict[str, object] = {
+        "kind": "update", "client": update.client, "weight": update.weight, "metrics": dict(update.metrics),
+    }  # fmt: skip
+    if codec.label:
+        fields["codec"] = codec.label
+        fields["layouts"] = {name: layout(state) for name, state in update.states.items()}
+    return _pack(fields, {name: codec.encode(state) for name, state in update.states.items()})
 
 
-def unpack_update(data: bytes) -> Update:
-    """Raises RefusedUpdate("malformed" or "schema") for bytes that are not an update of this schema."""
-    fields, states = _unpack(data, "update", {"client": str, "weight": int | float, "metrics": dict})
+def unpack_update(data: bytes, codec: Codec = Fp32(), like: AdapterState = NOTHING) -> Update:
+    """An update whose states were coded; `like` is the adapter that was broadcast.
+
+    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not an update of this schema, "codec" for one
+    of another codec, "keys" for states of other names or shapes than `like`, which no codec but Fp32 can tell.
+    """
+    fields, parts = _unpack(data, "update", {"client": str, "weight": int | float, "metrics": dict})
+    if (label := fields.get("codec", "")) != codec.label:
+        raise RefusedUpdate("codec", f"expected an update in codec {codec.label!r}, got {label!r}")
+    if codec.label and fields.get("layouts") != dict.fromkeys(parts, layout(like)):
+        raise RefusedUpdate("keys", "coded states have other names or shapes than the adapter that was broadcast")
+    states = {name: codec.decode(coded, like) for name, coded in parts.items()}
     if strange := [name for name, value in fields["metrics"].items() if not isinstance(value, int | float)]:
         raise _malformed("update", f"metric {strange[0]!r} is not a number")
     return Update(fields["client"], states, fields["weight"], fields["metrics"])
 
 
-def _pack(fields: Mapping[str, object], states: Mapping[str, AdapterState]) -> bytes:
+def _pack(fields: Mapping[str, object], states: Mapping[str, Parts]) -> bytes:
     tensors = {f"{state}/{name}": t.contiguous() for state, vector in states.items() for name, t in vector.items()}
     header = {"schema": SCHEMA, "states": list(states), **fields}
     return save(tensors, {"fedloom": json.dumps(header)})
@@ -52,7 +68,7 @@ def _pack(fields: Mapping[str, object], states: Mapping[str, AdapterState]) -> b
 
 def _unpack(
     data: bytes, kind: str, expected: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, AdapterState]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     try:
         (length,) = struct.unpack("<Q", data[:8])
         fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fedloom"])
@@ -77,7 +93,7 @@ def _unpack(
         if state not in states:
             raise _malformed(kind, f"tensor {key!r} belongs to no state")
         states[state][name] = tensor
-    return fields, {state: AdapterState(tensors) for state, tensors in states.items()}
+    return fields, states
 
 
 def _malformed(kind: str, why: str) -> RefusedUpdate:
