@@ -39,6 +39,7 @@ from fedloom.run import INPUTS, Training
 from fedloom.simulate import adapter_of
 from fedloom.state import AdapterState
 from fedloom.synthesis.filters import whole
+from fedloom.transport.downlink import Downlink
 from fedloom.transport.in_process import InProcess
 
 SCHEMA = 1
@@ -277,7 +278,7 @@ def replay(training: Training, before: Checkpoint) -> dict[str, ServerView]:
         clients[name].memory = dict(memory)
     sent = {c: training.algorithm.broadcast(before.state, c) for c in training.select(before.state.round)}
     how = training.experiment.transport
-    transport = InProcess(training.algorithm, training.machine.engine, clients, how.width, how.codec.build())
+    transport = InProcess(training.algorithm, training.machine.engine, clients, how.width, Downlink.of(before.state, how.codec.build()))
     return {d.update.client: ServerView(sent[d.update.client], d.update) for d in transport.exchange(sent)}
 
 
@@ -295,12 +296,20 @@ def _inverted(
     ranked = inversion.invert(view, inputs, guesses=64 if local.optimizer == "sgd" else 0, decayed=gone)
     if isinstance(ranked, inversion.Inapplicable):
         return {"reason": ranked.reason}
-    tokens = {i for e in training.clients[client].examples for i in template.encode(e).ids}
-    recall = inversion.recall(ranked, tokens, known={*template.prompt_ids(""), template.end})
+    known = {*template.prompt_ids(""), template.end}
+    own, held_out = (
+        {i for e in examples for i in template.encode(e).ids} - known
+        for examples in (training.clients[client].examples, training.dataset.test)
+    )
+    recall = inversion.recall(ranked, own, known=known)
     if not recall.tokens:
         return {"reason": "the client's examples hold no token beyond the prompt format"}
     hits = proportion(round(recall.recall * recall.tokens), recall.tokens)
-    return {**asdict(recall), "ci95": hits.ci95, "directions": ranked.directions}
+    # What every text of this kind is full of ranks high, too: tokens that held-out examples have and this client has not.
+    first = set([i for i in ranked.tokens.tolist() if i not in known][: recall.tokens])
+    others = held_out - own
+    control = _plain(share(len(others & first), len(others)))
+    return {**asdict(recall), "ci95": hits.ci95, "held_out": control, "directions": ranked.directions}
 
 
 def _told(training: Training, view: ServerView, client: str, on: Targets) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from fedloom.experiment import Dataset, Machine
 from fedloom.federation import Federation, Round
 from fedloom.leakage import leakage
 from fedloom.messages import ClientId
+from fedloom.transport.downlink import Downlink
 from fedloom.transport.in_process import InProcess
 
 INPUTS = "inputs.json"
@@ -89,12 +90,12 @@ class Training:
         def after_round(state: ServerState, seen: Round) -> None:
             nonlocal clock
             record = self._record(state, seen, seconds=time.monotonic() - clock)
-            self._commit(state, record)
+            self._commit(transport.downlink.into(state), record)
             listener.committed(record)
             clock = time.monotonic()
 
         how = self.experiment.transport
-        transport = InProcess(self.algorithm, self.machine.engine, self.clients, how.width, how.codec.build())
+        transport = InProcess(self.algorithm, self.machine.engine, self.clients, how.width, Downlink.of(state, how.codec.build()))
         federation = Federation(self.algorithm, transport, self.select, after_round, listener.updated)
         return federation.run(state, self.experiment.rounds)
 

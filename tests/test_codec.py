@@ -28,6 +28,7 @@ from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.transport import blocks, wire
 from fedloom.transport.codec import Bf16, Codec, Fp32, Int4, Int8
+from fedloom.transport.downlink import Downlink
 from fedloom.transport.error_feedback import still_owed, with_what_is_owed
 from fedloom.transport.in_process import InProcess
 from tests.fakes import FOUR, ToyEngine, numbers, state, training
@@ -319,21 +320,21 @@ def test_bytes_reported_are_those_of_the_messages(codec: Codec, monkeypatch: pyt
     monkeypatch.setattr(wire, "pack_update", weighed)
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
     broadcasts = {c: Broadcast(0, {"adapter": state(0.0, 0.0)}) for c in FOUR}
-    deliveries = list(InProcess(FedAvg(), ToyEngine(), clients, codec=codec).exchange(broadcasts))
+    deliveries = list(InProcess(FedAvg(), ToyEngine(), clients, downlink=Downlink(codec)).exchange(broadcasts))
     assert [d.bytes_up for d in deliveries] == sizes
 
 
 def test_the_server_averages_what_arrived_not_what_was_meant() -> None:
     codec = Int4(levels=1)  # with a single level every value becomes 0 or the largest of its block
     client = {"a": Client("a", (1.0,))}
-    transport = InProcess(FedAvg(), ToyEngine(start=(0.0, 0.6)), client, codec=codec)
+    transport = InProcess(FedAvg(), ToyEngine(start=(0.0, 0.6)), client, downlink=Downlink(codec))
     [delivery] = transport.exchange({"a": Broadcast(0, {"adapter": state(0.0, 0.6)})})
     assert numbers(delivery.update.delta) == [0.5, 0.0]  # meant were 0.5 and 0.2
 
 
 def test_a_round_that_fails_leaves_debts_as_they_were() -> None:
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
-    deliveries = InProcess(FedAvg(), ToyEngine(), clients, codec=Int4(levels=1, error_feedback=True)).exchange(
+    deliveries = InProcess(FedAvg(), ToyEngine(), clients, downlink=Downlink(Int4(levels=1, error_feedback=True))).exchange(
         {c: Broadcast(0, {"adapter": state(0.0, 0.6)}) for c in FOUR}
     )
     next(deliveries)
@@ -383,7 +384,7 @@ def test_debts_are_committed_with_the_round(tmp_path: Path) -> None:
 def test_what_diverged_is_refused_by_the_gate_under_a_codec_too() -> None:
     seen: list[Round] = []
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
-    transport = InProcess(FedAvg(), ToyEngine(poison={"b": math.nan}), clients, codec=Int4(error_feedback=True))
+    transport = InProcess(FedAvg(), ToyEngine(poison={"b": math.nan}), clients, downlink=Downlink(Int4(error_feedback=True)))
     federation = Federation(FedAvg(), transport, All(sorted(clients)), after_round=lambda _, r: seen.append(r))
     federation.run(FedAvg().init(state(0.0, 0.0)), 2)
     assert [r.refused for r in seen] == [{"b": "non-finite"}] * 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError
@@ -33,6 +33,34 @@ def unpack_broadcast(data: bytes) -> Broadcast:
     return Broadcast(fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"])
 
 
+def pack_versioned(message: Broadcast, steps: Sequence[Parts], codec: Codec, *, since: int | None, version: int) -> bytes:
+    """The adapter as coded steps from version `since` to `version`; as it is where `since` is None."""
+    fields = {
+        "kind": "broadcast", "round": message.round, "task": message.task,
+        "codec": codec.label, "since": since, "version": version,
+    }  # fmt: skip
+    states: dict[str, Parts] = {name: state for name, state in message.states.items() if since is None or name != "adapter"}
+    return _pack(fields, states | {f"step {version - len(steps) + n}": step for n, step in enumerate(steps, start=1)})
+
+
+def unpack_versioned(data: bytes, codec: Codec, held: Callable[[int], AdapterState]) -> tuple[Broadcast, int]:
+    """The broadcast and the version of its adapter; `held` is asked for the adapter the steps start from.
+
+    Raises RefusedUpdate("malformed", "schema" or "codec"), and whatever `held` raises for a version it has not.
+    """
+    fields, states = _unpack(data, "broadcast", {"round": int, "task": str, "version": int})
+    _check_codec(fields, codec, "broadcast")
+    since, version = fields.get("since"), fields["version"]
+    if since is not None:
+        if type(since) is not int or not since <= version <= since + len(states):
+            raise _malformed("broadcast", "its steps do not lead from version to version")
+        adapter = held(since)
+        for n in range(since + 1, version + 1):
+            adapter = adapter + codec.decode(states.pop(f"step {n}", {}), adapter)
+        states["adapter"] = dict(adapter)
+    return Broadcast(fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"]), version
+
+
 def pack_update(update: Update, codec: Codec = Fp32()) -> bytes:
     fields: dict[str, object] = {
         "kind": "update", "client": update.client, "weight": update.weight, "metrics": dict(update.metrics),
@@ -50,8 +78,7 @@ def unpack_update(data: bytes, codec: Codec = Fp32(), like: AdapterState = NOTHI
     of another codec, "keys" for states of other names or shapes than `like`, which no codec but Fp32 can tell.
     """
     fields, parts = _unpack(data, "update", {"client": str, "weight": int | float, "metrics": dict})
-    if (label := fields.get("codec", "")) != codec.label:
-        raise RefusedUpdate("codec", f"expected an update in codec {codec.label!r}, got {label!r}")
+    _check_codec(fields, codec, "update")
     if codec.label and fields.get("layouts") != dict.fromkeys(parts, layout(like)):
         raise RefusedUpdate("keys", "coded states have other names or shapes than the adapter that was broadcast")
     states = {name: codec.decode(coded, like) for name, coded in parts.items()}
@@ -94,6 +121,11 @@ def _unpack(
             raise _malformed(kind, f"tensor {key!r} belongs to no state")
         states[state][name] = tensor
     return fields, states
+
+
+def _check_codec(fields: Mapping[str, Any], codec: Codec, kind: str) -> None:
+    if (label := fields.get("codec", "")) != codec.label:
+        raise RefusedUpdate("codec", f"expected a fedloom {kind} in codec {codec.label!r}, got {label!r}")
 
 
 def _malformed(kind: str, why: str) -> RefusedUpdate:
