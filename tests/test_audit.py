@@ -90,6 +90,17 @@ def test_the_server_looks_at_the_client_with_the_fewest_examples(found: dict[str
     assert {"inversion", "membership"} <= server.keys() & server["aggregated"].keys()
 
 
+def test_tokens_are_counted_beside_those_that_only_held_out_examples_have(found: dict[str, Any], finished: Path) -> None:
+    experiment, read = load(finished), found["positions"]["server"]["inversion"]
+    data, template = load_data(experiment), load_machine(experiment).template
+    known = {*template.prompt_ids(""), template.end}
+    own, other = (
+        {i for e in examples for i in template.encode(e).ids} - known
+        for examples in (data.clients[found["positions"]["server"]["client"]], data.test)
+    )
+    assert (read["tokens"], read["held_out"]["of"]) == (len(own), len(other - own))
+
+
 def test_the_replayed_round_ends_in_the_released_adapter(finished: Path) -> None:
     experiment = load(finished)
     training = federated(experiment, load_data(experiment), load_machine(experiment), finished)
@@ -233,7 +244,7 @@ def test_the_command_exits_with_1_and_says_what_failed(finished: Path) -> None:
 def test_the_command_prints_its_table_and_where_the_file_lies(finished: Path) -> None:
     done = type_in("audit", finished, "--samples", "2", "--max-extraction", "0.999")
     assert done.code == 0
-    measures = ("extraction", "suffixes said", "unasked", "membership", "canaries", "another client", "server", "epsilon")
+    measures = ("extraction", "suffixes within", "unasked", "membership", "canaries", "another client", "server", "epsilon")
     assert [word for word in measures if word not in done.out] == []
     assert str(finished / "audit.json") in done.out
     assert "no proof of privacy" in done.out

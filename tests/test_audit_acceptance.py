@@ -1,6 +1,6 @@
 """scripts/audit_acceptance.py: its canaries are what the law of exposure asks for, and it can fail.
 
-The run itself takes minutes and is not here; docs/results.md has its figures.
+The run itself takes minutes and is not here; docs/audit.md has its figures.
 """
 
 from __future__ import annotations

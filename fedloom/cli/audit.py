@@ -97,7 +97,7 @@ def _public(public: Mapping[str, Any]) -> Iterator[Row]:
     more = said["memorised"]
     yield (
         "  beyond base and held out", f"{100 * more['mean']:+.1f}", "0", _interval(more["ci95"]),
-        _above(more["ci95"], 0.0, "training responses come back better", "no more than for prompts never seen"),
+        _above(more["ci95"], 0.0, "training responses come back better", "not clearly better than for prompts never seen"),
     )  # fmt: skip
     yield from _discoverable(public)
     talk, common = public["ranking"]["released"]["all"], public["ranking"]["base"]["all"]
@@ -120,12 +120,12 @@ def _public(public: Mapping[str, Any]) -> Iterator[Row]:
 def _discoverable(public: Mapping[str, Any]) -> Iterator[Row]:
     rows = public["discoverable"]
     for i, level in enumerate(rows["released"]["members"]["extractable"]):
-        name = f"suffixes said by {level['n']:,} samples (p = {level['p']:g})"
+        name = f"suffixes within {level['n']:,} sample{'s' if level['n'] > 1 else ''} (p = {level['p']:g})"
         shares = [rows[row][group]["extractable"][i]["share"] for row, group in (("released", "members"), ("base", "members"), ("released", "held_out"))]
         yield _three(name, shares)
     if "greedy" in public:
         rows = public["greedy"]
-        yield _three("suffixes said greedily", [rows["released"]["members"], rows["base"]["members"], rows["released"]["held_out"]])
+        yield _three("suffixes, greedily", [rows["released"]["members"], rows["base"]["members"], rows["released"]["held_out"]])
 
 
 def _three(name: str, shares: list[dict[str, Any] | None]) -> Row:
@@ -177,9 +177,11 @@ def _server(server: Mapping[str, Any]) -> Iterator[Row]:
         if "reason" in read:
             yield f"{whose} tokens", "-", "-", "", read["reason"]
         else:
-            high = read["chance"] + 3 * read["chance_sd"]
-            reading = f"{read['tokens']} distinct tokens; " + ("far above chance" if read["recall"] > high else "within chance")
-            yield f"{whose} tokens", _percent(read["recall"]), f"chance {_percent(read['chance'])}", _interval(read["ci95"]), reading
+            control = f"chance {_percent(read['chance'])}, held out {_share(read['held_out'])}"
+            others = read["held_out"]["value"] if read["held_out"] else 0.0
+            own = read["ci95"][0] > max(read["chance"] + 3 * read["chance_sd"], others)
+            reading = f"of {read['tokens']} tokens; {'its own can be told' if own else 'hardly more than any such text'}"
+            yield f"{whose} tokens", _percent(read["recall"]), control, _interval(read["ci95"]), reading
         if "reason" in told:
             yield f"{whose} membership", "-", "-", "", told["reason"]
         else:
