@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +56,7 @@ def generate_all(
     answers: dict[Hashable, list[list[int]]] = {
         key: [[] for _ in request.prompts] for key, request in requests.items()
     }
+    requests = _shared(requests)
     for wave in _waves(requests, width=max(1, DENSE_COLUMNS // engine.layout.spec.rank)):
         with engine.rows({id(requests[key].adapter): requests[key].adapter for key in wave}) as rows:
             prompts = [prompt for key in wave for prompt in _prompts(key, requests[key], rows, longest)]
@@ -235,6 +236,16 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
                     request.repetition_penalty, request.top_k,
                 )
             )  # fmt: skip
+    return found
+
+
+def _shared(requests: Mapping[Hashable, Generate]) -> dict[Hashable, Generate]:
+    """The requests with one object for equal adapters: a cohort that generates with what it received needs one row."""
+    seen: dict[str, AdapterState] = {}
+    found = dict(requests)
+    for key, request in requests.items():
+        if request.adapter is not None:
+            found[key] = replace(request, adapter=seen.setdefault(request.adapter.sha256(), request.adapter))
     return found
 
 

@@ -153,6 +153,22 @@ def test_more_adapters_than_fit_side_by_side_are_answered_in_waves():
     assert {i: together[i] for i in alone} == alone
 
 
+def test_equal_adapters_share_one_row(monkeypatch):
+    tuned = engine(llama())
+    adapter = moved(tuned.layout)
+    twin = AdapterState({name: tensor.clone() for name, tensor in adapter.items()})
+    rows, real = [], tuned.rows
+
+    def counted(adapters):
+        rows.append(len(adapters))
+        return real(adapters)
+
+    monkeypatch.setattr(tuned, "rows", counted)
+    answers = generate_all(tuned, {k: Generate([[3, 4, 5]], a, 8) for k, a in enumerate([adapter, twin, None])})
+    assert rows == [2]  # the adapter and the base
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_sampling_follows_the_models_probabilities():
     _, lora_engine, adapters = served("llama")
     [prompt] = prompts(1)
