@@ -80,9 +80,9 @@ def test_ppfedit_has_the_papers_confirmed_numbers(
     assert (options["shown"], options["trials"], options["temperature"]) == (8, 3, 0)
 
 
-def test_few_shot_medquad_shares_500_questions_of_every_kind_among_ten(shared: Path) -> None:
+def test_few_shot_medquad_shares_160_questions_of_every_kind_among_ten(shared: Path) -> None:
     data = load_data(load("fedpit-medquad", [f"data.path={shared / 'data' / 'medquad.jsonl.xz'}"]))
-    assert [len(own) for own in data.clients.values()] == [50] * 10
+    assert [len(own) for own in data.clients.values()] == [16] * 10
     assert len({e.category for own in data.clients.values() for e in own}) == 16
     assert data.table.distance > 0.2  # from everybody's mix: 0 would be IID
 
