@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from fedloom import rng
 from fedloom.config import Experiment
 from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import DataError
 from fedloom.experiment import load_data, load_template
-from fedloom.messages import Broadcast, Update
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
 from fedloom.transport import wire
+from fedloom.transport.codec import Codec
+from fedloom.transport.downlink import Downlink
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Plan:
     base_parameters: int
     adapter_parameters: int
     targets: int  # adapted layers
-    bytes_up: int  # of one client in one round
+    bytes_up: int  # of one client in one round, on average; where a codec uses zstd, for normally distributed deltas
     bytes_down: int
     rounds: int
     cohort: float  # clients in a round, on average
@@ -34,8 +41,10 @@ def plan(experiment: Experiment) -> Plan:
     model, tokenizer = models.skeleton(experiment.model.base, allow_download=experiment.model.allow_download)
     layout = AdapterLayout.of(model, experiment.adapter)
     adapter = layout.initial(experiment.seed)
-    down = len(wire.pack_broadcast(Broadcast(0, {"adapter": adapter})))
-    up = len(wire.pack_update(Update("client-000", {"delta": adapter}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0})))
+    codec: Codec = experiment.transport.codec.build()
+    noise = rng.stream(experiment.seed, "plan")
+    delta = adapter.map(lambda t: 1e-3 * torch.randn(t.shape, generator=noise, dtype=t.dtype))
+    up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
     base = models.count_parameters(model)
     try:
         dataset = load_data(experiment)
@@ -50,12 +59,33 @@ def plan(experiment: Experiment) -> Plan:
     except (DataError, OSError) as unread:
         data, clients = [f"not read: {unread}"], [f"client-{i:03d}" for i in range(experiment.data.clients or 1)]
     select = experiment.cohort.build(clients=clients, seed=experiment.seed)
-    cohort = fmean(len(select(r)) for r in range(experiment.rounds))
+    cohorts = [select(r) for r in range(experiment.rounds)]
+    cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
     width = min(experiment.transport.width, max(1, round(cohort)))
     return Plan(
         base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
         experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data,
     )  # fmt: skip
+
+
+def _bytes_down(adapter: AdapterState, delta: AdapterState, codec: Codec, cohorts: Sequence[Sequence[ClientId]]) -> int:
+    """To a client in a round, on average: less where it was there not long before."""
+    message = Broadcast(0, {"adapter": adapter})
+    if not codec.label:
+        return len(wire.pack_broadcast(message))
+    link = Downlink(codec)
+    while not link.first and link.newest < len(cohorts):  # until the first version is forgotten
+        adapter = adapter + delta
+        link.publish(adapter)
+    whole = len(link.pack(message, None))
+    missed = [len(link.pack(message, version)) for version in range(link.newest, link.first - 1, -1)]
+    seen: dict[ClientId, int] = {}
+    sizes = []
+    for now, cohort in enumerate(c for c in cohorts if c):
+        gaps = [now - seen[c] if c in seen else len(missed) for c in cohort]
+        sizes += [missed[gap] if gap < len(missed) else whole for gap in gaps]
+        seen.update(dict.fromkeys(cohort, now))
+    return round(fmean(sizes)) if sizes else whole
 
 
 def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int) -> float:

@@ -19,10 +19,13 @@ from hypothesis.extra.numpy import arrays
 from fedloom import checkpoint, journal
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
+from fedloom.config import Experiment, load
 from fedloom.errors import ConfigError, RefusedUpdate
+from fedloom.experiment import load_machine
 from fedloom.federation import Federation, Round
 from fedloom.gate import admit
 from fedloom.messages import Broadcast, Update
+from fedloom.plan import plan
 from fedloom.run import Listener, Training
 from fedloom.selection import All
 from fedloom.state import AdapterState
@@ -75,7 +78,7 @@ finite = st.floats(-1e6, 1e6, width=32)
 
 
 @given(arrays("float32", st.integers(1, 200), elements=finite))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize(("codec", "levels"), [(Int8(block=16), 127), (Int4(block=16), 5), (Int4(block=16, levels=7), 7)], ids=str)
 def test_a_value_is_off_by_half_a_step_of_its_block_at_most(codec: Any, levels: int, values: Any) -> None:
     x = torch.from_numpy(values)
@@ -389,3 +392,28 @@ def test_what_diverged_is_refused_by_the_gate_under_a_codec_too() -> None:
     federation.run(FedAvg().init(state(0.0, 0.0)), 2)
     assert [r.refused for r in seen] == [{"b": "non-finite"}] * 2
     assert "owed:delta" not in clients["b"].memory or clients["b"].memory["owed:delta"].is_finite()
+
+
+@pytest.mark.parametrize("codec", [{"name": "int8", "zstd": False}, {"name": "int4"}, {"name": "bf16"}], ids=str)
+def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
+    changes = ["model.base=random:llama", "data.examples=64", "data.hold_out=1", "rounds=3"]
+    experiment = load("quickstart", changes).with_(transport={"codec": codec})
+    made = codecs(experiment)
+    planned, adapter = plan(experiment), load_machine(experiment).engine.initial_adapter()
+    link, sizes = Downlink(made), []
+    for r in range(3):  # everybody in each round
+        link.publish(adapter + r * noise(adapter))
+        sizes.append(len(link.pack(Broadcast(r, {"adapter": adapter}), r - 1 if r else None)))
+    update = Update("client-000", {"delta": noise(adapter)}, 20.0, {"loss": 1.234567, "steps": 3, "tokens": 1234})
+    assert planned.bytes_up == pytest.approx(len(wire.pack_update(update, made)), rel=0.005)
+    assert planned.bytes_down == pytest.approx(sum(sizes) / 3, rel=0.005)
+
+
+def codecs(experiment: Experiment) -> Codec:
+    made: Codec = experiment.transport.codec.build()
+    return made
+
+
+def noise(like: AdapterState) -> AdapterState:
+    chance = torch.Generator().manual_seed(5)
+    return like.map(lambda t: torch.randn(t.shape, generator=chance))

@@ -60,7 +60,8 @@ class Bf16:
     error_feedback: bool = False
 
     def encode(self, state: AdapterState) -> Parts:
-        return {"values": torch.cat([torch.empty(0), *_flat(state)]).to(torch.bfloat16)}
+        nothing = torch.empty(0, dtype=torch.bfloat16)  # of no tensors, too, there is one
+        return {"values": torch.cat([nothing, *(t.flatten().to(torch.bfloat16) for t in state.values())])}
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
         _expect(parts, {"values": torch.bfloat16})
