@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def audit(
     say("the server")
     earlier = committed and _committed(home, saved.fingerprint(), before=committed.state.round)
     server = (
-        of_server(training, earlier, on)
+        of_server(training, earlier)
         if earlier
         else {"reason": f"the last two committed rounds are needed to replay one, and are not in {home.name}/state"}
     )
@@ -242,7 +243,7 @@ def code(example: Example) -> str:
     return found[1] if found else ""
 
 
-def of_server(training: Training, before: Checkpoint, on: Targets) -> dict[str, Any]:
+def of_server(training: Training, before: Checkpoint) -> dict[str, Any]:
     """The server reads one upload of the last round, of the client with the fewest examples: it tells most.
 
     Then the same with nothing but the mean of all uploads, as under secure aggregation.
@@ -259,7 +260,7 @@ def of_server(training: Training, before: Checkpoint, on: Targets) -> dict[str, 
     def seen(view: ServerView) -> dict[str, Any]:
         return {
             "inversion": _inverted(training, view, inputs, client, steps),
-            "membership": _told(training, view, client, on),
+            "membership": _told(training, view, client),
         }
 
     return {
@@ -312,12 +313,28 @@ def _inverted(
     return {**asdict(recall), "ci95": hits.ci95, "held_out": control, "directions": ranked.directions}
 
 
-def _told(training: Training, view: ServerView, client: str, on: Targets) -> dict[str, Any]:
-    own = draw({client: [e for e in training.dataset.clients[client] if not e.private]}, len(on.held_out), seed=0)
+def _told(training: Training, view: ServerView, client: str) -> dict[str, Any]:
+    data, most = training.dataset, training.experiment.audit.examples
+    own = draw({client: [e for e in data.clients[client] if not e.private]}, most, seed=training.experiment.seed)
     if not own:
         return {"reason": "the client has nothing but secrets"}
-    scores = inversion.membership(view, training.machine.engine, [*own, *on.held_out])
+    scores = inversion.membership(view, training.machine.engine, [*own, *in_the_mix_of(own, data)])
     return separation(scores[: len(own)], scores[len(own) :]).plain()
+
+
+def in_the_mix_of(own: Sequence[Example], data: Dataset) -> list[Example]:
+    """As many held-out examples as have the groups of `own` in its proportions; all, where no group is held out.
+
+    Else an update that teaches one kind of task would pass for one that betrays who was there.
+    """
+    wanted = Counter(getattr(e, data.by) for e in own)
+    held: dict[str, list[Example]] = {}
+    for e, group in zip(data.test, data.groups(), strict=True):
+        if group in wanted:
+            held.setdefault(group, []).append(e)
+    rate = min((len(examples) / wanted[group] for group, examples in held.items()), default=0.0)
+    alike = [e for group, examples in held.items() for e in examples[: max(1, round(rate * wanted[group]))]]
+    return alike or list(data.test)
 
 
 def of_synthesis(dataset: Dataset, memories: Mapping[str, Mapping[str, Any]], *, seed: int) -> dict[str, Any]:

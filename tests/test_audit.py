@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedloom import checkpoint
-from fedloom.audit import Limits, audit, best_auc, code, gate, of_synthesis, replay
+from fedloom.audit import Limits, audit, best_auc, code, gate, in_the_mix_of, of_synthesis, replay
 from fedloom.compare import federated
 from fedloom.config import load
 from fedloom.data.example import Example
@@ -99,6 +99,12 @@ def test_tokens_are_counted_beside_those_that_only_held_out_examples_have(found:
         for examples in (data.clients[found["positions"]["server"]["client"]], data.test)
     )
     assert (read["tokens"], read["held_out"]["of"]) == (len(own), len(other - own))
+
+
+def test_an_update_is_tried_on_held_out_examples_in_the_clients_own_mix() -> None:
+    data = dataset({"a": (1.0,)}, test=[1.0, 2.0, 3.0, 4.0, 6.0, 7.0])  # four are "low", two "high"
+    own = [say(0.5, "low"), *(say(x, "high") for x in (8.0, 9.0, 9.5, 9.75))]
+    assert [e.category for e in in_the_mix_of(own, data)] == ["low", "high", "high"]  # min(4/1, 2/4) = 1/2 of each, at least one
 
 
 def test_the_replayed_round_ends_in_the_released_adapter(finished: Path) -> None:
