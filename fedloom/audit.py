@@ -19,7 +19,7 @@ from typing import Any
 
 from fedloom import checkpoint
 from fedloom.attacks import cross_client, discoverable, inversion, ranking
-from fedloom.attacks.exposure import Exposure, Pool, exposures, p_value
+from fedloom.attacks.exposure import CHANCE, Exposure, Pool, exposures, p_value
 from fedloom.attacks.extraction import draw, extract
 from fedloom.attacks.intervals import proportion
 from fedloom.attacks.measures import share, with_base
@@ -383,7 +383,7 @@ def gate(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     public, server = found["positions"]["public"], found["positions"]["server"]
     known, read = public["exposure"], server.get("inversion", server)
     measured: Mapping[str, tuple[float | None, Any]] = {  # limit, and the value or why there is none
-        "exposure": (limits.exposure, known["reason"] if "reason" in known else known[RELEASED]["calibrated"]["planted"]["mean"]),
+        "exposure": (limits.exposure, known["reason"] if "reason" in known else most_exposed(known)),
         "auc": (limits.auc, best_auc(public["membership"])[1]),
         "extraction": (limits.extraction, public["extraction"][RELEASED]["memorised"]["mean"]),
         "recall": (limits.recall, read["reason"] if "reason" in read else read["recall"]),
@@ -397,6 +397,18 @@ def gate(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         else:
             lines.append({"measure": name, "limit": limit, "value": value, "passed": value <= limit})
     return {"gate": lines, "passed": all(line["passed"] for line in lines) if lines else None}
+
+
+def most_exposed(rows: Mapping[str, Any]) -> float:
+    """Mean bits known of a planted canary, by the score that shows more of it.
+
+    Where a base's opinion of a secret is noise, comparing with it hides what the bare loss shows. By the loss,
+    what the base gives the planted ones beyond chance is luck of the draw, and is taken off.
+    """
+    calibrated, bare, base = (
+        float(rows[row][score]["planted"]["mean"]) for row, score in ((RELEASED, "calibrated"), (RELEASED, "loss"), ("base", "loss"))
+    )
+    return max(calibrated, bare - max(0.0, base - CHANCE))
 
 
 def best_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:

@@ -49,6 +49,7 @@ from fedloom.state import AdapterState
 
 RESULT = "result.json"  # of one seed; written last
 SAMPLES = 3  # generated texts kept for each fate
+POLL = 1.0  # seconds between looks at the journals
 
 
 def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
@@ -179,7 +180,7 @@ def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Pr
                 process.start()
                 there.close()
                 running[seed] = (process, here)
-            connection.wait([p.sentinel for p, _ in running.values()], timeout=0.5)
+            connection.wait([p.sentinel for p, _ in running.values()], timeout=POLL)
             for seed in [seed for seed, (process, _) in running.items() if process.exitcode is not None]:
                 process, here = running.pop(seed)
                 _check(seed, process, here)
@@ -201,20 +202,24 @@ def _check(seed: Path, process: BaseProcess, here: Connection) -> None:
 
 
 def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experiment]:
-    seeds = range(experiment.seed, experiment.seed + experiment.compare.seeds)
-    return {folder / f"seed-{seed}": experiment.with_(seed=seed) for seed in seeds}
+    return {name: experiment.with_(seed=seed) for name, seed in _names(experiment, folder).items()}
+
+
+def _names(experiment: Experiment, folder: Path) -> dict[Path, int]:
+    return {folder / f"seed-{seed}": seed for seed in range(experiment.seed, experiment.seed + experiment.compare.seeds)}
 
 
 def progress(experiment: Experiment, folder: Path) -> Progress:
     rounds, finished, latest = 0, 0, ""
-    for seed in seed_folders(experiment, folder):
+    rows = list(trainings(experiment))
+    for seed in _names(experiment, folder):
         finished += (seed / RESULT).exists()
-        for row in trainings(experiment):
+        for row in rows:
             done = len(journal.read(seed / row / "metrics.jsonl"))
             rounds += max(0, done - 1)
             if 0 < done <= experiment.rounds:
                 latest = f"{seed.name} {row} round {done}"
-    return Progress(rounds, len(trainings(experiment)) * experiment.rounds * experiment.compare.seeds, finished, latest)
+    return Progress(rounds, len(rows) * experiment.rounds * experiment.compare.seeds, finished, latest)
 
 
 class _WithParent(Listener):

@@ -1,6 +1,6 @@
 """Make a federation learn secrets by heart, without any defence, and see whether the audit says so.
 
-    python scripts/audit_acceptance.py ../shared/models/stories260K
+    python scripts/audit_acceptance.py path/to/stories260K
 
 Four clients with 25 stories each, told by the base model itself, and 16 canaries of 24 random words; FedAvg of
 LoRA factors of rank 32 on all linear maps, one local epoch of Adam in each of 64 rounds. 64 canaries in, 64

@@ -1,6 +1,6 @@
 """Pretrain the embedded base model and its tokenizer: a tiny Llama, on CPU in under an hour, from a seed.
 
-    python scripts/pretrain_tiny.py --english ../shared/data --out fedloom/embedded
+    python scripts/pretrain_tiny.py --english FOLDER --out fedloom/embedded
 
 It reads ordinary English (Wikipedia articles as `wiki_en_*.jsonl.xz` with a `text` field, novels as
 `novels.tar.xz`) and generates the rest: prose about the microworld, numbered lists of worked tasks in

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from fedloom import checkpoint
-from fedloom.audit import Limits, audit, best_auc, code, gate, in_the_mix_of, of_synthesis, replay
+from fedloom.audit import (
+    Limits,
+    audit,
+    best_auc,
+    code,
+    gate,
+    in_the_mix_of,
+    most_exposed,
+    of_synthesis,
+    replay,
+)
 from fedloom.compare import federated
 from fedloom.config import load
 from fedloom.data.example import Example
@@ -258,3 +268,19 @@ def test_the_command_prints_its_table_and_where_the_file_lies(finished: Path) ->
 
 def test_a_run_that_is_nowhere_is_a_mistake_and_no_failed_gate(tmp_path: Path) -> None:
     assert "nowhere" in refused("audit", tmp_path / "nowhere", "--max-auc", "0.6")
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "bare", "base", "value"),
+    [
+        (5.0, 2.0, 1.0, 5.0),
+        (2.0, 5.0, 1.0, 5.0),  # a base below chance is not credited
+        (2.0, 5.0, 2.4427, 4.0),  # 5 - (2.4427 - 1.4427)
+    ],
+)
+def test_the_gate_takes_the_score_by_which_a_canary_shows_most(calibrated: float, bare: float, base: float, value: float) -> None:
+    def row(**means: float) -> dict[str, Any]:
+        return {score: {"planted": {"mean": mean}} for score, mean in means.items()}
+
+    rows = {"released": row(calibrated=calibrated, loss=bare), "base": row(calibrated=0.0, loss=base)}
+    assert most_exposed(rows) == pytest.approx(value, abs=1e-4)
