@@ -30,8 +30,8 @@ def quantise(tensors: Sequence[Tensor], *, bits: int, block: int, levels: int) -
     sizes = [t.numel() for t in tensors]
     n_codes, n_scales = room(sizes, bits=bits, block=block)
     largest, codes = torch.empty(n_scales), np.empty(n_codes, np.uint8)
-    rows, half = max(1, CHUNK // block), 1 << (bits - 1)
-    work, whole = torch.empty(rows, block), np.empty((rows, block), np.uint8)
+    half, work = 1 << (bits - 1), _buffer(sizes, block)
+    whole = np.empty(work.shape, np.uint8)
     for i, start, n, _, row in _pieces(sizes, bits, block):
         x = _rows(tensors[i][start : start + n], block)
         torch.amax(torch.abs(x, out=work[: len(x)]), 1, out=largest[row : row + len(x)])
@@ -56,7 +56,7 @@ def restore(codes: Codes, scales: Scales, sizes: Sequence[int], *, bits: int, bl
     """All tensors end to end, float32."""
     flat = torch.empty(sum(sizes))
     steps = torch.from_numpy(scales).view(torch.bfloat16).float()[:, None]
-    work = torch.zeros(max(1, CHUNK // block), block)
+    work = _buffer(sizes, block)
     done = 0
     for _, _, n, byte, row in _pieces(sizes, bits, block):
         part = codes[byte : byte - (-n * bits // 8)]
@@ -67,6 +67,11 @@ def restore(codes: Codes, scales: Scales, sizes: Sequence[int], *, bits: int, bl
         flat[done : done + n] = w.view(-1)[:n]
         done += n
     return flat
+
+
+def _buffer(sizes: Sequence[int], block: int) -> Tensor:
+    """Room for a chunk, or for the largest tensor where that is less."""
+    return torch.zeros(min(max(1, CHUNK // block), -(-max(sizes, default=0) // block)), block)
 
 
 def _rows(x: Tensor, block: int) -> Tensor:
