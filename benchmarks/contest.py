@@ -161,7 +161,7 @@ class Report:
     title: str
     scale: str
     rows: list[Row]  # the peer first
-    equality: dict[str, float | str]
+    equality: Mapping[str, Any]
     workload: dict[str, Any]
     goals: dict[str, float] = field(default_factory=dict)  # contestant -> ratio aimed at
     notes: list[str] = field(default_factory=list)

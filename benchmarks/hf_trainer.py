@@ -94,7 +94,8 @@ def fit(
     collator: Any = transformers.DataCollatorForSeq2Seq(
         tokenizer, pad_to_multiple_of=None if setting.response_only else 8, return_tensors="pt", padding=True
     )
-    collator = Recorder(collator, consumed := [])
+    consumed: list[tuple[int, ...]] = []
+    collator = Recorder(collator, consumed)
     trainer = transformers.Trainer(
         model=peft,
         args=arguments(setting, folder),

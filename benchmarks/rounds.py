@@ -7,7 +7,7 @@ steps on the same batches. Examples arrive as text: turning them into tokens is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,7 +112,7 @@ def by_fedloom(
     outcome = Outcome(start.to(torch.promote_types(model.dtype, torch.float32)), Stopwatch())
     with outcome.watch.running():
         for number, cohort in enumerate(rounds):
-            fits = {c: Fit(outcome.adapter, e, stream=(c, number)) for c, e in enumerate(cohort)}
+            fits: dict[Hashable, Any] = {c: Fit(outcome.adapter, e, stream=(c, number)) for c, e in enumerate(cohort)}
             fitted = machine.answer(fits)
             shares = peer.shares[number]
             outcome.adapter = weighted([fitted[c].adapter for c in fits], shares)

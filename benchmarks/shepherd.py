@@ -74,7 +74,7 @@ def run(
             patch.object(datasets.config, "HF_DATASETS_OFFLINE", True),
         ):
             datasets.disable_progress_bars()
-            main = importlib.import_module("main")
+            main: Any = importlib.import_module("main")
             with_adapter, made, running = main.get_peft_model, [], outcome.watch.running()
 
             def begin(*args: Any) -> Any:

@@ -150,7 +150,8 @@ def llama(size: str, dtype: torch.dtype = torch.float32) -> Any:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 def later_adapter(layout: AdapterLayout, dtype: torch.dtype) -> AdapterState:
