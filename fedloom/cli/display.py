@@ -31,6 +31,7 @@ TITLES = {
     "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "loss": "loss ↓",
     "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership ↓\nAUC",
 }  # fmt: skip
+DROPPED_FIRST = ("auc", "exact", "rouge_l", "extraction", "loss", "exposure", "rule")  # where a terminal is narrow
 ORDER = ("rule", "rouge_l", "exact", "loss")
 BESIDE_LEAKAGE = 2  # metrics of quality that a terminal has room for where leakage is shown, too
 
@@ -148,28 +149,36 @@ class CompareDisplay:
 
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """The result table, what its differences show, and where everything lies."""
-    out.print(results_table(summary))
+    out.print(results_table(summary, out.width))
     for line in differences(summary):
         out.print(escape(line), highlight=False, soft_wrap=True)
     out.print(f"Report:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"Adapter: {folder / 'adapter'}  (try: fedloom chat {folder})", highlight=False, soft_wrap=True)
 
 
-def results_table(summary: Mapping[str, Any]) -> Table:
-    """Every named row; those of a method's best client, and further metrics of quality, are left to the page."""
-    seeds = len(findings.seeds(summary))
+def results_table(summary: Mapping[str, Any], width: int) -> Table:
+    """Every named row, and as many metrics as fit into `width`; a method's best clients are left to the page."""
     leaks = findings.leaks(summary)
     quality = [m for m in findings.metrics(summary) if m in ORDER]
-    shown = quality[:BESIDE_LEAKAGE] if leaks else quality
+    shown = [*(quality[:BESIDE_LEAKAGE] if leaks else quality), *leaks]
+    table = _results_table(summary, shown)
+    while len(shown) > 2 and out.measure(table, options=out.options.update(width=1000)).maximum > width:
+        shown.remove(next(m for m in DROPPED_FIRST if m in shown))
+        table = _results_table(summary, shown)
+    return table
+
+
+def _results_table(summary: Mapping[str, Any], shown: Sequence[str]) -> Table:
+    seeds = len(findings.seeds(summary))
     table = Table(title=f"{summary['name']}: held-out examples, {seeds} seed{'s' if seeds > 1 else ''}"
                   + (", mean ± 95% interval" if seeds > 1 else ""), title_justify="left")  # fmt: skip
-    table.add_column("row")
-    table.add_column("model")
-    for metric in (*shown, *leaks):
+    table.add_column("row", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    for metric in shown:
         table.add_column(TITLES[metric], justify="right", no_wrap=True)
     own = findings.own(summary)
     for name in _named(summary) or findings.single_clients(summary):
-        entries = [findings.entry(summary, name, m) for m in (*shown, *leaks)]
+        entries = [findings.entry(summary, name, m) for m in shown]
         cells = ["-" if e is None else f"{findings.value(e['metric'], e['mean'])} {findings.half_width(e['metric'], e['ci95'])}".strip() for e in entries]
         title = f"federated ({own})" if name == "federated" else escape(name)
         table.add_row(title, model_of(name), *cells, style="bold" if name == "federated" else "")
