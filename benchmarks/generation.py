@@ -73,7 +73,7 @@ def by_hugging_face(peft: Any, given: Round, *, width: int | None) -> Answers:
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part])
             with torch.no_grad():
                 out = peft.generate(
-                    input_ids=ids, attention_mask=mask, do_sample=False, use_cache=True, pad_token_id=0,
+                    input_ids=ids.to(peft.device), attention_mask=mask.to(peft.device), do_sample=False, use_cache=True, pad_token_id=0,
                     max_new_tokens=given.new, min_new_tokens=given.new,
                 )  # fmt: skip
             mine += out[:, longest:].tolist()

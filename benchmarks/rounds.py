@@ -41,6 +41,7 @@ class Setting:
     response_only: bool = False
     group_by_length: bool = False
     checkpointing: bool = False
+    tokens_per_pass: int = 4096  # of fedloom's engine
     steps: int | None = None  # optimizer steps of a client; None: one epoch
 
     @property
@@ -96,7 +97,7 @@ def arranged(examples: Sequence[Example], local: LocalTraining, stream: tuple[st
 
 
 def engine(model: Any, setting: Setting, encode: Encode) -> LoraEngine:
-    return LoraEngine.build(model, encode, lora=setting.lora, local=setting.local, path="fast")
+    return LoraEngine.build(model, encode, lora=setting.lora, local=setting.local, path="fast", tokens_per_pass=setting.tokens_per_pass)
 
 
 def by_fedloom(

@@ -34,6 +34,7 @@ SIZES = {  # hidden, layers, heads, intermediate, vocabulary, tied embeddings
     "5M": (192, 6, 6, 512, 8192, False),
     "15M": (288, 6, 6, 768, 32000, True),
     "30M": (384, 10, 6, 1024, 32000, True),
+    "7B": (4096, 32, 32, 11008, 32000, False),
 }
 TASK = "Below is an instruction that describes a task"
 ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -133,8 +134,8 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
 
 
-def llama(size: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A Llama of random weights, the same in every dtype but for rounding."""
+def llama(size: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu") -> Any:
+    """A Llama of random weights; on a CPU the same in every dtype but for rounding, elsewhere made there in `dtype`."""
     hidden, layers, heads, intermediate, vocabulary, tied = SIZES[size]
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -150,7 +151,13 @@ def llama(size: str, dtype: torch.dtype = torch.float32) -> Any:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if device == "cpu" else dtype)
+    try:
+        with torch.device(device):
+            model: Any = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
     return model.to(dtype).eval()
 
 
