@@ -74,7 +74,7 @@ def _table(found: Mapping[str, Any]) -> Table:
     table = Table(title=f"{found['name']}: what can be learnt from it", title_justify="left")
     for name, justify in (("measure", "left"), ("model", "right"), ("control", "right"), ("95% interval", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("reading")
+    table.add_column("reading", min_width=12)
     positions = found["positions"]
     for part in (_public(positions["public"]), _client(positions["client"]), _server(positions["server"]),
                  _synthesis(found["synthesis"]), _one_run(found["one_run"])):  # fmt: skip
@@ -147,6 +147,8 @@ def _exposure(exposure: Mapping[str, Any]) -> Iterator[Row]:
         f"canaries: mean exposure of {len(planted['bits'])}", f"{planted['mean']:.2f} bits", f"held out {held['mean']:.2f}", f"at most {known['ceiling']:.0f}",
         f"learnt (p = {planted['p_value']:.2g})" if known["leaks"] else f"cannot be told from unseen ones (p = {planted['p_value']:.2g})",
     )  # fmt: skip
+    bare, base = exposure["released"]["loss"]["planted"], exposure["base"]["loss"]["planted"]
+    yield "  by the bare loss", f"{bare['mean']:.2f} bits", f"base {base['mean']:.2f}", "", ""
     for group in exposure["by_copies"]:
         name = f"  {group['copies']} {'copy' if group['copies'] == 1 else 'copies'} each"
         yield name, f"{group['mean']:.2f} bits", "unseen 1.44", "", f"p = {group['p_value']:.2g}"

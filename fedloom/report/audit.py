@@ -175,6 +175,8 @@ def _exposure(exposure: Mapping[str, Any]) -> Iterator[Line]:
         f"learnt {sure}" if known["leaks"] else f"not told from secrets never seen {sure}",
         bool(known["leaks"]),
     )
+    bare, base = exposure["released"]["loss"]["planted"], exposure["base"]["loss"]["planted"]
+    yield Line("By the bare loss, without the base's", f"{bare['mean']:.2f} bits", f"base {base['mean']:.2f}", "", "")
     for group in exposure["by_copies"]:
         copies = f"planted {group['copies']} times" if group["copies"] > 1 else "planted once"
         yield Line(

@@ -247,7 +247,7 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
     shapes, notes = _chance(metric, vertical=False)
     return figures.figure(
         traces,
-        height=360,
+        height=360 + 20 * len(curves),  # the legend takes a line a row
         hovermode="x unified",
         showlegend=True,
         shapes=shapes,

@@ -237,8 +237,10 @@ def audited() -> dict[str, Any]:
                         "calibrated": {
                             "planted": exposed([6.5, 7.0, 3.2, 5.0], 0.0001), "held_out": exposed([0.2, 0.7, 1.5, 2.5], 0.6),
                             "ceiling": 7.0, "leaks": True,
-                        }
+                        },
+                        "loss": {"planted": exposed([4.5, 6.0, 2.2, 4.0], 0.001)},
                     },
+                    "base": {"loss": {"planted": exposed([0.5, 1.0, 1.5, 2.0], 0.4)}},
                     "by_copies": [{"copies": 2, "canaries": 4, "mean": 5.4, "p_value": 0.0001}],
                 },
             },
