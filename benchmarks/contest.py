@@ -202,7 +202,7 @@ def cells(report: Report) -> list[list[str]]:
 def printed(report: Report) -> str:
     table = [list(HEADER), *cells(report)]
     widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-    lines = [f"{report.id}, {report.scale}: {report.title}", f"  equal: {_pairs(report.equality)}"]
+    lines = [f"{report.id}{'' if report.scale == 'real' else ', a tiny copy'}: {report.title}", f"  equal: {_pairs(report.equality)}"]
     lines += [f"  work: {_pairs(report.workload)}"]
     lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table]
     return "\n".join(lines + [f"  {note}" for note in report.notes])
