@@ -178,7 +178,7 @@ def test_secrets_known_by_heart_are_fully_exposed_and_their_twins_are_not() -> N
         assert tuned.planted.mean == pytest.approx(tuned.ceiling, abs=0.1), score
         assert tuned.planted.leaks
         assert tuned.planted.p_value is not None
-        assert tuned.planted.p_value < 1e-9
+        assert tuned.planted.p_value < 1e-6  # six canaries of seven bits
         assert not tuned.held_out.leaks
     base = found["base"]["loss"].planted.p_value
     assert base is not None
