@@ -187,7 +187,7 @@ class Model(Section):
     base: str = "embedded"  # "embedded", "random:llama", a folder, or a Hugging Face id
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    quantize: Literal["none", "8bit", "4bit"] = "none"  # needs the extra "quant"
+    quantize: Literal["none", "8bit", "4bit", "fp8"] = "none"  # 8bit, 4bit: with the extra "quant"
     allow_download: bool = False  # a Hugging Face id that is not in the local cache
     checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
     tokens_per_pass: int = Field(4096, gt=0)  # how many tokens run together; changes no result but by rounding

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedloom.engine.layout import AdapterLayout, Target
+from fedloom.engine.runs import Runs
 from fedloom.state import AdapterState
 
 
@@ -46,29 +47,34 @@ class RowGroup:
         self.bank = bank
         self.rows = tuple(rows)
         self._index = torch.tensor(self.rows, dtype=torch.long, device=bank.params.device)
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[tuple[str, float], tuple[Tensor, Tensor]] = {}
+        self._runs: tuple[Tensor, Runs] | None = None
 
     @property
     def width(self) -> int:
         """Columns of all rows together."""
         return len(self.rows) * self.bank.layout.spec.rank
 
-    def factors(self, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (rows*r, in) and B (out, rows*r); the scale is already in B."""
-        if target.name not in self._factors:
-            flat = self.bank.params
-            a = target.a(flat).index_select(0, self._index).flatten(0, 1)  # (k*r, in)
-            b = target.b(flat).index_select(0, self._index)  # (k, out, r)
-            b = b.permute(1, 0, 2).flatten(1) * target.scale  # (out, k*r)
-            self._factors[target.name] = (a.to(dtype), b.to(dtype))
-        return self._factors[target.name]
+    def runs(self, owner: Tensor) -> Runs:
+        """The tokens of `owner` row by row. Remembers the last: each layer of a pass asks for the same."""
+        if self._runs is None or self._runs[0] is not owner:
+            self._runs = owner, Runs.of(owner, len(self.rows))
+        return self._runs[1]
 
-    def add_gradient(self, target: Target, da: Tensor, db: Tensor) -> None:
-        """Add the gradients of `factors` to the bank: da (k*r, in), db (out, k*r)."""
+    def factors(self, target: Target, dtype: torch.dtype, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+        """A (k, r, in) and B (k, out, r), of which B holds the scale times `gain`; B's memory is (out, k, r)."""
+        key = target.name, gain
+        if key not in self._factors:
+            flat = self.bank.params
+            a = target.a(flat).index_select(0, self._index)
+            b = target.b(flat).index_select(0, self._index) * (target.scale * gain)
+            beside = b.transpose(0, 1).to(dtype)
+            self._factors[key] = a.to(dtype), beside.contiguous().transpose(0, 1)
+        return self._factors[key]
+
+    def add_gradient(self, target: Target, da: Tensor, db: Tensor, gain: float = 1.0) -> None:
+        """Add the gradients of `factors` with that gain to the bank: da (k, r, in), db (k, out, r)."""
         grads = self.bank.grads
         assert grads is not None
-        k, r = len(self.rows), target.rank
-        da = da.view(k, r, target.inputs).to(grads.dtype)
-        db = db.view(target.outputs, k, r).permute(1, 0, 2).to(grads.dtype) * target.scale
-        target.a(grads).index_add_(0, self._index, da)
-        target.b(grads).index_add_(0, self._index, db)
+        target.a(grads).index_add_(0, self._index, da.to(grads.dtype))
+        target.b(grads).index_add_(0, self._index, db.to(grads.dtype) * (target.scale * gain))

@@ -26,11 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as remarks
 
 from fedloom import rng
+from fedloom.engine import fp8
 from fedloom.errors import ModelError
 
 DType = Literal["auto", "float32", "bfloat16", "float64"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Quantize = Literal["8bit", "4bit"]
+Quantize = Literal["8bit", "4bit", "fp8"]
 
 RANDOM = (
     "llama",
@@ -68,7 +69,7 @@ def load_base(
     place = _device(device)
     number = _dtype(dtype, place)
     folder = base_folder(name, allow_download=allow_download)
-    if quantize is not None and (folder is None or not find_spec("bitsandbytes")):
+    if quantize in ("8bit", "4bit") and (folder is None or not find_spec("bitsandbytes")):
         missing = (
             "a trained model" if folder is None else "the package bitsandbytes: pip install 'fedloom[quant]'"
         )
@@ -81,7 +82,10 @@ def load_base(
             config = _load_config(folder)
             tokenizer = _load_tokenizer(folder)
             model = _load_model(folder, config, number, place, quantize)
-    model = model if quantize else model.to(device=place, dtype=number)
+    if quantize in (None, "fp8"):
+        model = model.to(device=place, dtype=number)
+    if quantize == "fp8":
+        fp8.quantise(model)
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > rows:
         raise ModelError(
@@ -164,7 +168,7 @@ def _load_model(
     for file in _weight_files(folder):
         _open(file)
     options: dict[str, Any] = {"dtype": dtype}
-    if quantize:
+    if quantize in ("8bit", "4bit"):
         # One remark per layer and forward on the precision it computes in.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["device_map"] = {"": device}

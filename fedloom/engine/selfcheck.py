@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedloom.engine import fp8
 from fedloom.engine.attention import Blocks
 from fedloom.engine.bank import AdapterBank
 from fedloom.engine.dropout import Dropout, token_keys
@@ -21,6 +22,7 @@ _ROPES = ("dynamic", "longrope")  # they turn by the longest position in the bat
 _LAYERS = ("full_attention", "sliding_attention")
 
 
+@fp8.whole_weights()
 def mismatch(
     packed: PackedModel,
     reference: ReferenceModel,

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
+from fedloom.engine.fp8 import Fp8Linear
 from fedloom.engine.models import RANDOM, base_folder, base_hash, count_parameters, load_base
 from fedloom.errors import ModelError
 
@@ -234,6 +235,13 @@ def test_an_unknown_random_kind_names_the_known_ones():
 def test_quantising_a_random_model_is_refused():
     with pytest.raises(ModelError, match="trained model"):
         load_base("random:llama", quantize="4bit")
+
+
+def test_fp8_needs_neither_a_package_nor_training():
+    model, _ = load_base("random:llama", quantize="fp8", dtype="bfloat16", device="cpu")
+    layer = model.model.layers[0]
+    assert type(layer.mlp.up_proj) is type(layer.self_attn.q_proj) is Fp8Linear
+    assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_quantising_without_its_package_names_the_extra(saved, monkeypatch):
