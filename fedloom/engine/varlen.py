@@ -22,9 +22,9 @@ try:
     import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 
     _ARGUMENTS = torch.ops.torch_attn._varlen_attn.default._schema.arguments
-    _KERNEL = "enable_gqa" in {argument.name for argument in _ARGUMENTS}
+    _KERNEL = "window_size" in {argument.name for argument in _ARGUMENTS}
 except ImportError:
-    _KERNEL = False  # an older torch
+    _KERNEL = False  # before torch 2.11
 
 Prefix = tuple[int, int]  # where it starts in the row, and its length; length 0: none
 
@@ -124,7 +124,7 @@ class _Varlen(torch.autograd.Function):
         ctx.how = (longest_query, longest_key, left < 0)
         ctx.scale, ctx.window = scale, [left, 0]
         out, lse, state = torch.ops.torch_attn._varlen_attn(
-            query, key, value, query_ends, key_ends, *ctx.how, scale, ctx.window, True
+            query, key, value, query_ends, key_ends, *ctx.how, scale, ctx.window
         )
         ctx.save_for_backward(query, key, value, out, lse, query_ends, key_ends, state)
         return out
