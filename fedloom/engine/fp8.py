@@ -98,7 +98,7 @@ class _Product(torch.autograd.Function):
 def quantise(model: Any) -> None:
     """Put every linear map of `model` but its output head into 8 bits, in place, one after the other.
 
-    Those whose sizes are no multiples of 16 stay as they are. Raises ModelError, the model untouched, where that
+    Those whose sizes are no multiples of 16 stay as they are. Raises ModelError, with the reason, where that
     would not be what was asked for.
     """
     if any(isinstance(module, Conv1D) for module in model.modules()):
@@ -119,6 +119,7 @@ def quantise(model: Any) -> None:
         raise ModelError(f'quantize="fp8": {reason}; leave quantize out.')
 
 
+@torch.no_grad()
 def _mismatch(linears: list[Fp8Linear]) -> str | None:
     """Do the products in 8 bits what those with whole weights do? Asked of one map of each size."""
     for size, linear in {linear.weight.shape: linear for linear in linears}.items():
@@ -127,7 +128,10 @@ def _mismatch(linears: list[Fp8Linear]) -> str | None:
             x = torch.randn(4 * _STEP, width, generator=stream).to(linear.weight.device, torch.bfloat16)
             if not has_product(x):
                 return None
-            got = multiply(x)
+            try:
+                got = multiply(x)
+            except RuntimeError as error:
+                return f"this device does not multiply {tuple(size)}: {str(error).splitlines()[0]}"
             with whole_weights():
                 wanted = multiply(x)
             off = float((got - wanted).norm() / wanted.norm())
@@ -175,7 +179,7 @@ def has_product(x: Tensor) -> bool:
 def _multiply(x: Tensor, codes: Tensor, scale: Tensor, channels: Tensor | None = None) -> Tensor:
     """x (T, K), first times `channels` (1, K), and codes (N, K) with scale (N, 1) -> (T, N)."""
     quantised = _fused() if x.is_cuda else _quantised
-    mine, by_token = quantised(x.contiguous(), channels)
+    mine, by_token = quantised(x.detach().contiguous(), channels)
     # Fast accumulation keeps 14 bits of a product of two numbers of 4: nothing is lost by it.
     return torch._scaled_mm(mine, codes.t(), by_token, scale.t(), out_dtype=x.dtype, use_fast_accum=True)
 
@@ -184,10 +188,9 @@ def _quantised(x: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tenso
     """e4m3 numbers like x (N, K), and what each row of them is to be multiplied with: (N, 1) float32."""
     if channels is not None:
         x = x * channels.to(x.dtype)
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).clamp_min(1e-12)
-    # The factor in x's own dtype: x needs no wider copy, and the scale undoes the very factor that was used.
-    factor = (_LARGEST / largest).to(x.dtype)
-    return (x * factor).to(E4M3), factor.float().reciprocal()
+    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).float().clamp_min(1e-12)
+    factor = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))  # a power of two: x is rounded once, to e4m3
+    return (x * factor.to(x.dtype)).to(E4M3), factor.reciprocal()
 
 
 @lru_cache(maxsize=1)

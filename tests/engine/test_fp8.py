@@ -143,6 +143,15 @@ def test_a_device_that_multiplies_wrongly_is_refused(in_8_bits, monkeypatch):
         fp8.quantise(llama(torch.bfloat16))
 
 
+def test_a_device_that_does_not_multiply_is_refused(in_8_bits, monkeypatch):
+    def broken(*args, **how):
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", broken)
+    with pytest.raises(ModelError, match="no kernel image; leave quantize out"):
+        fp8.quantise(llama(torch.bfloat16))
+
+
 def test_what_cannot_be_quantised_is_refused(monkeypatch):
     with pytest.raises(ModelError, match="GPT2LMHeadModel is made of Conv1D"):
         fp8.quantise(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)))
@@ -170,4 +179,4 @@ def test_a_gpu_multiplies_as_the_cpu_does():
     assert 0.01 < off(got[0].cpu(), wanted[0]) < 0.06
     assert 0.01 < off(got[1].cpu(), wanted[1]) < 0.06
     fused, slow = fp8._fused()(x.cuda(), None), fp8._quantised(x.cuda(), None)
-    assert off(fused[0].float() * fused[1], slow[0].float() * slow[1]) < 0.01
+    assert off(fused[0].float() * fused[1], slow[0].float() * slow[1]) < 0.02
