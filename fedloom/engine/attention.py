@@ -1,4 +1,4 @@
-"""Each example of a packed batch attends to itself only.
+"""Each example of a packed batch attends to itself, and to the prefix it shares with others, only.
 
 Registered with transformers under `NAME`. The packed batch arrives as an argument of the model's forward, is
 handed down by the model, and so is the same when a layer is recomputed. Sliding windows, score softcaps,
@@ -8,6 +8,7 @@ grouped keys and any scale are honoured; what this function does not know it ref
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,11 +16,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fedloom.engine import varlen
 from fedloom.errors import ModelError
 
 NAME = "fedloom"
 DENSE_LENGTH = 512  # longest example for which all scores are kept; beyond it, flash kernels
+PART_LENGTH = 128  # queries at a time, from twice as many on
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")  # sinks, T5 and ALiBi biases
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens in a row that see each other and, before them, one span elsewhere in the row."""
+
+    own: slice
+    prefix: slice  # empty: nothing is before them
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the span attends to: x (H, T, D) -> (H, p + n, D)."""
+        own = x[:, self.own]
+        return own if self.prefix.start == self.prefix.stop else torch.cat([x[:, self.prefix], own], 1)
+
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """The transpose of `seen`: part (H, p + n, D) is added to total (T, H, D)."""
+        p = self.prefix.stop - self.prefix.start
+        total[self.own] += part[:, p:].transpose(0, 1)
+        if p:
+            total[self.prefix] += part[:, :p].transpose(0, 1)
+
+    def parts(self) -> list[tuple[slice, int, int]]:
+        """Queries, part by part: where they are, and what they are from and to among the keys seen."""
+        p, n = self.prefix.stop - self.prefix.start, self.own.stop - self.own.start
+        count = max(1, n // PART_LENGTH)
+        ends = [n * (i + 1) // count for i in range(count)]
+        return [
+            (slice(self.own.start + start, self.own.start + end), p + start, p + end)
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
 
 
 @dataclass
@@ -27,7 +60,24 @@ class Blocks:
     """The examples of one packed batch, and what the attention layers asked for on the way."""
 
     lengths: tuple[int, ...]
+    prefixes: tuple[
+        tuple[int, int], ...
+    ] = ()  # for each, start and length of what comes before it; () for none
     windows: list[int | None] = field(default_factory=list)  # one entry a call
+
+    def spans(self) -> list[Span]:
+        ends = list(accumulate(self.lengths))
+        prefixes = self.prefixes or ((0, 0),) * len(ends)
+        return [
+            Span(slice(end - n, end), slice(start, start + p))
+            for end, n, (start, p) in zip(ends, self.lengths, prefixes, strict=True)
+        ]
+
+    @property
+    def longest(self) -> int:
+        """Keys that a token sees at most."""
+        prefixes = self.prefixes or ((0, 0),) * len(self.lengths)
+        return max(n + p for n, (_, p) in zip(self.lengths, prefixes, strict=True))
 
 
 def attend(
@@ -56,24 +106,30 @@ def attend(
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ModelError(f"expected one packed row, got queries {tuple(query.shape)}")
     blocks.windows.append(sliding_window)
-    longest = max(blocks.lengths)
+    longest = blocks.longest
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cap = softcap or None
     if cap is not None or (query.device.type == "cpu" and longest <= DENSE_LENGTH):
-        return _Dense.apply(query, key, value, blocks.lengths, scale, window, cap), None
-    padding = query.shape[2] - sum(blocks.lengths)
-    sizes = [*blocks.lengths, padding]
+        return _Dense.apply(query, key, value, blocks, scale, window, cap), None
+    if varlen.fits(query, key, value):
+        fused = varlen.varlen(
+            query, key, value, blocks.lengths, scale=scale, window=window, prefixes=blocks.prefixes
+        )
+        return fused, None
     parts: list[Tensor] = []
-    *examples, rest = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    for q, k, v in examples:
-        visible = None if window is None else _visible(q.shape[2], window, q.device)
+    for span in blocks.spans():
+        q, k, v = query[:, :, span.own], span.seen(key[0])[None], span.seen(value[0])[None]
+        n, seen = q.shape[2], k.shape[2]
+        plain = window is None and n == seen
+        visible = None if plain else _visible(seen, window, q.device)[seen - n :]
         parts.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
+                q, k, v, attn_mask=visible, is_causal=plain, scale=scale, enable_gqa=True
             )
         )
-    parts.append(rest[0].new_zeros(*rest[0].shape[:3], value.shape[-1]))
+    padding = query.shape[2] - sum(blocks.lengths)
+    parts.append(query.new_zeros(1, query.shape[1], padding, value.shape[-1]))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
@@ -87,7 +143,10 @@ def _visible(n: int, window: int | None, device: torch.device) -> Tensor:
 
 
 class _Dense(torch.autograd.Function):
-    """Example by example with all scores in memory: on a CPU faster than the fused kernels."""
+    """Example by example with all scores in memory: on a CPU faster than the fused kernels.
+
+    The queries of a long example are taken in parts, so that few scores of hidden keys are computed.
+    """
 
     @staticmethod
     def forward(
@@ -95,71 +154,73 @@ class _Dense(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        lengths: tuple[int, ...],
+        blocks: Blocks,
         scale: float,
         window: int | None,
         cap: float | None,
     ) -> Tensor:
         heads, total, kv_heads = query.shape[1], query.shape[2], key.shape[1]
         shared = heads // kv_heads  # queries that read the same key
-        hidden = ~_visible(max(lengths), window, query.device)
+        q, k, v = query[0] * scale, key[0], value[0]
+        out = query.new_zeros(total, heads, value.shape[-1])
+        hidden = ~_visible(blocks.longest, window, query.device)
         bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
         bias.masked_fill_(hidden, float("-inf"))
-        out = query.new_zeros(total, heads, value.shape[-1])
         saved: list[Tensor] = []
-        for part, n in _parts(lengths):
-            q = query[0, :, part].reshape(kv_heads, shared * n, -1)
-            k, v = key[0, :, part], value[0, :, part]  # (H_kv, n, D)
-            mask = bias[:n, :n] if shared == 1 else bias[:n, :n].repeat(shared, 1)
-            if cap is None:
-                scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
-            else:
-                saved.append(torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / cap)))
-                scores = saved[-1] * cap + mask
-            weights = torch.softmax(scores, -1)  # (H_kv, shared*n, n)
-            out[part] = torch.bmm(weights, v).view(heads, n, -1).transpose(0, 1)
-            saved.append(weights)
-        ctx.save_for_backward(query, key, value, *saved)
-        ctx.lengths, ctx.scale, ctx.cap = lengths, scale, cap
+        for span in blocks.spans():
+            keys, values = span.seen(k), span.seen(v)  # (H_kv, p + n, D)
+            for part, start, end in span.parts():
+                n = end - start
+                scores = torch.bmm(
+                    q[:, part].reshape(kv_heads, shared * n, -1), keys[:, :end].transpose(1, 2)
+                )
+                if cap is not None:
+                    saved.append(torch.tanh(scores / cap))
+                    scores = saved[-1] * cap
+                _hide(scores.view(kv_heads, shared, n, end), window, bias)
+                weights = torch.softmax(scores, -1)  # (H_kv, shared*n, end)
+                out[part] = torch.bmm(weights, values[:, :end]).view(heads, n, -1).transpose(0, 1)
+                saved.append(weights)
+        ctx.save_for_backward(q, key, value, *saved)
+        ctx.blocks, ctx.scale, ctx.cap = blocks, scale, cap
         return out[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *saved = ctx.saved_tensors
-        heads, kv_heads = query.shape[1], key.shape[1]
+        q, key, value, *saved = ctx.saved_tensors
+        heads, kv_heads = q.shape[0], key.shape[1]
         shared = heads // kv_heads
-        dq, dk, dv = (
-            torch.zeros(x.shape[2], x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)  # (T, H, D)
-            for x in (query, key, value)
-        )
-        remaining = iter(saved)
-        for part, n in _parts(ctx.lengths):
-            bent = next(remaining) if ctx.cap is not None else None
-            weights = next(remaining)
-            q = query[0, :, part].reshape(kv_heads, shared * n, -1)
-            k, v = key[0, :, part], value[0, :, part]
-            dout = grads[0][0, part].transpose(0, 1).reshape(kv_heads, shared * n, -1)
-            dv[part] = torch.bmm(weights.transpose(1, 2), dout).transpose(0, 1)
-            dscores = torch._softmax_backward_data(
-                torch.bmm(dout, v.transpose(1, 2)), weights, -1, weights.dtype
-            )
-            if bent is not None:
-                dscores = dscores * (1 - bent * bent)
-            dq[part] = torch.bmm(dscores, k).view(heads, n, -1).transpose(0, 1)
-            dk[part] = torch.bmm(dscores.transpose(1, 2), q).transpose(0, 1)
+        k, v = key[0], value[0]
+        dq, dk, dv = (x.new_zeros(x.shape[1], x.shape[0], x.shape[2]) for x in (q, k, v))  # (T, H, D)
+        remaining = iter(reversed(saved))
+        for span in reversed(ctx.blocks.spans()):
+            keys, values = span.seen(k), span.seen(v)  # (H_kv, p + n, D)
+            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+            for part, start, end in reversed(span.parts()):
+                n = end - start
+                weights = next(remaining)  # (H_kv, shared*n, end)
+                dout = grads[0][0, part].transpose(0, 1).reshape(kv_heads, shared * n, -1)
+                dvalues[:, :end] += torch.bmm(weights.transpose(1, 2), dout)
+                dscores = torch._softmax_backward_data(
+                    torch.bmm(dout, values[:, :end].transpose(1, 2)), weights, -1, weights.dtype
+                )
+                if ctx.cap is not None:
+                    bent = next(remaining)
+                    dscores = dscores * (1 - bent * bent)
+                dq[part] = torch.bmm(dscores, keys[:, :end]).view(heads, n, -1).transpose(0, 1)
+                dkeys[:, :end] += torch.bmm(
+                    dscores.transpose(1, 2), q[:, part].reshape(kv_heads, shared * n, -1)
+                )
+            span.add_to(dk, dkeys)
+            span.add_to(dv, dvalues)
         dq.mul_(ctx.scale)
-        dk.mul_(ctx.scale)
-        return (
-            dq.transpose(0, 1)[None],
-            dk.transpose(0, 1)[None],
-            dv.transpose(0, 1)[None],
-            None,
-            None,
-            None,
-            None,
-        )
+        return (*(d.transpose(0, 1)[None] for d in (dq, dk, dv)), None, None, None, None)
 
 
-def _parts(lengths: tuple[int, ...]) -> list[tuple[slice, int]]:
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [(slice(end - n, end), n) for end, n in zip(ends, lengths, strict=True)]
+def _hide(scores: Tensor, window: int | None, bias: Tensor) -> None:
+    """Make later keys, and keys before the window, invisible: (..., n, end), where the last n keys are own."""
+    n, end = scores.shape[-2:]
+    if window is None:
+        scores[..., end - n :].add_(bias[:n, :n])
+    else:
+        scores.add_(bias[end - n : end, :end])

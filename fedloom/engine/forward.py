@@ -113,10 +113,10 @@ class PackedModel:
                 packed = pack(
                     part, bank, multiple=self.plan.multiple, dtype=self._model.dtype, dropout=dropout
                 )
-                values = measure(packed, self.hidden(packed, Blocks(packed.lengths)))  # (M, ...)
+                values = measure(packed, self.hidden(packed, packed.blocks))  # (M, ...)
                 if training:
                     (values * packed.weights).sum().backward()
-                found.append(values.detach()[: packed.labels].double().cpu())
+                found.append(values.detach().double().cpu()[packed.label_of])
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
     def hidden(self, packed: Packed, blocks: Blocks) -> Tensor:

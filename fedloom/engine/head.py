@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 _LOGITS = 1 << 22  # logits alive at a time
+_SMALLEST = 1e-30  # probability whose logarithm float32 still has to the last digit
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,19 @@ class _LabelLoss(torch.autograd.Function):
             with torch.enable_grad() if wanted else torch.no_grad():
                 x = rows[part].detach().requires_grad_(wanted)
                 z = head.logits(x)  # (chunk, V)
-            logp = torch.log_softmax(z.detach(), -1, dtype=torch.promote_types(z.dtype, torch.float32))
-            nll.append(-logp.gather(1, target)[:, 0])
-            if slopes is not None:
-                dz = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))
-                (slopes[part],) = torch.autograd.grad(z, x, dz.to(z.dtype))
+            full = z.detach().to(torch.promote_types(z.dtype, torch.float32))
+            if slopes is None:
+                nll.append(-torch.log_softmax(full, -1).gather(1, target)[:, 0])
+                continue
+            p = torch.softmax(full, -1)  # one pass over the logits instead of two; the loss comes from p
+            said = p.gather(1, target)
+            vanished = said[:, 0] < _SMALLEST
+            said = said.log_()
+            if vanished.any():
+                said[vanished] = torch.log_softmax(full[vanished], -1).gather(1, target[vanished])
+            nll.append(-said[:, 0])
+            dz = p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+            (slopes[part],) = torch.autograd.grad(z, x, dz.to(z.dtype))
         ctx.save_for_backward(at, slopes)
         ctx.shape = hidden.shape
         return torch.cat(nll)

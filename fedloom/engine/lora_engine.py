@@ -31,7 +31,7 @@ from fedloom.engine.generation import generate_all
 from fedloom.engine.layers import ActivePass, inject
 from fedloom.engine.layout import AdapterLayout, LoraSpec
 from fedloom.engine.packing import Encoder, Pass
-from fedloom.engine.planner import plan, return_memory
+from fedloom.engine.planner import plan, return_memory, reuse_memory
 from fedloom.engine.reference import ReferenceModel
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
@@ -93,6 +93,8 @@ class LoraEngine:
         config = model.config.get_text_config()
         if config.is_encoder_decoder:
             raise ModelError("Expected a decoder-only causal LM; this model is an encoder-decoder.")
+        if model.device.type == "cpu":
+            reuse_memory()
         model.eval()
         model.requires_grad_(False)
         layout = AdapterLayout.of(model, lora)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedloom.engine.attention import Blocks
 from fedloom.engine.bank import AdapterBank, RowGroup
 from fedloom.engine.dropout import Dropout
+from fedloom.engine.prefixes import shared_prefixes
 from fedloom.errors import DataError
 from fedloom.steps import Tokens
 
@@ -93,7 +94,6 @@ class Pass:
     group: RowGroup
     owner: Tensor  # (T,) int64, index into group.rows; -1: no adapter
     select: Tensor | None  # (T, rows*r) 0/1 in the model's dtype; None when the group is too wide for it
-    members: tuple[Tensor, ...]  # without `select`: for each row of the group, its tokens
     dropout: Dropout | None = None
 
     @classmethod
@@ -104,24 +104,37 @@ class Pass:
         if group.width <= DENSE_COLUMNS:
             rows = torch.arange(len(group.rows), device=owner.device)
             select = (owner[:, None] == rows).to(dtype).repeat_interleave(rank, dim=1)  # (T, k*r)
-            return cls(group, owner, select, (), dropout)
-        members = tuple((owner == row).nonzero()[:, 0] for row in range(len(group.rows)))
-        return cls(group, owner, None, members, dropout)
+            return cls(group, owner, select, dropout)
+        return cls(group, owner, None, dropout)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Several examples end to end. Tokens and labels are padded at the end to few distinct sizes."""
+    """Several examples end to end, and once what examples of a row begin with in common.
+
+    Tokens and labels are padded at the end to few distinct sizes. Where a shared token has the same target in
+    several examples, it is one label, and its weight their sum.
+    """
 
     ids: Tensor  # (1, T) int64
     positions: Tensor  # (1, T) int64, counted from the start of each example
-    lengths: tuple[int, ...]  # of the examples, in order; T - sum(lengths) tokens are padding
+    lengths: tuple[int, ...]  # of the spans, in order; T - sum(lengths) tokens are padding
+    prefixes: tuple[
+        tuple[int, int], ...
+    ]  # for each span, start and length of the one it continues; length 0: none
     lora: Pass
     label_at: Tensor  # (M,) int64, positions in T
     targets: Tensor  # (M,) int64
     weights: Tensor  # (M,) at least float32, 0 for padding
     labels: int  # the first `labels` of M are real
-    label_item: Tensor  # (labels,) int64 on the CPU, which item of the batch a label belongs to
+    label_of: (
+        Tensor  # (L,) int64 on the CPU, for each labelled token of the items, in order: where it is in M
+    )
+    label_item: Tensor  # (L,) int64 on the CPU, which item of the batch it belongs to
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.lengths, self.prefixes)
 
 
 def pack(
@@ -132,44 +145,96 @@ def pack(
     dtype: torch.dtype,
     dropout: tuple[float, int] | None = None,
 ) -> Packed:
-    """Lay numbered items end to end; `dropout` is (rate, seed), used where items carry keys."""
+    """Lay numbered items end to end; `dropout` is (rate, seed), used where items carry keys.
+
+    Under dropout nothing is shared: the same token is dropped differently in another example.
+    """
     device = bank.params.device
-    lengths = tuple(len(item.example.ids) for _, item in items)
-    total = sum(lengths)
-    padding = -total % multiple
     rows = sorted({item.row for _, item in items if item.row >= 0})
     group = RowGroup(bank, rows)
-
-    def joined(parts: list[Tensor], pad: int, fill: int = 0) -> Tensor:
-        return torch.cat([*parts, torch.full((pad,), fill, dtype=torch.long)])
-
-    starts = accumulate(lengths, initial=0)
-    label_at = [start + item.example.at for start, (_, item) in zip(starts, items, strict=False)]
     place = {row: index for index, row in enumerate(rows)} | {-1: -1}
-    owner = joined([torch.full((len(i.example.ids),), place[i.row]) for _, i in items], padding, -1)
+    laid = _Laid()
+    for row in [*rows, -1]:
+        if mine := [i for i, (_, item) in enumerate(items) if item.row == row]:
+            laid.add(mine, [items[i][1] for i in mine], place[row])
+    padding = -sum(laid.lengths) % multiple
+
+    def joined(parts: list[Tensor], fill: int = 0) -> Tensor:
+        return torch.cat([*parts, torch.full((padding,), fill, dtype=torch.long)])
+
+    examples = [item.example for _, item in items]
+    counts = torch.tensor([len(example.at) for example in examples])
+    at = torch.cat([laid.where(i, example.at) for i, example in enumerate(examples)])
+    targets = torch.cat([example.targets for example in examples])
+    distinct, label_of = (at << 32 | targets).unique(return_inverse=True)  # (labels,), (L,)
+    count = len(distinct)
+    distinct = torch.nn.functional.pad(distinct, (0, -count % multiple))  # (M,)
+    weights = torch.zeros(len(distinct), dtype=torch.float64)
+    each = torch.tensor([item.weight for _, item in items], dtype=torch.float64).repeat_interleave(counts)
     keys = [item.keys for _, item in items if item.keys is not None]
-    counts = torch.tensor([len(item.example.at) for _, item in items])
-    labels = int(counts.sum())
-    weights = torch.zeros(labels + -labels % multiple, dtype=torch.float64)
-    weights[:labels] = torch.tensor([i.weight for _, i in items], dtype=torch.float64).repeat_interleave(
-        counts
-    )
     return Packed(
-        ids=joined([item.example.ids for _, item in items], padding)[None].to(device),
-        positions=joined([torch.arange(n) for n in lengths], padding)[None].to(device),
-        lengths=lengths,
+        ids=joined(laid.ids)[None].to(device),
+        positions=joined(laid.positions)[None].to(device),
+        lengths=tuple(laid.lengths),
+        prefixes=tuple(laid.prefixes),
         lora=Pass.of(
             group,
-            owner.to(device),
+            joined(laid.owners, -1).to(device),
             dtype=dtype,
-            dropout=Dropout(*dropout, joined(keys, padding).to(device)) if dropout and keys else None,
+            dropout=Dropout(*dropout, joined(laid.keys).to(device)) if dropout and keys else None,
         ),
-        label_at=joined(label_at, -labels % multiple).to(device),
-        targets=joined([item.example.targets for _, item in items], -labels % multiple).to(device),
-        weights=weights.to(device, torch.promote_types(dtype, torch.float32)),
-        labels=labels,
+        label_at=(distinct >> 32).to(device),
+        targets=(distinct & 0xFFFFFFFF).to(device),
+        weights=weights.index_add_(0, label_of, each).to(device, torch.promote_types(dtype, torch.float32)),
+        labels=count,
+        label_of=label_of,
         label_item=torch.tensor([number for number, _ in items]).repeat_interleave(counts),
     )
+
+
+class _Laid:
+    """The spans of a packed row as they are laid down."""
+
+    def __init__(self) -> None:
+        self.ids: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.owners: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.lengths: list[int] = []
+        self.prefixes: list[tuple[int, int]] = []
+        self._total = 0
+        self._starts: dict[
+            int, tuple[int, int, int]
+        ] = {}  # item -> start of its prefix, its length, start of its own
+
+    def add(self, numbers: Sequence[int], items: Sequence[Item], owner: int) -> None:
+        """Items of one row."""
+        together = [(0, [i]) for i in range(len(items))]
+        if all(item.keys is None for item in items):
+            together = shared_prefixes([item.example.ids.tolist() for item in items])
+        for p, members in together:
+            first = self._total
+            if p:
+                self._span(items[members[0]], slice(0, p), owner, (0, 0))
+            for i in members:
+                self._starts[numbers[i]] = (first, p, self._total)
+                self._span(items[i], slice(p, None), owner, (first, p) if p else (0, 0))
+
+    def where(self, number: int, at: Tensor) -> Tensor:
+        """Positions in an item -> positions in the packed row."""
+        prefix, p, own = self._starts[number]
+        return torch.where(at < p, at + prefix, at - p + own)
+
+    def _span(self, item: Item, part: slice, owner: int, prefix: tuple[int, int]) -> None:
+        ids = item.example.ids[part]
+        self.ids.append(ids)
+        self.positions.append(torch.arange(len(ids)) + part.start)
+        self.owners.append(torch.full((len(ids),), owner))
+        if item.keys is not None:
+            self.keys.append(item.keys[part])
+        self.lengths.append(len(ids))
+        self.prefixes.append(prefix)
+        self._total += len(ids)
 
 
 def split(items: Sequence[Item], budget: int, *, isolated: bool = False) -> Iterator[list[tuple[int, Item]]]:

@@ -33,8 +33,8 @@ def mismatch(
 ) -> str | None:
     """None if both paths agree; otherwise the component to blame, and what it did.
 
-    Two rows, three examples of unlike length in one pass: a leak between examples, a wrong row, a lost
-    window, cap or scale all show. Windows too long for a short example are checked by name.
+    Two rows, four examples of unlike length in one pass, two of which begin alike: a leak between examples, a
+    wrong row, a lost window, cap or scale all show. Windows too long for a short example are checked by name.
     """
     config = model.config.get_text_config()
     if reason := _declared(config):
@@ -42,15 +42,15 @@ def mismatch(
     adapters = [_far_from_zero(layout, seed).to(dtype) for seed in (0, 1)]
     bank = AdapterBank(layout, adapters, dtype=dtype, device=model.device, training=True)
     rate = layout.spec.dropout
-    lengths = _lengths(config)
+    first, *examples = (_random_example(n, config.vocab_size, seed=i) for i, n in enumerate(_lengths(config)))
     items: list[Item] = []
-    for number, (row, length) in enumerate(zip((0, 0, 1), lengths, strict=True)):
-        example = _random_example(length, config.vocab_size, seed=number)
-        keys = token_keys(0, ("check",), number, length) if rate else None
+    for number, (row, example) in enumerate(
+        zip((0, 0, 0, 1), (first, _cousin(examples[0]), *examples), strict=True)
+    ):
+        keys = token_keys(0, ("check",), number, len(example.ids)) if rate else None
         items.append(Item(row, example, weight=1.0 / 10, keys=keys))
-    blocks = Blocks(lengths)
     try:
-        hidden, fast = _fast(packed, bank, items, blocks, model.dtype, rate)
+        blocks, hidden, fast = _fast(packed, bank, items, model.dtype, rate)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, this model cannot take the fast path
@@ -72,9 +72,8 @@ def mismatch(
             (nll * item.weight).backward()
             slow = float(nll.detach())
             if not abs(fast[number] - slow) <= tolerance * abs(slow):
-                theirs = reference.hidden(item.example, dropout)
-                ours = hidden[sum(lengths[:number]) :][: lengths[number]]
-                same = float((ours - theirs).norm() / theirs.norm()) <= tolerance
+                theirs = reference.hidden(item.example, dropout)[item.example.at]
+                same = float((hidden[number] - theirs).norm() / theirs.norm()) <= tolerance
                 part = "head" if same else "attention or positions"
                 return f"{part}: loss {fast[number]:.6g}, reference {slow:.6g}"
         slow_grads = reference.vector("grad").to(bank.grads)
@@ -134,6 +133,14 @@ def _random_example(length: int, vocabulary: int, *, seed: int) -> Encoded:
     return Encoded(ids[:length], at, ids[at + 1])
 
 
+def _cousin(example: Encoded) -> Encoded:
+    """An example that begins as this one does, and is then its reverse."""
+    n = len(example.ids) // 2
+    ids = torch.cat([example.ids[:n], example.ids.flip(0)[: n // 2]])
+    at = torch.arange(n // 2, len(ids) - 1)
+    return Encoded(ids, at, ids[at + 1])
+
+
 def _far_from_zero(layout: AdapterLayout, seed: int) -> Any:
     """An adapter whose two factors both matter: a few per cent of a layer's output."""
     vector = layout.to_vector(layout.initial(seed))
@@ -144,14 +151,12 @@ def _far_from_zero(layout: AdapterLayout, seed: int) -> Any:
 
 
 def _fast(
-    packed: PackedModel,
-    bank: AdapterBank,
-    items: list[Item],
-    blocks: Blocks,
-    dtype: torch.dtype,
-    rate: float,
-) -> tuple[Tensor, list[float]]:
-    """Last hidden states (T, d) and nats an item, all in one pass; leaves the gradients in the bank."""
+    packed: PackedModel, bank: AdapterBank, items: list[Item], dtype: torch.dtype, rate: float
+) -> tuple[Blocks, list[Tensor], list[float]]:
+    """All in one pass: what attention was asked, last hidden states at each item's labels, nats an item.
+
+    Leaves the gradients in the bank.
+    """
     with packed.plan.kernels(), packed.own_attention():
         batch = pack(
             list(enumerate(items)),
@@ -160,9 +165,12 @@ def _fast(
             dtype=dtype,
             dropout=(rate, 0) if rate else None,
         )
+        blocks = batch.blocks
         hidden = packed.hidden(batch, blocks)
         nll = packed.nll(batch, hidden)
         (nll * batch.weights).sum().backward()
     sums = torch.zeros(len(items), dtype=torch.float64)
-    sums.index_add_(0, batch.label_item, nll.detach()[: batch.labels].double().cpu())
-    return hidden.detach(), sums.tolist()
+    sums.index_add_(0, batch.label_item, nll.detach().double().cpu()[batch.label_of])
+    at = batch.label_at[batch.label_of.to(hidden.device)]  # (L,)
+    counts = [len(item.example.at) for item in items]
+    return blocks, list(hidden.detach()[at].split(counts)), sums.tolist()

@@ -25,9 +25,20 @@ def test_the_reference_path_can_be_asked_for():
 
 
 def test_examples_that_see_each_other_are_noticed(monkeypatch):
-    parts = attention._parts
-    monkeypatch.setattr(attention, "_parts", lambda lengths: parts((sum(lengths),)))
-    monkeypatch.setattr(attention, "_visible", lambda n, w, d: torch.ones(60, 60, dtype=torch.bool).tril_())
+    def one_span(self):
+        return [attention.Span(slice(0, sum(self.lengths)), slice(0, 0))]
+
+    monkeypatch.setattr(attention.Blocks, "spans", one_span)
+    monkeypatch.setattr(attention.Blocks, "longest", property(lambda self: sum(self.lengths)))
+    assert engine(llama()).path_reason.startswith("attention or positions: loss")
+
+
+def test_a_prefix_that_its_examples_do_not_see_is_noticed(monkeypatch):
+    def blind(self):
+        return [attention.Span(span.own, slice(0, 0)) for span in spans(self)]
+
+    spans = attention.Blocks.spans
+    monkeypatch.setattr(attention.Blocks, "spans", blind)
     assert engine(llama()).path_reason.startswith("attention or positions: loss")
 
 
