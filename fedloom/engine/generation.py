@@ -1,14 +1,13 @@
 """Answers Generate: prompts under different adapters continued in one batch, with a key-value cache.
 
-Prompts are sorted by length and padded on the left; each row has its own adapter, limit, stop tokens and
-temperature. A finished row leaves the batch once enough have finished. What a prompt is answered with does
+Prompts are sorted by length; each row has its own adapter, limit, stop tokens and temperature. How they are
+read and continued is in decoding.py. A finished row leaves the batch once enough have finished. What a prompt is answered with does
 not depend on its neighbours: greedy answers up to the rounding of sums, sampled ones too, since the random
 number of a token is a function of its name alone.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedloom import rng
+from fedloom.engine.decoding import decoding
 from fedloom.engine.packing import DENSE_COLUMNS
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
@@ -25,7 +25,9 @@ from fedloom.steps import Generate
 if TYPE_CHECKING:
     from fedloom.engine.lora_engine import LoraEngine, Rows
 
-TOKENS_PER_BATCH = 16_384  # rows times length of prompt and answer: bounds the cache
+TOKENS_PER_BATCH = 16_384  # rows times length of prompt and answer: bounds the keys and values that are kept
+CACHE_SHARE = 0.25  # of a GPU's memory, where more tokens fit into it
+ROWS = 1024  # of a batch: bounds the logits
 LEAVE_SHARE = 0.25  # of a batch's rows; when so many have finished, the rest moves to a smaller batch
 
 
@@ -60,7 +62,7 @@ def generate_all(
     for wave in _waves(requests, width=max(1, DENSE_COLUMNS // engine.layout.spec.rank)):
         with engine.rows({id(requests[key].adapter): requests[key].adapter for key in wave}) as rows:
             prompts = [prompt for key in wave for prompt in _prompts(key, requests[key], rows, longest)]
-            for batch in _batches(prompts):
+            for batch in _batches(prompts, _tokens_per_batch(engine.model)):
                 for prompt, answer in zip(batch, _answered(engine, rows, batch), strict=True):
                     answers[prompt.key][prompt.index] = answer
     return answers
@@ -85,7 +87,7 @@ def stream(
     with engine.rows({id(adapter): adapter}) as rows:
         prompts = _prompts("", request, rows, _positions(engine.model))
     if prompts:
-        for tokens in _continued(engine.model, rows, prompts, seed):
+        for tokens in _continued(engine, rows, prompts, seed):
             yield from (token for _, token in tokens)
 
 
@@ -93,11 +95,13 @@ def _answered(engine: LoraEngine, rows: Rows, batch: Sequence[_Prompt]) -> list[
     """The answers to a batch; where memory does not suffice, to one half and then the other."""
     answers: list[list[int]] = [[] for _ in batch]
     try:
-        for tokens in _continued(engine.model, rows, batch, engine.seed):
+        for tokens in _continued(engine, rows, batch, engine.seed):
             for place, token in tokens:
                 answers[place].append(token)
         return answers
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         if len(batch) == 1:
             raise ModelError(
                 f"Out of memory while answering one prompt of {len(batch[0].ids)} tokens: shorten it, or ask "
@@ -108,36 +112,21 @@ def _answered(engine: LoraEngine, rows: Rows, batch: Sequence[_Prompt]) -> list[
 
 
 def _continued(
-    model: Any, rows: Rows, prompts: Sequence[_Prompt], seed: int
+    engine: LoraEngine, rows: Rows, prompts: Sequence[_Prompt], seed: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Step by step, the new tokens as (place in `prompts`, token); stop tokens are not among them.
 
     Nothing is in force between two steps, so the model may serve somebody else meanwhile.
     """
-    ids, mask = (tensor.to(model.device) for tensor in _padded(prompts))  # (B, L)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    known = inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    ids, owners = [prompt.ids for prompt in prompts], [prompt.row for prompt in prompts]
+    under_way = decoding(engine, rows, ids, owners, new=max(prompt.limit for prompt in prompts))
+    logits = under_way.read()  # (B, V)
     places = list(range(len(prompts)))  # which prompt each row of the batch is
     finished: set[int] = set()
     said: list[set[int]] = [set() for _ in prompts]  # the tokens of each answer
-    cache, step = None, 0
+    step = 0
     while True:
-        owner = torch.tensor([prompts[place].row for place in places])[:, None].expand(ids.shape)
-        counted = {"position_ids": positions} if "position_ids" in known else {}
-        with torch.no_grad(), rows.tokens(owner):
-            out = model(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                **counted,
-                **last_only,
-            )
-        cache = out.get("past_key_values")
-        if cache is None:
-            raise ModelError(f"{type(model).__name__} keeps no key-value cache, which generation needs.")
-        logits = _penalised(out.logits[:, -1], [(prompts[place].penalty, said[place]) for place in places])
+        logits = _penalised(logits, [(prompts[place].penalty, said[place]) for place in places])
         tokens = _chosen(logits, [prompts[place] for place in places], step, seed)
         step += 1
         new: list[tuple[int, int]] = []
@@ -155,15 +144,12 @@ def _continued(
             yield new
         if len(finished) == len(prompts):
             return
-        ids = torch.tensor(tokens, device=model.device)[:, None]  # (B, 1)
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(places), 1)], 1)
         going = [row for row, place in enumerate(places) if place not in finished]
         if len(going) <= (1 - LEAVE_SHARE) * len(places):
-            chosen = torch.tensor(going, device=model.device)
-            ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
+            under_way.keep(going)
+            tokens = [tokens[row] for row in going]
             places = [places[row] for row in going]
-            cache.batch_select_indices(chosen)
+        logits = under_way.append(tokens)
 
 
 def _penalised(logits: Tensor, rows: Sequence[tuple[float, set[int]]]) -> Tensor:
@@ -204,14 +190,6 @@ def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) ->
         for row, token in zip(drawn, picked[:, 0].clamp_max(logits.shape[-1] - 1).tolist(), strict=True):
             tokens[row] = token
     return tokens
-
-
-def _padded(prompts: Sequence[_Prompt]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B, L), each prompt at the right end of its row."""
-    width = max(len(prompt.ids) for prompt in prompts)
-    rows = [[0] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])[:, None]
-    return torch.tensor(rows), (torch.arange(width) >= width - lengths).long()
 
 
 def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) -> list[_Prompt]:
@@ -270,19 +248,31 @@ def _waves(requests: Mapping[Hashable, Generate], *, width: int) -> list[list[Ha
     return waves
 
 
-def _batches(prompts: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
+def _batches(prompts: Sequence[_Prompt], budget: int) -> Iterator[list[_Prompt]]:
     """Prompts of like length together, within the budget; one that exceeds it alone."""
     batch: list[_Prompt] = []
-    room = 0  # longest prompt and answer of the batch
+    limit = 0  # of the longest answer of the batch
     for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
-        needed = max(room, len(prompt.ids) + prompt.limit)
-        if batch and needed * (len(batch) + 1) > TOKENS_PER_BATCH:
+        limit = max(limit, prompt.limit)
+        rows = len(batch) + 1
+        if batch and (rows > ROWS or (len(prompt.ids) + limit) * rows > budget):
             yield batch
-            batch, needed = [], len(prompt.ids) + prompt.limit
+            batch, limit = [], prompt.limit
         batch.append(prompt)
-        room = needed
     if batch:
         yield batch
+
+
+def _tokens_per_batch(model: Any) -> int:
+    """What a GPU's memory allows, whatever else is in it now: a batch that then does not fit is halved."""
+    if model.device.type != "cuda":
+        return TOKENS_PER_BATCH
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize  # bytes
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    return max(TOKENS_PER_BATCH, int(CACHE_SHARE * memory) // token)
 
 
 def _positions(model: Any) -> int | None:

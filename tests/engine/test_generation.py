@@ -27,6 +27,16 @@ MODELS = {
     "qwen2": lambda: causal_lm(transformers.Qwen2Config(**shape(initializer_range=0.2))),
     "qwen3": lambda: causal_lm(transformers.Qwen3Config(**shape(initializer_range=0.2, head_dim=8))),
     "gpt2": lambda: causal_lm(transformers.GPT2Config(**shape(initializer_range=0.2))),
+    "gemma2": lambda: causal_lm(
+        transformers.Gemma2Config(
+            **shape(
+                initializer_range=0.2, head_dim=8, sliding_window=7, attn_logit_softcapping=0.3,
+                final_logit_softcapping=5.0,
+            )
+        )
+    ),
+    "gpt_neox": lambda: causal_lm(transformers.GPTNeoXConfig(**shape(initializer_range=0.2))),
+    "phi3": lambda: causal_lm(transformers.Phi3Config(**shape(initializer_range=0.2))),
     "window": lambda: causal_lm(transformers.MistralConfig(**shape(initializer_range=0.2, sliding_window=7))),
     "opt": lambda: causal_lm(
         transformers.OPTConfig(**shape(init_std=0.2, word_embed_proj_dim=32, ffn_dim=48))
@@ -70,6 +80,7 @@ def by_peft(base, adapter: AdapterState | None, prompt: list[int], new: int) -> 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_answers_of_mixed_adapters_are_those_of_peft_one_by_one(name, path):
     base, lora_engine, adapters = served(name, path)
+    assert lora_engine.path == ("fast" if path == "auto" else path)
     states = {"base": None, "a": adapters[0], "b": adapters[1]}
     requests = {
         key: Generate(prompts(4, seed), state, max_new_tokens=12)
@@ -284,23 +295,23 @@ def test_without_memory_for_a_batch_its_halves_are_answered(monkeypatch):
     _, lora_engine, adapters = served("llama")
     request = {0: Generate(prompts(7), adapters[0], max_new_tokens=6)}
     expected = generate_all(lora_engine, request)
-    enough = generation._padded
+    enough = generation.decoding
 
-    def scarce(batch):
-        if len(batch) > 2:
+    def scarce(engine, rows, prompts, owners, **more):
+        if len(prompts) > 2:
             raise torch.OutOfMemoryError("fake")
-        return enough(batch)
+        return enough(engine, rows, prompts, owners, **more)
 
-    monkeypatch.setattr(generation, "_padded", scarce)
+    monkeypatch.setattr(generation, "decoding", scarce)
     assert generate_all(lora_engine, request) == expected
 
 
 def test_without_memory_for_one_prompt_the_error_says_so(monkeypatch):
     _, lora_engine, _ = served("llama")
 
-    def none(batch):
+    def none(*given, **more):
         raise torch.OutOfMemoryError("fake")
 
-    monkeypatch.setattr(generation, "_padded", none)
+    monkeypatch.setattr(generation, "decoding", none)
     with pytest.raises(ModelError, match="one prompt of 3 tokens"):
         generate_all(lora_engine, {0: Generate([[5, 6, 7]])})
