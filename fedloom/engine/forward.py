@@ -33,8 +33,12 @@ class PackedModel:
         self._active = active
         self._head = LabelHead.of(model)
         self.plan = plan  # replaced by a smaller one when memory runs out
+        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._checkpointing = False
+        if checkpointing and not self._layers:
+            raise ModelError("This model has no layers that can be checkpointed; turn checkpointing off.")
         if checkpointing:
-            _recompute_layers(model, active)
+            self._checkpoint()
 
     def losses(
         self, items: Sequence[Item], bank: AdapterBank, *, dropout: tuple[float, int] | None = None
@@ -79,20 +83,22 @@ class PackedModel:
         *,
         isolated: bool,
     ) -> Tensor:
-        """Run all items; on running out of memory start over with half the budget."""
+        """Run all items; on running out of memory start over with half the budget, at last with checkpointing."""
+        longest = max((len(item.example.ids) for item in items), default=0)
         while True:
             try:
                 return self._all_passes(measure, items, bank, dropout, isolated=isolated)
             except RuntimeError as error:
-                longest = max(len(item.example.ids) for item in items)
                 if not _out_of_memory(error):
                     raise
-                if self.plan.tokens_per_pass <= longest:
+                if self.plan.tokens_per_pass > longest:
+                    self.plan = self.plan.smaller()
+                elif bank.grads is not None and self._layers and not self._checkpointing:
+                    self._checkpoint()
+                else:
                     raise ModelError(
-                        f"Out of memory with a single example of {longest} tokens in a pass: "
-                        "cut examples shorter, or turn on activation checkpointing."
+                        f"Out of memory with a single example of {longest} tokens in a pass: cut examples shorter."
                     ) from error
-            self.plan = self.plan.smaller()
 
     def _all_passes(
         self,
@@ -138,6 +144,12 @@ class PackedModel:
         """log p of every labelled token, mean and deviation of log p there, padding included: (M, 3)."""
         return self._head.surprise(hidden, packed.label_at, packed.targets)
 
+    def _checkpoint(self) -> None:
+        """From here on keep only each layer's input, and run the layer again when its gradient is due."""
+        self._checkpointing = True
+        for layer in self._layers:
+            layer.forward = partial(_recomputed, layer.forward, self._active)
+
     @contextmanager
     def own_attention(self) -> Iterator[None]:
         """Attend within examples inside; outside the model keeps the attention it came with."""
@@ -159,15 +171,6 @@ def _summed(values: Tensor, items: Sequence[Item]) -> Tensor:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _recompute_layers(model: Any, active: ActivePass) -> None:
-    """Keep only each decoder layer's input, and run the layer again when its gradient is due."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError("This model has no layers that can be checkpointed; turn checkpointing off.")
-    for layer in layers:
-        layer.forward = partial(_recomputed, layer.forward, active)
 
 
 def _recomputed(forward: Any, active: ActivePass, *args: Any, **kwargs: Any) -> Any:

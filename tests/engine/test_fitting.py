@@ -191,6 +191,23 @@ def test_running_out_of_memory_halves_the_pass_and_moves_no_result(monkeypatch):
     assert max(distance(answers[k].adapter, expected[k].adapter) for k in jobs) < 1e-10
 
 
+def test_when_one_example_is_too_much_layers_are_recomputed_and_no_result_moves(monkeypatch):
+    with norms_in_double():
+        calm, pressed = (engine(llama(torch.float64), path="fast", tokens_per_pass=64) for _ in range(2))
+        body = pressed.model.model.forward
+
+        def cramped(**options):
+            if torch.is_grad_enabled() and not pressed._packed._checkpointing:
+                raise torch.OutOfMemoryError("no room")
+            return body(**options)
+
+        monkeypatch.setattr(pressed.model.model, "forward", cramped)
+        jobs = {k: Fit(moved(calm.layout, torch.float64), examples(5, k)) for k in range(2)}
+        expected, answers = calm.answer(jobs), pressed.answer(jobs)
+    assert pressed._packed._checkpointing
+    assert max(distance(answers[k].adapter, expected[k].adapter) for k in jobs) < 1e-10
+
+
 def test_too_little_memory_for_one_example_is_said_plainly(monkeypatch):
     trained = engine(llama(), path="fast")
 
