@@ -14,13 +14,15 @@ import numpy as np
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.client import Client
-from fedloom.config import PARTS, Choice, Clusters, Experiment
+from fedloom.config import PARTS, Choice, Clusters, Experiment, Model
 from fedloom.data import microworld, partition, sources
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.engine import models
 from fedloom.engine.embedding import embed
-from fedloom.engine.lora_engine import LoraEngine
+from fedloom.engine.generation import generate_all
+from fedloom.engine.lora_engine import Generation, LoraEngine
+from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError
 from fedloom.messages import ClientId
 from fedloom.rng import numpy_stream
@@ -162,9 +164,18 @@ def load_machine(experiment: Experiment) -> Machine:
     base_hash = models.base_hash(model)
     engine = LoraEngine.build(
         model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
-        tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing,
+        tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing, generation=_generation(m),
     )  # fmt: skip
     return Machine(engine, template, tokenizer, base_hash)
+
+
+def _generation(model: Model) -> Generation:
+    if model.vllm is None:
+        return generate_all
+    folder = models.base_folder(model.base, allow_download=model.allow_download)
+    if folder is None:
+        raise ConfigError(f"model.vllm needs a model that is on disk; got model.base={model.base!r}.")
+    return VllmGeneration(folder, **model.vllm.model_dump(exclude_none=True))
 
 
 def _load_base(experiment: Experiment) -> tuple[Any, Any]:

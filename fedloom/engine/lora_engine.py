@@ -37,6 +37,9 @@ from fedloom.errors import ModelError
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Generate, Score, Tokens
 
+# (engine, requests) -> a list of token ids a prompt
+Generation = Callable[["LoraEngine", Mapping[Hashable, Generate]], dict[Hashable, list[list[int]]]]
+
 
 class LoraEngine:
     """An `Engine` for one base model, which belongs to it from `build` on.
@@ -58,6 +61,7 @@ class LoraEngine:
         local: LocalTraining,
         seed: int,
         dtype: torch.dtype,
+        generation: Generation,
     ):
         self.model = model
         self.layout = layout
@@ -70,6 +74,7 @@ class LoraEngine:
         self._slow = slow
         self._encode = encode
         self._dtype = dtype
+        self._generation = generation
 
     @classmethod
     def build(
@@ -83,12 +88,13 @@ class LoraEngine:
         tokens_per_pass: int = 4096,
         path: Literal["auto", "fast", "reference"] = "auto",
         checkpointing: bool = False,
+        generation: Generation = generate_all,
     ) -> LoraEngine:
         """Take over `model` (a Hugging Face causal LM, on its device, in its dtype) and put LoRA into it.
 
         "auto" compares the fast path with plain PEFT on a small batch and falls back when they differ;
         "fast" raises instead. `encode` is called once for each example. `tokens_per_pass` bounds memory
-        and moves no result; it shrinks by itself when memory runs out.
+        and moves no result; it shrinks by itself when memory runs out. `generation` answers the Generates.
         """
         config = model.config.get_text_config()
         if config.is_encoder_decoder:
@@ -125,6 +131,7 @@ class LoraEngine:
             local=local,
             seed=seed,
             dtype=dtype,
+            generation=generation,
         )
 
     def initial_adapter(self) -> AdapterState:
@@ -146,7 +153,7 @@ class LoraEngine:
                 self._slow, {**fits, **scores}, encode=self._encode, local=self.local, seed=self.seed
             )
         if prompts:
-            answers |= generate_all(self, prompts)
+            answers |= self._generation(self, prompts)
         return_memory()
         return {key: answers[key] for key in requests}
 

@@ -143,9 +143,11 @@ class VllmGeneration:
             "max_loras": TOGETHER,
             **self._options,
         }
-        return subprocess.Popen(
-            [self._python, vllm_process.__file__, json.dumps({"model": self._base, **options})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [self._python, vllm_process.__file__, json.dumps({"model": self._base, **options})]
+        try:
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise ModelError(
+                f"vLLM was to run under {self._python}, which could not be started ({error.strerror}). "
+                "Expected the python of an environment that has vLLM."
+            ) from error

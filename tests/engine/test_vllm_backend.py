@@ -6,12 +6,14 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from tiny_models import engine, llama, moved
+from tiny_models import engine, examples, llama, moved
 
+from fedloom.config import load
 from fedloom.engine.peft_format import load_adapter
 from fedloom.engine.vllm_backend import VllmGeneration
-from fedloom.errors import ModelError
-from fedloom.steps import Generate
+from fedloom.errors import ConfigError, ModelError
+from fedloom.experiment import load_machine
+from fedloom.steps import Fit, Generate
 
 FAKE = """
     from types import SimpleNamespace
@@ -109,3 +111,20 @@ def test_what_vllm_understands_otherwise_is_refused(backend):
         backend(engine(llama()), {0: Generate([[3]], repetition_penalty=1.1)})
     with pytest.raises(ModelError, match="Prompt 1 of 'me' is empty"):
         backend(engine(llama()), {"me": Generate([[3], []])})
+
+
+def test_an_engine_asks_it_for_answers_and_trains_by_itself(vllm, backend):
+    served = engine(llama(), generation=backend)
+    adapter = moved(served.layout)
+    answers = served.answer({"asked": Generate([[3, 4]], adapter, 4), "fit": Fit(adapter, examples(2))})
+    assert answers["asked"] == [[101, -1, 3, 4]]
+    assert answers["fit"].steps == 1
+
+
+def test_an_experiment_asks_for_it_by_its_interpreter_and_with_a_model_on_disk():
+    asked = ["model.vllm.python=elsewhere/bin/python", "rounds=1"]
+    machine = load_machine(load("quickstart", asked))
+    with pytest.raises(ModelError, match="elsewhere/bin/python"):
+        machine.engine.answer({0: Generate([[3, 4]], None, 4)})
+    with pytest.raises(ConfigError, match=r"on disk; got model.base='random:llama'"):
+        load_machine(load("quickstart", [*asked, "model.base=random:llama"]))
