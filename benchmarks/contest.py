@@ -163,7 +163,7 @@ class Report:
     rows: list[Row]  # the peer first
     equality: Mapping[str, Any]
     workload: dict[str, Any]
-    goals: dict[str, float] = field(default_factory=dict)  # contestant -> ratio aimed at
+    goals: Mapping[str, str] = field(default_factory=dict)  # contestant -> ratio aimed at
     notes: list[str] = field(default_factory=list)
 
     def ratio(self, row: Row) -> float:
@@ -190,7 +190,7 @@ def cells(report: Report) -> list[list[str]]:
             spread(row.times.wall),
             f"{1e6 * row.seconds / max(row.tokens, 1):.0f}",
             f"{report.ratio(row):.1f}",
-            f"{report.goals[row.name]:g}" if row.name in report.goals else "",
+            report.goals.get(row.name, ""),
             f"{row.padding:.0%}",
             f"{row.labelled:.0%}",
             f"{rate / 1e9:.1f}" if row.useful else "-",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LOGITS = 1 << 22  # logits alive at a time
+_LOGITS = 1 << 23  # logits alive at a time: 32 MB in float32
 _SMALLEST = 1e-30  # probability whose logarithm float32 still has to the last digit
 
 
