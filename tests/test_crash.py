@@ -165,7 +165,12 @@ TINY = [
 
 
 def fedloom(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "fedloom", *arguments], text=True, stderr=subprocess.PIPE, **options)
+    # A suite that was started in the background ignores SIGINT, and what it starts would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen([sys.executable, "-m", "fedloom", *arguments], text=True, stderr=subprocess.PIPE, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
