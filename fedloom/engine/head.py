@@ -108,5 +108,6 @@ class _LabelLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         at, slopes = ctx.saved_tensors
         dhidden = slopes.new_zeros(ctx.shape)
-        dhidden.index_add_(0, at, slopes * grads[0][:, None].to(slopes.dtype))
+        # Not index_add_, which adds in any order on CUDA: a token may be labelled more than once.
+        dhidden.index_put_((at,), slopes * grads[0][:, None].to(slopes.dtype), accumulate=True)
         return dhidden, None, None, None
