@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fedloom.engine import varlen
+from fedloom.engine.planner import ragged_sizes
 from fedloom.errors import ModelError
 
 NAME = "fedloom"
@@ -149,6 +150,7 @@ class _Dense(torch.autograd.Function):
     """
 
     @staticmethod
+    @ragged_sizes()
     def forward(
         ctx: Any,
         query: Tensor,
@@ -186,6 +188,7 @@ class _Dense(torch.autograd.Function):
         return out[None]
 
     @staticmethod
+    @ragged_sizes()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, key, value, *saved = ctx.saved_tensors
         heads, kv_heads = q.shape[0], key.shape[1]

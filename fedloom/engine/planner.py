@@ -54,6 +54,20 @@ def plan(layout: AdapterLayout, *, tokens_per_pass: int, dtype: torch.dtype, dev
     return Plan(tokens_per_pass, rows, "medium" if exact else "highest")
 
 
+@contextmanager
+def ragged_sizes() -> Iterator[None]:
+    """Products in float32 by MKL inside, whatever the plan: it is as fast where sizes are small and ever others.
+
+    oneDNN compiles a kernel for every size it meets, and keeps it: with new examples every round, hundreds of MB.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def reuse_memory() -> None:
     """Have freed memory used again at once instead of asked of the system anew and cleared page by page (glibc).
 

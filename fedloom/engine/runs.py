@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedloom.engine.planner import ragged_sizes
+
 _GROUPED = getattr(F, "grouped_mm", None)  # since torch 2.10
 _ALIGNED = 8  # bfloat16 numbers in the 16 bytes that the kernel wants every line to begin at a multiple of
 
@@ -37,6 +39,7 @@ class Runs:
         """(T, K) -> (n, K), row by row."""
         return x[: self.ends[-1]] if self.order is None else x.index_select(0, self.order)
 
+    @ragged_sizes()
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
         """x (n, K), matrices (rows, K, N) -> (n, N)."""
         if _one_kernel(x, matrices):
@@ -46,6 +49,7 @@ class Runs:
             torch.mm(x[mine], matrices[row], out=y[mine])
         return y
 
+    @ragged_sizes()
     def add_times_(self, y: Tensor, x: Tensor, matrices: Tensor) -> None:
         """Add `times` to y (T, N), where those tokens are."""
         if self.order is not None:
@@ -56,6 +60,7 @@ class Runs:
             for row, mine in self:
                 y[mine].addmm_(x[mine], matrices[row])
 
+    @ragged_sizes()
     def outer(self, x: Tensor, y: Tensor) -> Tensor:
         """The sum over each row's tokens of their outer products: x (n, K), y (n, N) -> (rows, K, N)."""
         if _one_kernel(x, y):
