@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.contest import Stopwatch
-from benchmarks.rounds import LEARNING_RATE, Outcome, Recorder, Setting, weighted
+from benchmarks.rounds import LEARNING_RATE, Ids, Outcome, Recorder, Setting, weighted
 from benchmarks.workload import Encode, Example, adapter_of, put
 from fedloom.state import AdapterState
 
@@ -60,15 +60,28 @@ def run(
 ) -> Outcome:
     """The rounds of `setting`, from `start`. The clock runs once the model has its adapter."""
     peft = with_lora(model, setting)
+
+    def tune(examples: Sequence[Example], folder: str, outcome: Outcome) -> list[Ids]:
+        return fit(peft, setting, encode, examples, tokenizer, folder, outcome)
+
+    return client_by_client(peft, setting, start, data, tune)
+
+
+def client_by_client(
+    peft: Any,
+    setting: Setting,
+    start: AdapterState,
+    data: Sequence[Sequence[Example]],
+    tune: Callable[[Sequence[Example], str, Outcome], list[Ids]],
+) -> Outcome:
+    """The rounds of a federation. `tune` trains on a client's examples, given a folder for its files, and says in which order."""
     outcome = Outcome(start, Stopwatch())
     with tempfile.TemporaryDirectory() as folder, outcome.watch.running():
         for number in range(setting.rounds):
-            cohort = chosen(setting, data, number)
             trained, consumed = [], []
-            for examples in cohort:
+            for examples in chosen(setting, data, number):
                 put(peft, outcome.adapter)
-                mine = fit(peft, setting, encode, examples, tokenizer, folder, outcome)
-                consumed.append(mine)
+                consumed.append(tune(examples, folder, outcome))
                 trained.append(adapter_of(peft))
             total = sum(map(len, consumed))
             outcome.consumed.append(consumed)

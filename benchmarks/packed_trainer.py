@@ -8,9 +8,9 @@ One client after the other, as everybody else has it.
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -21,9 +21,8 @@ from transformers import AttentionInterface, DataCollatorWithFlattening
 from transformers.models.llama import modeling_llama
 
 from benchmarks import hf_trainer
-from benchmarks.contest import Stopwatch
-from benchmarks.rounds import LEARNING_RATE, Ids, Outcome, Setting, weighted
-from benchmarks.workload import Encode, Example, Work, adapter_of, put
+from benchmarks.rounds import LEARNING_RATE, Ids, Outcome, Setting
+from benchmarks.workload import Encode, Example, Work
 from fedloom.state import AdapterState
 
 PLAIN, LIGER = "HF Trainer, packed", "HF Trainer, packed, Liger"
@@ -38,22 +37,10 @@ def run(
     model: Any, setting: Setting, encode: Encode, start: AdapterState, data: Sequence[Sequence[Example]], *, liger: bool
 ) -> Outcome:
     """The rounds of `setting`, from `start`. The clock runs once the model has its adapter."""
-    outcome = Outcome(start, Stopwatch())
-    with _with_liger(model) if liger else _as_it_is():
+    with _with_liger(model) if liger else nullcontext():
         model.config._attn_implementation = _ATTENTION
         peft = hf_trainer.with_lora(model, setting)
-        with tempfile.TemporaryDirectory() as folder, outcome.watch.running():
-            for number in range(setting.rounds):
-                trained, consumed = [], []
-                for examples in hf_trainer.chosen(setting, data, number):
-                    put(peft, outcome.adapter)
-                    consumed.append(_fit(peft, setting, encode, examples, folder, outcome))
-                    trained.append(adapter_of(peft))
-                total = sum(map(len, consumed))
-                outcome.consumed.append(consumed)
-                outcome.shares.append([len(mine) / total for mine in consumed])
-                outcome.adapter = weighted(trained, outcome.shares[-1])
-    return outcome
+        return hf_trainer.client_by_client(peft, setting, start, data, partial(_fit, peft, setting, encode))
 
 
 class _Flattened:
@@ -140,8 +127,3 @@ def _with_liger(model: Any) -> Iterator[None]:
     with patch.multiple(modeling_llama, **{name: getattr(modeling_llama, name) for name in names}):
         apply_liger_kernel_to_llama(model=model)
         yield
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield

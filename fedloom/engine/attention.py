@@ -61,9 +61,7 @@ class Blocks:
     """The examples of one packed batch, and what the attention layers asked for on the way."""
 
     lengths: tuple[int, ...]
-    prefixes: tuple[
-        tuple[int, int], ...
-    ] = ()  # for each, start and length of what comes before it; () for none
+    prefixes: tuple[tuple[int, int], ...] = ()  # for each, start and length of what comes before it
     windows: list[int | None] = field(default_factory=list)  # one entry a call
 
     def spans(self) -> list[Span]:

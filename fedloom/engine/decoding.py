@@ -211,9 +211,8 @@ class Layout:
     steps: int = 0  # tokens appended to every prompt
     # While prompts are read: the rows that asked each, and (start, end) of its tokens in the packed batch.
     reading: list[tuple[list[int], list[tuple[int, int]]]] = field(default_factory=list)
-    _biases: dict[tuple[int, int], Tensor] = field(
-        default_factory=dict
-    )  # of this step, by offset and first column
+    # Of this step, by offset and first column.
+    _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[int], room: int) -> Layout:

@@ -18,7 +18,7 @@ from fedloom.engine.bank import AdapterBank
 from fedloom.engine.head import LabelHead
 from fedloom.engine.layers import ActivePass
 from fedloom.engine.packing import Item, Packed, pack, split
-from fedloom.engine.planner import Plan
+from fedloom.engine.planner import Plan, out_of_memory
 from fedloom.errors import ModelError
 
 # (batch, last hidden states) -> a value, or a row of them, for each labelled position
@@ -89,7 +89,7 @@ class PackedModel:
             try:
                 return self._all_passes(measure, items, bank, dropout, isolated=isolated)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if self.plan.tokens_per_pass > longest:
                     self.plan = self.plan.smaller()
@@ -167,10 +167,6 @@ def _summed(values: Tensor, items: Sequence[Item]) -> Tensor:
     counts = torch.tensor([len(item.example.at) for item in items], dtype=torch.long)
     owner = torch.arange(len(items)).repeat_interleave(counts)
     return torch.zeros(len(items), dtype=torch.float64).index_add_(0, owner, values)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _recomputed(forward: Any, active: ActivePass, *args: Any, **kwargs: Any) -> Any:

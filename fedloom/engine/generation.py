@@ -1,9 +1,9 @@
 """Answers Generate: prompts under different adapters continued in one batch, with a key-value cache.
 
 Prompts are sorted by length; each row has its own adapter, limit, stop tokens and temperature. How they are
-read and continued is in decoding.py. A finished row leaves the batch once enough have finished. What a prompt is answered with does
-not depend on its neighbours: greedy answers up to the rounding of sums, sampled ones too, since the random
-number of a token is a function of its name alone.
+read and continued is in decoding.py. A finished row leaves the batch once enough have finished. What a prompt
+is answered with does not depend on its neighbours: greedy answers up to the rounding of sums, sampled ones
+too, since the random number of a token is a function of its name alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedloom import rng
 from fedloom.engine.decoding import decoding
 from fedloom.engine.packing import DENSE_COLUMNS
+from fedloom.engine.planner import out_of_memory
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
 from fedloom.steps import Generate
@@ -100,7 +101,7 @@ def _answered(engine: LoraEngine, rows: Rows, batch: Sequence[_Prompt]) -> list[
                 answers[place].append(token)
         return answers
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         if len(batch) == 1:
             raise ModelError(

@@ -126,7 +126,6 @@ class Packed:
     label_at: Tensor  # (M,) int64, positions in T
     targets: Tensor  # (M,) int64
     weights: Tensor  # (M,) at least float32, 0 for padding
-    labels: int  # the first `labels` of M are real
     label_of: (
         Tensor  # (L,) int64 on the CPU, for each labelled token of the items, in order: where it is in M
     )
@@ -166,9 +165,8 @@ def pack(
     counts = torch.tensor([len(example.at) for example in examples])
     at = torch.cat([laid.where(i, example.at) for i, example in enumerate(examples)])
     targets = torch.cat([example.targets for example in examples])
-    distinct, label_of = (at << 32 | targets).unique(return_inverse=True)  # (labels,), (L,)
-    count = len(distinct)
-    distinct = torch.nn.functional.pad(distinct, (0, -count % multiple))  # (M,)
+    distinct, label_of = (at << 32 | targets).unique(return_inverse=True)  # at most (L,); (L,)
+    distinct = torch.nn.functional.pad(distinct, (0, -len(distinct) % multiple))  # (M,)
     weights = torch.zeros(len(distinct), dtype=torch.float64)
     each = torch.tensor([item.weight for _, item in items], dtype=torch.float64).repeat_interleave(counts)
     keys = [item.keys for _, item in items if item.keys is not None]
@@ -186,7 +184,6 @@ def pack(
         label_at=(distinct >> 32).to(device),
         targets=(distinct & 0xFFFFFFFF).to(device),
         weights=weights.index_add_(0, label_of, each).to(device, torch.promote_types(dtype, torch.float32)),
-        labels=count,
         label_of=label_of,
         label_item=torch.tensor([number for number, _ in items]).repeat_interleave(counts),
     )
@@ -203,9 +200,7 @@ class _Laid:
         self.lengths: list[int] = []
         self.prefixes: list[tuple[int, int]] = []
         self._total = 0
-        self._starts: dict[
-            int, tuple[int, int, int]
-        ] = {}  # item -> start of its prefix, its length, start of its own
+        self._starts: dict[int, tuple[int, int, int]] = {}  # item -> start and length of its prefix, start of its own
 
     def add(self, numbers: Sequence[int], items: Sequence[Item], owner: int) -> None:
         """Items of one row."""

@@ -79,6 +79,11 @@ def reuse_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def return_memory() -> None:
     """Give freed memory back to the system, where the C library would keep it (glibc).
 

@@ -19,9 +19,8 @@ _ALIGNED = 8  # bfloat16 numbers in the 16 bytes that the kernel wants every lin
 class Runs:
     """Which tokens of a pass are whose. Matrices come a row each: (rows, ., .)."""
 
-    order: (
-        Tensor | None
-    )  # (n,) int64, the tokens that belong to a row, row by row; None: the first n, as they lie
+    # (n,) int64, the tokens that belong to a row, row by row; None: the first n, as they lie
+    order: Tensor | None
     ends: tuple[int, ...]  # for each row, where its tokens end in that order; the last is n
     offsets: Tensor  # (rows,) int32, `ends` where the tokens are
 

@@ -79,9 +79,8 @@ class _Spans:
     longest_key: int
 
 
-@lru_cache(
-    maxsize=8
-)  # every layer of a pass asks for the same; a copy to the device each time would wait for it
+# Every layer of a pass asks for the same; a copy to the device each time would wait for it.
+@lru_cache(maxsize=8)
 def _spans(lengths: tuple[int, ...], prefixes: tuple[Prefix, ...], device: torch.device) -> _Spans:
     ends = list(accumulate(lengths, initial=0))
     if not any(length for _, length in prefixes):

@@ -77,10 +77,10 @@ def test_no_target_crosses_from_one_example_to_the_next():
     assert packed.ids.tolist() == [[5, 6, 8, 0]]
     assert packed.positions.tolist() == [[0, 1, 0, 0]]
     assert packed.lora.owner.tolist() == [0, 0, 1, -1]
-    assert packed.label_at[: packed.labels].tolist() == [0, 1, 2]
-    assert packed.targets[: packed.labels].tolist() == [6, 7, 9]
+    assert packed.label_at[packed.label_of].tolist() == [0, 1, 2]
+    assert packed.targets[packed.label_of].tolist() == [6, 7, 9]
     assert packed.label_item.tolist() == [0, 0, 1]
-    assert packed.weights[packed.labels :].sum() == 0.0
+    assert packed.weights[len(packed.label_of) :].sum() == 0.0
 
 
 def test_padding_moves_neither_loss_nor_gradient():
