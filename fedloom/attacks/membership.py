@@ -33,6 +33,7 @@ from fedloom.steps import Engine, Score, Scored
 Row = TypeVar("Row", bound=Hashable)
 
 LOWEST = 0.2  # Min-K%: the share of tokens that counts
+DIGITS = 5  # of a difference of two losses in float32: what lies below is rounding, and would be ranked
 FALSE_POSITIVES = (0.01, 0.001)
 _Z95 = NormalDist().inv_cdf(0.975)
 
@@ -86,7 +87,7 @@ def membership(
     answers = engine.answer(requests | {row: Score(records, a, per_token=True) for row, a in adapters.items()})
     found: dict[Row, dict[str, Membership]] = {}
     for row, adapter in adapters.items():
-        # The base is compared with its own answer: two of them differ by rounding, which would be ranked.
+        # The base is compared with its own answer: in bfloat16 two of them differ by more than DIGITS hide.
         untuned = answers[row if adapter is None else base]
         scored = [
             scores(one, before, compressed=size)
@@ -114,7 +115,7 @@ def scores(tuned: Scored, base: Scored, *, compressed: int) -> dict[str, float]:
     ]
     return {
         "loss": -loss,
-        "reference": base.nll / base.targets - loss,
+        "reference": round(base.nll / base.targets - loss, DIGITS),
         "zlib": -loss / compressed,
         "min_k": lowest(tokens.logp),
         "min_k_plus": lowest(standing),

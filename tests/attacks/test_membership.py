@@ -177,6 +177,14 @@ def test_a_record_without_tokens_is_refused() -> None:
         scores(Scored(0.0, 0, tokens=TokenScores((), (), ())), Scored(0.0, 0), compressed=8)
 
 
+def test_rounding_is_not_ranked() -> None:
+    """Losses that two batches would compute a little differently tie; a difference that means something does not."""
+    tokens = TokenScores((-1.0,), (-1.0,), (1.0,))
+    before = Scored(3.0, 1)
+    references = [scores(Scored(n, 1, tokens=tokens), before, compressed=8)["reference"] for n in (3.000001, 2.999998, 2.9999)]
+    assert references == [0.0, 0.0, 0.0001]
+
+
 def test_an_overfitted_model_gives_its_members_away_and_an_untrained_one_tells_what_the_base_does() -> None:
     known = overfitted()
     rows = {"base": None, **known.adapters}
