@@ -8,7 +8,7 @@ grouped keys and any scale are honoured; what this function does not know it ref
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fedloom.errors import ModelError
 
 NAME = "fedloom"
 DENSE_LENGTH = 512  # longest example for which all scores are kept; beyond it, flash kernels
-PART_LENGTH = 128  # queries at a time, from twice as many on
+PART_LENGTH = 64  # queries at a time in float32, from twice as many on; others, twice as many
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")  # sinks, T5 and ALiBi biases
 
 
@@ -38,21 +38,24 @@ class Span:
         own = x[:, self.own]
         return own if self.prefix.start == self.prefix.stop else torch.cat([x[:, self.prefix], own], 1)
 
-    def add_to(self, total: Tensor, part: Tensor) -> None:
-        """The transpose of `seen`: part (H, p + n, D) is added to total (T, H, D)."""
+    def collect(self, total: Tensor, part: Tensor) -> None:
+        """The transpose of `seen`, for spans one after another: part (H, p + n, D) goes into total (T, H, D)."""
         p = self.prefix.stop - self.prefix.start
-        total[self.own] += part[:, p:].transpose(0, 1)
+        total[self.own] = part[:, p:].transpose(0, 1)
         if p:
             total[self.prefix] += part[:, :p].transpose(0, 1)
 
-    def parts(self) -> list[tuple[slice, int, int]]:
-        """Queries, part by part: where they are, and what they are from and to among the keys seen."""
+    def parts(self, length: int) -> list[tuple[slice, int, int]]:
+        """Queries, `length` or more at a time: where they are, and what they are from and to among the keys seen.
+
+        The last ones, which see all keys, come first.
+        """
         p, n = self.prefix.stop - self.prefix.start, self.own.stop - self.own.start
-        count = max(1, n // PART_LENGTH)
-        ends = [n * (i + 1) // count for i in range(count)]
+        count = max(1, n // length)
+        edges = [n * i // count for i in range(count, -1, -1)]
         return [
             (slice(self.own.start + start, self.own.start + end), p + start, p + end)
-            for start, end in zip([0, *ends], ends, strict=False)
+            for end, start in pairwise(edges)
         ]
 
 
@@ -163,13 +166,16 @@ class _Dense(torch.autograd.Function):
         shared = heads // kv_heads  # queries that read the same key
         q, k, v = query[0] * scale, key[0], value[0]
         out = query.new_zeros(total, heads, value.shape[-1])
-        hidden = ~_visible(blocks.longest, window, query.device)
+        length = _part_length(q)
+        side = blocks.longest if window is not None else min(blocks.longest, 2 * length)
+        hidden = ~_visible(side, window, query.device)
         bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
         bias.masked_fill_(hidden, float("-inf"))
         saved: list[Tensor] = []
         for span in blocks.spans():
             keys, values = span.seen(k), span.seen(v)  # (H_kv, p + n, D)
-            for part, start, end in span.parts():
+            saved += [keys, values]
+            for part, start, end in span.parts(length):
                 n = end - start
                 scores = torch.bmm(
                     q[:, part].reshape(kv_heads, shared * n, -1), keys[:, :end].transpose(1, 2)
@@ -181,41 +187,49 @@ class _Dense(torch.autograd.Function):
                 weights = torch.softmax(scores, -1)  # (H_kv, shared*n, end)
                 out[part] = torch.bmm(weights, values[:, :end]).view(heads, n, -1).transpose(0, 1)
                 saved.append(weights)
-        ctx.save_for_backward(q, key, value, *saved)
-        ctx.blocks, ctx.scale, ctx.cap = blocks, scale, cap
+        ctx.save_for_backward(q, *saved)
+        ctx.blocks, ctx.scale, ctx.cap, ctx.kv_heads = blocks, scale, cap, kv_heads
         return out[None]
 
     @staticmethod
     @ragged_sizes()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, key, value, *saved = ctx.saved_tensors
-        heads, kv_heads = q.shape[0], key.shape[1]
+        q, *saved = ctx.saved_tensors
+        (heads, total, size), kv_heads = q.shape, ctx.kv_heads
         shared = heads // kv_heads
-        k, v = key[0], value[0]
-        dq, dk, dv = (x.new_zeros(x.shape[1], x.shape[0], x.shape[2]) for x in (q, k, v))  # (T, H, D)
-        remaining = iter(reversed(saved))
-        for span in reversed(ctx.blocks.spans()):
-            keys, values = span.seen(k), span.seen(v)  # (H_kv, p + n, D)
-            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for part, start, end in reversed(span.parts()):
+        dq = q.new_zeros(total, heads, size)
+        dk = q.new_zeros(total, kv_heads, size)
+        dv = q.new_zeros(total, kv_heads, grads[0].shape[-1])
+        remaining = iter(saved)
+        for span in ctx.blocks.spans():
+            keys, values = next(remaining), next(remaining)  # (H_kv, p + n, D)
+            dkeys = dvalues = None
+            for part, start, end in span.parts(_part_length(q)):
                 n = end - start
+                bent = None if ctx.cap is None else next(remaining)
                 weights = next(remaining)  # (H_kv, shared*n, end)
                 dout = grads[0][0, part].transpose(0, 1).reshape(kv_heads, shared * n, -1)
-                dvalues[:, :end] += torch.bmm(weights.transpose(1, 2), dout)
                 dscores = torch._softmax_backward_data(
                     torch.bmm(dout, values[:, :end].transpose(1, 2)), weights, -1, weights.dtype
                 )
-                if ctx.cap is not None:
-                    bent = next(remaining)
+                if bent is not None:
                     dscores = dscores * (1 - bent * bent)
                 dq[part] = torch.bmm(dscores, keys[:, :end]).view(heads, n, -1).transpose(0, 1)
-                dkeys[:, :end] += torch.bmm(
-                    dscores.transpose(1, 2), q[:, part].reshape(kv_heads, shared * n, -1)
-                )
-            span.add_to(dk, dkeys)
-            span.add_to(dv, dvalues)
+                queries = q[:, part].reshape(kv_heads, shared * n, -1)
+                if dkeys is None or dvalues is None:
+                    dkeys = torch.bmm(dscores.transpose(1, 2), queries)
+                    dvalues = torch.bmm(weights.transpose(1, 2), dout)
+                else:
+                    dkeys[:, :end] += torch.bmm(dscores.transpose(1, 2), queries)
+                    dvalues[:, :end] += torch.bmm(weights.transpose(1, 2), dout)
+            span.collect(dk, dkeys)
+            span.collect(dv, dvalues)
         dq.mul_(ctx.scale)
         return (*(d.transpose(0, 1)[None] for d in (dq, dk, dv)), None, None, None, None)
+
+
+def _part_length(query: Tensor) -> int:
+    return PART_LENGTH if query.dtype == torch.float32 else 2 * PART_LENGTH
 
 
 def _hide(scores: Tensor, window: int | None, bias: Tensor) -> None:

@@ -21,11 +21,11 @@ def qkv(heads=4, kv_heads=2, total=18, width=6, *, grad=False):
     return make(heads), make(kv_heads), make(kv_heads)
 
 
-def by_the_book(q, k, v, *, window=None, cap=None, scaling=6**-0.5):
+def by_the_book(q, k, v, *, lengths=LENGTHS, window=None, cap=None, scaling=6**-0.5):
     """Softmax over visible keys, example by example and head by head."""
     out = torch.zeros(1, q.shape[2], q.shape[1], v.shape[-1], dtype=q.dtype)
     start = 0
-    for n in LENGTHS:
+    for n in lengths:
         for h in range(q.shape[1]):
             g = h // (q.shape[1] // k.shape[1])
             for i in range(start, start + n):
@@ -51,6 +51,25 @@ def test_each_example_attends_to_itself_only(kernel, kv_heads, window, monkeypat
     weight[:, sum(LENGTHS) :] = 0.0
     grads = torch.autograd.grad((ours * weight).sum(), (q, k, v))
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    assert all(torch.allclose(g, w, atol=1e-12) for g, w in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+def test_queries_in_parts_and_behind_a_shared_prefix(window, cap, kv_heads, monkeypatch):
+    """Two examples behind one prefix of five tokens are two examples that begin with copies of it."""
+    monkeypatch.setattr(attention, "PART_LENGTH", 1)  # so that nine queries make four parts
+    prefixed = Blocks((5, 4, 9), ((0, 0), (0, 5), (0, 5)))
+    q, k, v = qkv(kv_heads=kv_heads, grad=True)
+    ours, _ = attend(nn.Module(), q, k, v, None, softcap=cap, sliding_window=window, blocks=prefixed)
+    twice = [*range(9), *range(5), *range(9, 18)]
+    expected = by_the_book(*(x[:, :, twice] for x in (q, k, v)), lengths=(9, 14), window=window, cap=cap)[
+        :, [*range(9), *range(14, 23)]
+    ]
+    assert torch.allclose(ours, expected, atol=1e-12)
+    grads = torch.autograd.grad(ours.square().sum(), (q, k, v))
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
     assert all(torch.allclose(g, w, atol=1e-12) for g, w in zip(grads, wanted, strict=True))
 
 
