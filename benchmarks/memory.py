@@ -3,7 +3,9 @@
     python -m benchmarks.memory --scale real
 
 Both are `fedloom run quickstart` in a process of its own: ten clients of a round, some seven examples each, no
-answers. The clients that are not in a round cost their examples' text and nothing else.
+answers. The clients that are not in a round cost their examples' text and nothing else. Passes are kept to 1,024
+tokens, so that both federations fill them: with larger ones the longest round would decide, and among more
+examples there is a longer one.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def settings(clients: int, rounds: int) -> list[str]:
         "data.private_facts=0",
         'cohort={kind="fixed", count=10}',
         "examples_per_round=8",
+        "model.tokens_per_pass=1024",
         "evaluation.answers=0",
         f"evaluation.every={rounds}",
     ]

@@ -19,7 +19,7 @@ import torch
 
 from fedloom.engine.layout import AdapterLayout
 
-MULTIPLE = 64  # batches are padded to this: libraries compile kernels per shape
+MULTIPLE = 128  # batches are padded to this: oneDNN compiles kernels for each shape and keeps them
 BANK_BYTES = 2 << 30  # parameters, gradients and two moments of all rows at once
 ERROR = 1e-5
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
