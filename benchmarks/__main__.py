@@ -106,11 +106,11 @@ def write(found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = contest.arguments(__doc__)
-    parser.add_argument("--only", nargs="+", metavar="ID", choices=[*training.BENCHMARKS, "B6", "memory", "B7", "B8", "B9"])
+    parser.add_argument("--only", nargs="+", metavar="ID", choices=[*training.BENCHMARKS, "B6", "memory", "B7", "B8", "B9", "B10"])
     parser.add_argument("--record", action="store_true", help="write docs/benchmarks.json and the table")
     training.add_clones(parser)
     given = parser.parse_args()
-    chosen = given.only or [*training.BENCHMARKS, "B6", "memory", *(["B9"] if given.scale == "real" else [])]
+    chosen = given.only or [*training.BENCHMARKS, "B6", "memory", *(["B9", "B10"] if given.scale == "real" else [])]
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder)
         common = ["--scale", given.scale, "--repeats", str(given.repeats), "--out", str(out), *(["--wall"] if given.wall else [])]
@@ -121,6 +121,8 @@ def main() -> None:
                 words = ["benchmarks.training", id, *common, *clones]
             elif id == "B9":
                 words = ["benchmarks.codec"]  # prints its own table
+            elif id == "B10":
+                words = ["benchmarks.aggregation", "--scale", given.scale, "--repeats", str(given.repeats)]  # prints, too
             else:
                 words = [{"B6": "benchmarks.generation", "memory": "benchmarks.memory"}.get(id, "benchmarks.gpu"), *common]
             if subprocess.run([sys.executable, "-m", *words], check=False).returncode:

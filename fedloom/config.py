@@ -36,6 +36,7 @@ from fedloom.algorithms.fedmit import FedMIT
 from fedloom.algorithms.fedpit import FedPIT
 from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.algorithms.fewfedweight import FewFedWeight
+from fedloom.algorithms.flexlora import FlexLoRA
 from fedloom.algorithms.local_only import LocalOnly
 from fedloom.algorithms.self_augmented import SelfAugmented
 from fedloom.algorithms.server_optimizers import SGD
@@ -131,6 +132,7 @@ def _is_callable_type(hint: Any) -> bool:
 SERVER_OPTIMIZERS = {"sgd": SGD}
 ALGORITHMS = {
     "fedavg": FedAvg,
+    "flexlora": FlexLoRA,
     "fewfedpit": FewFedPIT,
     "ppfedit": FewFedPIT,  # the name of its journal version
     "fedpit": FedPIT,

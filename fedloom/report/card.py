@@ -110,6 +110,7 @@ def _algorithm(experiment: Mapping[str, Any]) -> str:
     name = experiment["algorithm"]["name"]
     known = {
         "fedavg": "FedAvg of LoRA adapters, weighted by examples (FedIT, arXiv 2305.05644)",
+        "flexlora": "FlexLoRA: the mean of the clients' products, at the adapter's rank (arXiv 2402.11505)",
         "local_only": "local-only: every client alone",
         "fedpit": "FedPIT, first version (arXiv 2403.06131v1)",
         "fewfedpit": "FewFedPIT, the journal version of FedPIT (arXiv 2403.06131v3)",

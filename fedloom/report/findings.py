@@ -80,6 +80,7 @@ SHORT = {
 }
 ALGORITHMS = {
     "fedavg": "FedIT",
+    "flexlora": "FlexLoRA",
     "local_only": "LocIT",
     "self_augmented": "LocIT+SA",
     "fedpit": "FedPIT",

@@ -14,6 +14,7 @@ from fedloom.algorithms.fedmit import FedMIT
 from fedloom.algorithms.fedpit import FedPIT
 from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.algorithms.fewfedweight import FewFedWeight
+from fedloom.algorithms.flexlora import FlexLoRA
 from fedloom.client import Client
 from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
@@ -146,3 +147,23 @@ def test_the_others_run_on_it_too(real: LoraEngine, algorithm: Algorithm) -> Non
     end = federated(algorithm, real, width=2, rounds=2)
     assert end.adapter.is_finite()
     assert end.round == 2
+
+
+def test_flexlora_with_one_client_is_that_clients_own_tuning(real: LoraEngine) -> None:
+    start = real.initial_adapter()
+    sent = update(FedAvg(), real, CLIENTS["a"], start)
+    after = FlexLoRA().server(FlexLoRA().init(start), [sent])
+    names = [name.removesuffix(".lora_A.weight") for name in start if name.endswith(".lora_A.weight")]
+    for name in names:
+        own = (start + sent.delta)[name + ".lora_B.weight"] @ (start + sent.delta)[name + ".lora_A.weight"]
+        ours = after.adapter[name + ".lora_B.weight"] @ after.adapter[name + ".lora_A.weight"]
+        assert float((ours - own).norm()) < 1e-5 * float(own.norm())
+
+
+def test_flexlora_learns_on_from_its_own_factors(real: LoraEngine) -> None:
+    losses = [
+        real.answer({"all": Score([*CLIENTS["a"], *CLIENTS["ccc"]], federated(FlexLoRA(), real, width=3, rounds=n).adapter)})
+        for n in (1, 4)
+    ]
+    early, late = (sum(scored.nll for scored in found["all"]) for found in losses)
+    assert late < early

@@ -1,0 +1,48 @@
+"""FlexLoRA (Bai et al. 2024, https://arxiv.org/abs/2402.11505): average products of factors, not factors.
+
+FedIT's mean of A times its mean of B is not the mean of the clients' updates B_k A_k. Here the server takes that
+mean and sends out its best approximation of the adapter's rank. Clients all have that rank; FlexLoRA's
+different ranks by client are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.products import mean_product
+from fedloom.client import Client
+from fedloom.errors import EmptyCohort
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
+from fedloom.steps import Steps
+
+FEDIT = FedAvg()  # the client half
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexLoRA:
+    shared: ClassVar[bool] = True
+
+    def init(self, adapter: AdapterState) -> ServerState:
+        return ServerState(adapter)
+
+    def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
+        return FEDIT.broadcast(state, client)
+
+    def client(self, message: Broadcast, client: Client) -> Steps[Update]:
+        return FEDIT.client(message, client)
+
+    def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """Weighted by examples. Every client's update is needed, so a sum of them (secure aggregation) will not do."""
+        ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client)
+        if not ordered:
+            raise EmptyCohort("no client returned an update with a positive weight")
+        total = sum(update.weight for update in ordered)
+        return state.next(mean_product([(u.weight / total, state.adapter + u.delta) for u in ordered]))
+
+    def personal(self, client: Client) -> AdapterState | None:
+        return None
