@@ -152,7 +152,8 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """How it computes: for the record, and for whoever wonders about the speed."""
-        return {"path": self.engine.path, "reason": self.engine.path_reason, "base_sha256": self.base_hash,
+        return {"path": self.engine.path, "reason": self.engine.path_reason,
+                "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_hash,
                 "trained_parameters": self.engine.layout.size, "format": self.template.format,
                 "conv1d": any(t.kind == "conv1d" for t in self.engine.layout)}  # fmt: skip
 

@@ -55,6 +55,7 @@ class ToyEngine:
     poison: Mapping[str, float] = field(default_factory=dict)  # client -> the value it diverges to
     path: str = "toy"
     path_reason: str = ""
+    decoding_reason: str = ""
     layout: Any = field(default_factory=lambda: ToyLayout())
     sent: list[dict[Hashable, Any]] = field(default_factory=list)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fedloom.engine.head import LabelHead
 from fedloom.engine.packing import Encoded, Item, pack, split
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 NAME = "fedloom_step"  # of the attention of one step
 LIKE = 1.25  # rows share a block of memory up to this ratio of what the longest and the shortest need
-_KNOWN = {"full_attention", "sliding_attention"}  # layers whose cache is keys and values
 
 
 class Decoding(Protocol):
@@ -53,9 +52,8 @@ def decoding(
     engine: LoraEngine, rows: Rows, prompts: Sequence[Sequence[int]], owners: Sequence[int], *, new: int
 ) -> Decoding:
     """For prompts, from short to long, that belong to the adapters `owners` and get at most `new` tokens."""
-    config = engine.model.config.get_text_config()
-    if engine._packed is not None and set(get_layer_types_and_kwargs(config)[0]) <= _KNOWN:
-        return FastDecoding(engine.model, engine._packed, rows, prompts, owners, new=new)
+    if engine.packed is not None and not engine.decoding_reason:
+        return FastDecoding(engine.model, engine.packed, rows, prompts, owners, new=new)
     return PlainDecoding(engine.model, rows, prompts, owners)
 
 

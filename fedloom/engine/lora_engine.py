@@ -67,10 +67,11 @@ class LoraEngine:
         self.layout = layout
         self.path: Literal["fast", "reference"] = "reference" if packed is None else "fast"
         self.path_reason = path_reason  # why not "fast": the component, and what it did; else empty
+        self.decoding_reason = ""  # why answers are left to the model's own cache and attention; else empty
         self.local = local
         self.seed = seed
         self._active = active
-        self._packed = packed
+        self.packed = packed
         self._slow = slow
         self._encode = encode
         self._dtype = dtype
@@ -116,7 +117,7 @@ class LoraEngine:
             reason = selfcheck.mismatch(packed, slow, model, layout, dtype=dtype) or ""
             if reason and path == "fast":
                 raise ModelError(f'The fast path does not fit this model. {reason}. Use path="auto".')
-        return cls(
+        engine = cls(
             model,
             layout,
             active=active,
@@ -133,6 +134,14 @@ class LoraEngine:
             dtype=dtype,
             generation=generation,
         )
+        if packed is None or reason:
+            engine.decoding_reason = f"training takes the reference path: {reason}"
+        else:
+            adapters = selfcheck.two_adapters(layout, dtype)
+            with engine.rows(dict(enumerate(adapters))) as rows:
+                found = selfcheck.decoding_mismatch(packed, slow, model, rows, adapters)
+            engine.decoding_reason = found or ""
+        return engine
 
     def initial_adapter(self) -> AdapterState:
         """Where every run with this seed starts: it leaves the base model unchanged."""
@@ -144,10 +153,10 @@ class LoraEngine:
         scores = {key: r for key, r in requests.items() if isinstance(r, Score)}
         prompts = {key: r for key, r in requests.items() if isinstance(r, Generate)}
         answers: dict[Hashable, Any] = {}
-        if self._packed is not None:
+        if self.packed is not None:
             kind: dict[str, Any] = {"encode": self._encode, "dtype": self._dtype, "device": self.model.device}
-            answers |= fit_all(self._packed, self.layout, fits, local=self.local, seed=self.seed, **kind)
-            answers |= score_all(self._packed, self.layout, scores, **kind)
+            answers |= fit_all(self.packed, self.layout, fits, local=self.local, seed=self.seed, **kind)
+            answers |= score_all(self.packed, self.layout, scores, **kind)
         elif self._slow is not None:
             answers |= reference.answer_all(
                 self._slow, {**fits, **scores}, encode=self._encode, local=self.local, seed=self.seed

@@ -77,22 +77,22 @@ class ReferenceModel:
 
     def nll(self, example: Encoded, dropout: Dropout | None = None) -> Tensor:
         """Nats summed over the labelled tokens of one example, by the model's own forward."""
-        return F.cross_entropy(self._logits(example, dropout), example.targets.to(self.device), reduction="sum")
+        return F.cross_entropy(self.logits(example, dropout), example.targets.to(self.device), reduction="sum")
 
     def energy(self, example: Encoded) -> Tensor:
         """-logsumexp of the logits, summed over the labelled tokens of one example."""
-        return -self._logits(example, None).logsumexp(-1).sum()
+        return -self.logits(example).logsumexp(-1).sum()
 
     def surprise(self, example: Encoded) -> Tensor:
         """log p of each labelled token, then mean and deviation of log p under p: (m, 3)."""
-        logits = self._logits(example, None)
+        logits = self.logits(example)
         of_target = -F.cross_entropy(logits, example.targets.to(self.device), reduction="none")
         p = logits.double().softmax(-1)
         mean = -torch.special.entr(p).sum(-1)
         square = -(torch.special.entr(p) * p.clamp_min(1e-300).log()).sum(-1)
         return torch.stack([of_target.double(), mean, (square - mean.square()).clamp_min(0).sqrt()], -1)
 
-    def _logits(self, example: Encoded, dropout: Dropout | None) -> Tensor:
+    def logits(self, example: Encoded, dropout: Dropout | None = None) -> Tensor:
         """From which the labelled tokens are predicted: (m, V), at least float32."""
         self._use(dropout)
         logits = self._model(input_ids=example.ids[None].to(self.device), use_cache=False).logits[0]

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fedloom.engine import fp8
 from fedloom.engine.attention import Blocks
 from fedloom.engine.bank import AdapterBank
+from fedloom.engine.decoding import FastDecoding
 from fedloom.engine.dropout import Dropout, token_keys
 from fedloom.engine.forward import PackedModel
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.packing import Encoded, Item, pack
 from fedloom.engine.reference import ReferenceModel
+from fedloom.state import AdapterState
+
+if TYPE_CHECKING:
+    from fedloom.engine.lora_engine import Rows
 
 # relative error of the loss and of each target's gradient that rounding may explain
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 _ROPES = ("dynamic", "longrope")  # they turn by the longest position in the batch
 _LAYERS = ("full_attention", "sliding_attention")
+_STEPS = 4  # tokens decoded
 
 
 @fp8.whole_weights()
@@ -39,7 +47,7 @@ def mismatch(
     config = model.config.get_text_config()
     if reason := _declared(config):
         return reason
-    adapters = [_far_from_zero(layout, seed).to(dtype) for seed in (0, 1)]
+    adapters = two_adapters(layout, dtype)
     bank = AdapterBank(layout, adapters, dtype=dtype, device=model.device, training=True)
     rate = layout.spec.dropout
     first, *examples = (_random_example(n, config.vocab_size, seed=i) for i, n in enumerate(_lengths(config)))
@@ -84,6 +92,61 @@ def mismatch(
             if not off <= tolerance:
                 return f"gradient of {target.name}: relative error {off:.1e}"
     return None
+
+
+@fp8.whole_weights()
+@torch.no_grad()
+def decoding_mismatch(
+    packed: PackedModel,
+    reference: ReferenceModel,
+    model: Any,
+    rows: Rows,
+    adapters: Sequence[AdapterState],
+) -> str | None:
+    """The same for answers: logits after prompts, and after tokens that follow them one by one.
+
+    Five prompts of two adapters: two begin alike, two are of nearly one length and lie in memory side by side.
+    Half-way the shortest leaves, so that the rest moves.
+    """
+    config = model.config.get_text_config()
+    odd = sorted(set(get_layer_types_and_kwargs(config)[0]) - set(_LAYERS))
+    if odd:
+        return f"layers of type {', '.join(odd)} keep more than keys and values"
+    short, long, middle = (_random_example(n, config.vocab_size, seed=i) for i, n in enumerate(_lengths(config)))
+    if len(short.ids) <= _STEPS:
+        return "the model reads too few tokens to be checked"
+    asked = [(0, short.ids), (0, middle.ids[1:]), (1, middle.ids), (0, _cousin(long).ids), (0, long.ids)]
+    asked.sort(key=lambda one: len(one[1]))
+    expected: list[Tensor] = []  # for each: (_STEPS, V)
+    for row, ids in asked:
+        reference.load(adapters[row])
+        at = torch.arange(len(ids) - _STEPS, len(ids))
+        expected.append(reference.logits(Encoded(ids, at, ids[at])))
+    owners = [row for row, _ in asked]
+    try:
+        prompts = [ids[: 1 - _STEPS].tolist() for _, ids in asked]
+        under_way = FastDecoding(model, packed, rows, prompts, owners, new=_STEPS)
+        going = list(range(len(asked)))
+        for step in range(_STEPS):
+            if step == _STEPS // 2:
+                going = going[1:]
+                under_way.keep(going)
+            ours = under_way.append([int(asked[i][1][step - _STEPS]) for i in going]) if step else under_way.read()
+            for i, logits in zip(going, ours, strict=True):
+                theirs = expected[i][step]
+                off = float((logits.to(theirs) - theirs).norm() / theirs.norm())
+                if not off <= TOLERANCE[model.dtype]:
+                    return f"logits after {len(prompts[i]) + step} tokens: relative error {off:.1e}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it is, this model cannot be decoded so
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def two_adapters(layout: AdapterLayout, dtype: torch.dtype) -> list[AdapterState]:
+    """Unlike each other and unlike the base."""
+    return [_far_from_zero(layout, seed).to(dtype) for seed in (0, 1)]
 
 
 def _declared(config: Any) -> str | None:

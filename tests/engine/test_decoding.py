@@ -53,7 +53,7 @@ def test_both_ways_have_the_same_logits_while_rows_leave(shared, device):
     asked = sorted([*prompts(1, 2, 9, 30, start=shared), *prompts(5, 60, 61, seed=1)], key=len)
     with lora_engine.rows(dict(enumerate(adapters))) as rows:
         owners = [0, 1, 0, 1, 2, -1, 0]
-        fast = FastDecoding(lora_engine.model, lora_engine._packed, rows, asked, owners, new=9)
+        fast = FastDecoding(lora_engine.model, lora_engine.packed, rows, asked, owners, new=9)
         plain = PlainDecoding(lora_engine.model, rows, asked, owners)
         leaving = {2: [0, 1, 3, 5, 6], 4: [1, 3], 6: [1]}
         pairs = list(zip(steps(fast, 8, leaving), steps(plain, 8, leaving), strict=True))
@@ -97,7 +97,7 @@ def test_a_prompt_that_is_asked_often_is_read_once(monkeypatch):
 def test_a_step_writes_into_memory_taken_once_and_less_of_it_when_rows_leave():
     lora_engine, adapters = served()
     with lora_engine.rows({0: adapters[0]}) as rows:
-        way = FastDecoding(lora_engine.model, lora_engine._packed, rows, prompts(4, 5, 20), [0] * 3, new=6)
+        way = FastDecoding(lora_engine.model, lora_engine.packed, rows, prompts(4, 5, 20), [0] * 3, new=6)
         held = []
         logits = way.read()
         for step in range(5):
@@ -147,13 +147,11 @@ def test_a_gpu_with_room_for_more_tokens_gets_more(device, monkeypatch):
     assert generation._tokens_per_batch(model) == expected[device]
 
 
-def test_a_cache_of_another_kind_is_left_to_the_model(monkeypatch):
+def test_what_failed_its_check_is_left_to_the_model(monkeypatch):
     lora_engine, adapters = served()
     request = {0: Generate(prompts(3, 9, 12), adapters[0], max_new_tokens=5)}
     expected = generate_all(lora_engine, request)
-    monkeypatch.setattr(
-        subject, "get_layer_types_and_kwargs", lambda config: (["full_attention", "conv"], [])
-    )
+    monkeypatch.setattr(lora_engine, "decoding_reason", "layers of type conv")
     with lora_engine.rows({0: adapters[0]}) as rows:
         way = decoding(lora_engine, rows, prompts(3), [0], new=5)
         way.read()

@@ -187,7 +187,7 @@ def test_running_out_of_memory_halves_the_pass_and_moves_no_result(monkeypatch):
         monkeypatch.setattr(pressed.model.model, "forward", cramped)
         jobs = {k: Fit(moved(calm.layout, torch.float64), examples(12, k)) for k in range(3)}
         expected, answers = calm.answer(jobs), pressed.answer(jobs)
-    assert pressed._packed.plan.tokens_per_pass == 100
+    assert pressed.packed.plan.tokens_per_pass == 100
     assert max(distance(answers[k].adapter, expected[k].adapter) for k in jobs) < 1e-10
 
 
@@ -197,14 +197,14 @@ def test_when_one_example_is_too_much_layers_are_recomputed_and_no_result_moves(
         body = pressed.model.model.forward
 
         def cramped(**options):
-            if torch.is_grad_enabled() and not pressed._packed._checkpointing:
+            if torch.is_grad_enabled() and not pressed.packed._checkpointing:
                 raise torch.OutOfMemoryError("no room")
             return body(**options)
 
         monkeypatch.setattr(pressed.model.model, "forward", cramped)
         jobs = {k: Fit(moved(calm.layout, torch.float64), examples(5, k)) for k in range(2)}
         expected, answers = calm.answer(jobs), pressed.answer(jobs)
-    assert pressed._packed._checkpointing
+    assert pressed.packed._checkpointing
     assert max(distance(answers[k].adapter, expected[k].adapter) for k in jobs) < 1e-10
 
 
@@ -225,7 +225,7 @@ def test_more_jobs_than_rows_are_answered_in_waves():
     jobs |= {("score", k): Score(examples(2, k), jobs[k].adapter) for k in range(5)}
     jobs["base"] = Score(examples(3))
     whole = trained.answer(jobs)
-    trained._packed.plan = replace(trained._packed.plan, rows=2)
+    trained.packed.plan = replace(trained.packed.plan, rows=2)
     waves = trained.answer(jobs)
     assert len(waves["base"]) == 3
     for k in range(5):

@@ -85,7 +85,7 @@ def gradient(quantize):
     bank = AdapterBank(
         fast.layout, [moved(fast.layout)], dtype=torch.float32, device=torch.device("cpu"), training=True
     )
-    losses = fast._packed.losses(items, bank)
+    losses = fast.packed.losses(items, bank)
     return float(losses.mean()), bank.grads[0]
 
 

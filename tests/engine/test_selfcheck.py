@@ -7,21 +7,22 @@ import torch
 import transformers
 from tiny_models import causal_lm, engine, examples, llama, moved, shape
 
-from fedloom.engine import attention, head, packing
+from fedloom.engine import attention, decoding, head, packing, selfcheck
 from fedloom.engine.bank import RowGroup
 from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ModelError
-from fedloom.steps import Fit
+from fedloom.steps import Fit, Generate
 
 
 def test_a_sound_model_takes_the_fast_path_and_gives_no_reason():
     sound = engine(llama())
-    assert (sound.path, sound.path_reason) == ("fast", "")
+    assert (sound.path, sound.path_reason, sound.decoding_reason) == ("fast", "", "")
 
 
 def test_the_reference_path_can_be_asked_for():
     asked = engine(llama(), path="reference")
     assert (asked.path, asked.path_reason) == ("reference", "asked for")
+    assert asked.decoding_reason == "training takes the reference path: asked for"
 
 
 def test_examples_that_see_each_other_are_noticed(monkeypatch):
@@ -110,8 +111,38 @@ def test_after_falling_back_jobs_are_trained_right(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_rounding_of_the_dtype_is_not_taken_for_a_fault(dtype, dropout):
-    assert engine(llama(dtype), lora=LoraSpec(dropout=dropout)).path == "fast"
+    sound = engine(llama(dtype), lora=LoraSpec(dropout=dropout))
+    assert (sound.path, sound.decoding_reason) == ("fast", "")
 
 
 def test_a_model_shorter_than_the_check_is_checked_within_its_length():
-    assert engine(llama(max_position_embeddings=6)).path == "fast"
+    short = engine(llama(max_position_embeddings=6))
+    assert (short.path, short.decoding_reason) == ("fast", "")
+    assert "too few tokens" in engine(llama(max_position_embeddings=4)).decoding_reason
+
+
+def wrong_positions(self):
+    return [n + self.steps for block in self.blocks for n in block.lengths]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (decoding.Layout, "positions", wrong_positions),
+        (decoding._Layer, "move", lambda self, before, after, rows: None),
+        (decoding.Layout, "bias", lambda self, block, begin, like: None),
+    ],
+)
+def test_answers_that_differ_are_left_to_the_model(owner, name, broken, monkeypatch):
+    request = {0: Generate([[5, 6, 7], list(range(3, 20))], None, max_new_tokens=6)}
+    expected = engine(llama(torch.float64)).answer(request)
+    monkeypatch.setattr(owner, name, broken)
+    fallen = engine(llama(torch.float64))
+    assert fallen.path == "fast"
+    assert fallen.decoding_reason.startswith(("logits after", "RuntimeError"))
+    assert fallen.answer(request) == expected
+
+
+def test_caches_of_another_kind_are_left_to_the_model(monkeypatch):
+    monkeypatch.setattr(selfcheck, "get_layer_types_and_kwargs", lambda config: (["full_attention", "conv"], []))
+    assert engine(llama()).decoding_reason == "layers of type conv keep more than keys and values"
