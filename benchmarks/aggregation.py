@@ -8,6 +8,7 @@ none. The whole one is made here for one target, decomposed, and the two results
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 
@@ -69,7 +70,10 @@ def measure(*, scale: str, repeats: int) -> dict[str, object]:
 
 
 def main() -> None:
-    given = contest.arguments(__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SIZES, default="tiny")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
     found = measure(scale=given.scale, repeats=given.repeats)
     print(json.dumps(found, indent=1))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as everything
-from benchmarks import contest, generation, peers, rounds, training, workload
+from benchmarks import aggregation, contest, generation, peers, rounds, training, workload
 from benchmarks.contest import Report, Row, Times
 from benchmarks.workload import Work
 from fedloom.engine.layout import AdapterLayout
@@ -91,6 +91,13 @@ def test_a_round_that_differs_is_not_timed():
 
 def test_a_fedpit_round_gives_the_same_tokens_and_adapters():
     assert generation.small_copy_differs(new=3) <= contest.EXACT
+
+
+def test_products_that_differ_are_not_timed(monkeypatch):
+    assert len(aggregation.measure(scale="tiny", repeats=2)["cpu"]) == 2
+    monkeypatch.setattr(aggregation, "mean_product", lambda parts: parts[0][1])
+    with pytest.raises(AssertionError, match="not the same work"):
+        aggregation.measure(scale="tiny", repeats=1)
 
 
 def test_differences_are_measured_against_what_was_learnt():

@@ -19,15 +19,22 @@ def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str,
 
     Source: McMahan et al. 2017, Algorithm 1. Raises: EmptyCohort.
     """
-    # Fold in client-id order and in float64: float addition is not associative, and a simulation must
-    # repeat to the bit whatever order the updates arrive in.
-    ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client)
-    if not ordered:
-        raise EmptyCohort("no client returned an update with a positive weight")
+    ordered = in_order(updates)
     weight = sum(u.weight for u in ordered)
     means = {}
-    for name in ordered[0].states:
+    for name in ordered[0].states:  # in float64
         total = sum((u.weight * u.states[name].to(torch.float64) for u in ordered[1:]),
                     start=ordered[0].weight * ordered[0].states[name].to(torch.float64))  # fmt: skip
         means[name] = (total / weight).map(lambda t, like: t.to(like.dtype), ordered[0].states[name])
     return means
+
+
+def in_order(updates: Iterable[Update]) -> list[Update]:
+    """Those that weigh anything, by client id. Raises: EmptyCohort.
+
+    Float addition is not associative, and a simulation must repeat to the bit whatever order updates arrive in.
+    """
+    ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client)
+    if not ordered:
+        raise EmptyCohort("no client returned an update with a positive weight")
+    return ordered

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedloom.algorithms.aggregators import in_order
 from fedloom.algorithms.base import ServerState
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.products import mean_product
 from fedloom.client import Client
-from fedloom.errors import EmptyCohort
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
 from fedloom.steps import Steps
@@ -38,9 +38,7 @@ class FlexLoRA:
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Weighted by examples. Every client's update is needed, so a sum of them (secure aggregation) will not do."""
-        ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client)
-        if not ordered:
-            raise EmptyCohort("no client returned an update with a positive weight")
+        ordered = in_order(updates)
         total = sum(update.weight for update in ordered)
         return state.next(mean_product([(u.weight / total, state.adapter + u.delta) for u in ordered]))
 

@@ -134,12 +134,12 @@ class LoraEngine:
             dtype=dtype,
             generation=generation,
         )
-        if packed is None or reason:
+        if engine.packed is None:
             engine.decoding_reason = f"training takes the reference path: {reason}"
         else:
             adapters = selfcheck.two_adapters(layout, dtype)
             with engine.rows(dict(enumerate(adapters))) as rows:
-                found = selfcheck.decoding_mismatch(packed, slow, model, rows, adapters)
+                found = selfcheck.decoding_mismatch(engine.packed, slow, model, rows, adapters)
             engine.decoding_reason = found or ""
         return engine
 
