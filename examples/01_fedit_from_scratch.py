@@ -114,16 +114,15 @@ def train_locally(adapter: dict[str, torch.Tensor], client: str, taken: int) -> 
     model.train()
     # Adam's moments start anew in every round: they belong to nobody's adapter in particular.
     optimizer = torch.optim.AdamW(factors.values(), lr=settings.learning_rate, weight_decay=0.0)
-    places = []
     for epoch in range(taken * settings.epochs, (taken + 1) * settings.epochs):
         stream = rng.stream(seed, "order", client, "local", epoch)
-        places += torch.randperm(len(own), generator=stream).tolist()
-    for start in range(0, len(places), settings.batch_size):
-        nats, count = loss_sum([own[i] for i in places[start : start + settings.batch_size]])
-        optimizer.zero_grad()
-        (nats / count).backward()
-        torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
-        optimizer.step()
+        order = torch.randperm(len(own), generator=stream).tolist()
+        for start in range(0, len(own), settings.batch_size):
+            nats, count = loss_sum([own[i] for i in order[start : start + settings.batch_size]])
+            optimizer.zero_grad()
+            (nats / count).backward()
+            torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
+            optimizer.step()
     model.eval()
     return {name: factor.detach().clone() for name, factor in factors.items()}
 

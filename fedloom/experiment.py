@@ -238,13 +238,19 @@ def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) 
     """Centralised tuning: one client that holds what all of them hold.
 
     Budget "epochs": in a round it trains on as many examples as the whole cohort does together. Budget
-    "steps": on as many as one client does on average, so it takes as many optimizer steps as the
-    federation's longest chain.
+    "steps": on as many as one client does on average, or on more, so that it takes as many optimizer steps.
     """
+    local = experiment.local
     everything = [e for examples in dataset.clients.values() for e in examples]
-    sizes = [_limit(experiment, len(e)) or experiment.local.epochs * len(e) for e in dataset.clients.values()]
+    sizes = [len(examples) for examples in dataset.clients.values()]
+    counts = [_limit(experiment, n) or local.epochs * n for n in sizes]  # examples that each client takes in a round
     share = cohort_size if experiment.compare.budget == "epochs" else 1.0
-    return {"centralised": Client("centralised", everything, limit=max(1, round(float(np.mean(sizes)) * share)))}
+    limit = max(1, round(float(np.mean(counts)) * share))
+    if experiment.compare.budget == "steps":  # clients with few examples take more steps on as many
+        steps = round(float(np.mean([local.steps_of(n, count) for n, count in zip(sizes, counts, strict=True)])))
+        while local.steps_of(len(everything), limit) < steps:
+            limit += 1
+    return {"centralised": Client("centralised", everything, limit=limit)}
 
 
 def _limit(experiment: Experiment, size: int) -> int | None:

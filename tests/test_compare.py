@@ -13,6 +13,7 @@ import pytest
 from fedloom import compare, results, simulate
 from fedloom.config import Experiment
 from fedloom.errors import ConfigError
+from fedloom.experiment import pooled_client
 from fedloom.report import card, page
 from fedloom.run import Listener
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
@@ -160,6 +161,14 @@ def test_with_the_budget_of_steps_centralised_tuning_sees_as_many_as_one_client(
     training = compare.centralised(steps, DATA, machine(), tmp_path)
     training.finish(Listener())
     assert training.clients["centralised"].memory["seen/local"] == 4 * 2  # 2.5 a round, rounded to even
+
+
+def test_with_the_budget_of_steps_centralised_tuning_takes_as_many_steps_as_one_client() -> None:
+    # 2.5 examples on average in batches of 4 over 3 epochs: 3 steps of each client, but 2 on 7.5 examples of the pool.
+    steps = TOY.with_(compare={"budget": "steps"}, local={"epochs": 3, "batch_size": 4})
+    [pooled] = pooled_client(steps, DATA, 2.0).values()
+    assert steps.local.steps_of(len(pooled.examples), pooled.limit) == 3
+    assert pooled.limit == 9
 
 
 def test_centralised_tuning_holds_what_all_hold(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ Place = tuple[int, int]  # (index into the job's examples, position in its endle
 
 
 def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
-    """What a job consumes, batch by batch; the last may be smaller.
+    """What a job consumes, batch by batch; the last of an epoch and of the job may be smaller.
 
-    The stream is permutation after permutation of the examples, the n-th drawn for (seed, stream, n).
+    The stream is permutation after permutation of the examples, the n-th drawn for (seed, stream, n). No batch
+    holds examples of two of them, unless `local.batches` is "across_epochs".
     """
     n = len(fit.examples)
     if fit.seen < 0 or (fit.limit is not None and fit.limit < 0):
@@ -35,14 +36,19 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
         raise ConfigError(f"Expected {n} weights, one an example, finite and not below 0; got {len(fit.weights)}.")
     count = (local.epochs * n if fit.limit is None else fit.limit) if n else 0
     epoch, order = -1, torch.empty(0, dtype=torch.long)
-    for start in range(fit.seen, fit.seen + count, local.batch_size):
+    start, end = fit.seen, fit.seen + count
+    while start < end:
+        stop = min(start + local.batch_size, end)
+        if local.batches == "within_epochs":
+            stop = min(stop, (start // n + 1) * n)
         batch: list[Place] = []
-        for position in range(start, min(start + local.batch_size, fit.seen + count)):
+        for position in range(start, stop):
             if position // n != epoch:
                 epoch = position // n
                 order = torch.randperm(n, generator=rng.stream(seed, "order", *fit.stream, epoch))
             batch.append((int(order[position % n]), position))
         yield batch
+        start = stop
 
 
 def weight_of(fit: Fit, index: int) -> float:

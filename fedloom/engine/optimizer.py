@@ -21,6 +21,7 @@ class LocalTraining:
 
     epochs: int = 1
     batch_size: int = 16
+    batches: Literal["within_epochs", "across_epochs"] = "within_epochs"  # does an epoch end with a short batch
     learning_rate: float = 3e-4
     schedule: Literal["constant", "cosine"] = "constant"  # across rounds; it never restarts
     rounds: int = 1  # the length of the cosine
@@ -39,6 +40,8 @@ class LocalTraining:
                 "Expected epochs, batch_size and rounds of at least 1, "
                 f"got {self.epochs}, {self.batch_size} and {self.rounds}."
             )
+        if self.batches not in ("within_epochs", "across_epochs"):
+            raise ConfigError(f'Expected batches "within_epochs" or "across_epochs", got {self.batches!r}.')
         if self.schedule not in ("constant", "cosine"):
             raise ConfigError(f'Expected schedule "constant" or "cosine", got {self.schedule!r}.')
         if self.optimizer not in ("adamw", "sgd"):
@@ -53,6 +56,13 @@ class LocalTraining:
             raise ConfigError(f"Expected eps above 0, got {self.eps}.")
         if not self.clip >= 0:
             raise ConfigError(f"Expected clip of at least 0 (0: no clipping), got {self.clip}.")
+
+    def steps_of(self, n: int, count: int) -> int:
+        """Optimizer steps on the first `count` examples of a job that has `n` of its own."""
+        if self.batches == "across_epochs" or not n:
+            return math.ceil(count / self.batch_size)
+        epochs, rest = divmod(count, n)
+        return epochs * math.ceil(n / self.batch_size) + math.ceil(rest / self.batch_size)
 
     def learning_rate_at(self, round: int) -> float:
         """Cosine from `learning_rate` at round 0 towards `min_learning_rate` at round `rounds`."""

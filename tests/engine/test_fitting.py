@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import distance, engine, example, examples, llama, moved, norms_in_double
 
 from fedloom.engine.fitting import LocalTraining, batches
@@ -47,13 +49,49 @@ def test_without_a_limit_a_round_is_so_many_epochs():
 
 
 def test_the_last_batch_may_be_smaller_and_is_kept():
-    sizes = [len(batch) for batch in batches(Fit(START, range(7), limit=10), SGD, 0)]
+    sizes = [len(batch) for batch in batches(Fit(START, range(10)), SGD, 0)]
     assert sizes == [4, 4, 2]
 
 
-def test_batches_may_cross_from_one_epoch_into_the_next():
-    [batch] = batches(Fit(START, range(3), limit=4), SGD, 0)
+def test_a_batch_ends_with_its_epoch_as_a_data_loader_has_it():
+    places = [[position for _, position in batch] for batch in batches(Fit(START, range(3), limit=4), SGD, 0)]
+    assert places == [[0, 1, 2], [3]]
+
+
+def test_batches_across_epochs_are_an_option():
+    endless = replace(SGD, batches="across_epochs")
+    [batch] = batches(Fit(START, range(3), limit=4), endless, 0)
     assert [position for _, position in batch] == [0, 1, 2, 3]
+    assert [index for index, _ in batch] == consumed(Fit(START, range(3), limit=4))  # the order is the same
+
+
+@pytest.mark.parametrize(("n", "size", "epochs", "steps"), [(5, 8, 3, 3), (50, 64, 10, 10), (16, 8, 2, 4), (9, 8, 2, 4)])
+def test_a_job_takes_as_many_steps_as_a_data_loader(n, size, epochs, steps):
+    local = replace(SGD, batch_size=size, epochs=epochs)
+    loader = torch.utils.data.DataLoader(range(n), batch_size=size)  # type: ignore[arg-type]
+    taken = list(batches(Fit(START, range(n)), local, 0))
+    assert [len(batch) for batch in taken] == [len(batch) for _ in range(epochs) for batch in loader]
+    assert len(taken) == steps == local.steps_of(n, epochs * n)
+
+
+@given(
+    n=st.integers(1, 9), size=st.integers(1, 12), limits=st.lists(st.integers(0, 20), max_size=5), across=st.booleans()
+)
+def test_rounds_with_a_limit_go_on_and_no_batch_holds_two_epochs(n, size, limits, across):
+    local = replace(SGD, batch_size=size, batches="across_epochs" if across else "within_epochs")
+    seen, taken = 0, []
+    for limit in limits:
+        places = list(batches(Fit(START, range(n), stream=("c",), seen=seen, limit=limit), local, 0))
+        assert sum(map(len, places)) == limit
+        assert all(0 < len(batch) <= size for batch in places)
+        if not across:
+            assert all(batch[0][1] // n == batch[-1][1] // n for batch in places)
+        if seen == 0:
+            assert len(places) == local.steps_of(n, limit)
+        seen += limit
+        taken += [place for batch in places for place in batch]
+    assert [position for _, position in taken] == list(range(seen))
+    assert [index for index, _ in taken] == consumed(Fit(START, range(n), stream=("c",), limit=seen))
 
 
 @pytest.mark.parametrize("wrong", [{"seen": -1}, {"limit": -1}])
