@@ -23,7 +23,6 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE
 
 import torch
 
-from fedloom import rng
 from fedloom.config import load
 from fedloom.experiment import load_data, load_machine
 from fedloom.messages import Update
@@ -66,7 +65,7 @@ def large(values: Callable[[int], torch.Tensor]) -> AdapterState:
 
 
 def like(delta: torch.Tensor, n: int) -> torch.Tensor:
-    draw, pieces = rng.stream(0, "benchmark"), delta[: len(delta) // 64 * 64].view(-1, 64)
+    draw, pieces = torch.Generator().manual_seed(0), delta[: len(delta) // 64 * 64].view(-1, 64)
     chosen = pieces[torch.randint(len(pieces), (n // 64 + 1,), generator=draw)].flatten()[:n]
     return chosen * (2 * torch.randint(2, (n,), generator=draw) - 1)
 
@@ -106,7 +105,7 @@ def main() -> None:
     own = learnt()
     for title, state in (
         ("learnt in a quickstart round", large(lambda n: like(own, n))),
-        ("normally distributed", large(lambda n: 1e-3 * torch.randn(n, generator=rng.stream(0, "normal")))),
+        ("normally distributed", large(lambda n: 1e-3 * torch.randn(n, generator=torch.Generator().manual_seed(1)))),
     ):
         print(f"\n{title}: {state.numel():,} values, {4 * state.numel() / 1e6:.1f} MB in float32")
         print(f"{'codec':24} {'MB':>6} {'smaller':>8}  {'encode, ms':>16}  {'decode, ms':>16}  relative L2 error")

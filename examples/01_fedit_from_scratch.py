@@ -61,7 +61,7 @@ factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
 # The data. Every client gets whole categories, so none can learn from its own examples alone how to
 # answer the others': the situation FedIT was made for.
 examples = microworld.corpus(examples=settings.examples, seed=seed)
-order = torch.randperm(len(examples), generator=rng.stream(seed, "example", "hold-out")).tolist()
+order = rng.numpy_stream(seed, "example", "hold-out").permutation(len(examples)).tolist()
 test = [examples[i] for i in order[: settings.held_out]]
 train = sorted((examples[i] for i in order[settings.held_out :]), key=lambda e: e.category)
 edges = [k * len(train) // settings.clients for k in range(settings.clients + 1)]
@@ -115,8 +115,7 @@ def train_locally(adapter: dict[str, torch.Tensor], client: str, taken: int) -> 
     # Adam's moments start anew in every round: they belong to nobody's adapter in particular.
     optimizer = torch.optim.AdamW(factors.values(), lr=settings.learning_rate, weight_decay=0.0)
     for epoch in range(taken * settings.epochs, (taken + 1) * settings.epochs):
-        stream = rng.stream(seed, "order", client, "local", epoch)
-        order = torch.randperm(len(own), generator=stream).tolist()
+        order = rng.numpy_stream(seed, "order", client, "local", epoch).permutation(len(own)).tolist()
         for start in range(0, len(own), settings.batch_size):
             nats, count = loss_sum([own[i] for i in order[start : start + settings.batch_size]])
             optimizer.zero_grad()
@@ -133,9 +132,9 @@ for name, factor in factors.items():
     adapter[name] = torch.zeros_like(factor)
     if ".lora_A." in name:
         module = name.removeprefix("base_model.model.").split(".lora_A.")[0]
-        start = torch.zeros(factor.shape)  # float32 first, so that both dtypes start alike
-        torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=rng.stream(seed, "adapter", module))
-        adapter[name] = start.to(factor.dtype)
+        bound = 1 / math.sqrt(factor.shape[1])
+        start = rng.numpy_stream(seed, "adapter", module).uniform(-bound, bound, tuple(factor.shape))
+        adapter[name] = torch.from_numpy(start).float().to(factor.dtype)  # float32 first, so that both dtypes start alike
 print(f"base model: held-out loss {held_out_loss(adapter):.3f} nats a token")
 
 taken = dict.fromkeys(clients, 0)

@@ -42,8 +42,8 @@ def plan(experiment: Experiment) -> Plan:
     layout = AdapterLayout.of(model, experiment.adapter)
     adapter = layout.initial(experiment.seed)
     codec: Codec = experiment.transport.codec.build()
-    noise = rng.stream(experiment.seed, "plan")
-    delta = adapter.map(lambda t: 1e-3 * torch.randn(t.shape, generator=noise, dtype=t.dtype))
+    noise = rng.numpy_stream(experiment.seed, "plan")
+    delta = adapter.map(lambda t: 1e-3 * torch.from_numpy(noise.standard_normal(t.shape)).to(t.dtype))
     up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
     base = models.count_parameters(model)
     try:

@@ -71,8 +71,8 @@ class ToyEngine:
         count = self.epochs * n if fit.limit is None else fit.limit
         w, losses = fit.adapter[A].clone(), []
         for position in range(fit.seen, fit.seen + count):
-            order = torch.randperm(n, generator=rng.stream(self.seed, "order", *fit.stream, position // n))
-            x = value(fit.examples[int(order[position % n])])
+            order = rng.numpy_stream(self.seed, "order", *fit.stream, position // n).permutation(n).tolist()
+            x = value(fit.examples[order[position % n]])
             losses.append(float((w - x).square().mean() / 2))
             w = w - self.learning_rate * (w - x)
         if fit.stream and fit.stream[0] in self.poison:

@@ -35,7 +35,7 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
     if fit.weights is not None and (len(fit.weights) != n or not all(0 <= w < math.inf for w in fit.weights)):
         raise ConfigError(f"Expected {n} weights, one an example, finite and not below 0; got {len(fit.weights)}.")
     count = (local.epochs * n if fit.limit is None else fit.limit) if n else 0
-    epoch, order = -1, torch.empty(0, dtype=torch.long)
+    epoch, order = -1, list[int]()
     start, end = fit.seen, fit.seen + count
     while start < end:
         stop = min(start + local.batch_size, end)
@@ -45,8 +45,8 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
         for position in range(start, stop):
             if position // n != epoch:
                 epoch = position // n
-                order = torch.randperm(n, generator=rng.stream(seed, "order", *fit.stream, epoch))
-            batch.append((int(order[position % n]), position))
+                order = rng.numpy_stream(seed, "order", *fit.stream, epoch).permutation(n).tolist()
+            batch.append((order[position % n], position))
         yield batch
         start = stop
 

@@ -147,8 +147,9 @@ class AdapterLayout:
         """Where training starts: A uniform as PEFT draws it, B zero, so that the model is unchanged."""
         vector = torch.zeros(self.size)
         for target in self.targets:
-            stream = rng.stream(seed, "adapter", target.name)
-            nn.init.kaiming_uniform_(target.a(vector), a=math.sqrt(5), generator=stream)
+            bound = 1 / math.sqrt(target.inputs)  # kaiming_uniform_ with a = sqrt(5)
+            drawn = rng.numpy_stream(seed, "adapter", target.name).uniform(-bound, bound, (target.rank, target.inputs))
+            target.a(vector).copy_(torch.from_numpy(drawn))
         return self.to_state(vector)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom import rng
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.attacks.inversion import (
     FirstInputs,
@@ -40,7 +39,7 @@ ADAMW = LocalTraining(epochs=10, learning_rate=4e-3, batch_size=4)  # one batch,
 
 def batch(distinct: int, *, seed: int = 0, count: int = 4, vocabulary: int = VOCABULARY) -> tuple[set[int], list[Tokens]]:
     """`count` examples in which each of so many random tokens occurs twice or more."""
-    stream = rng.stream(seed, "tokens")
+    stream = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(vocabulary - 5, generator=stream)[:distinct] + 5
     length = max(16, 2 * distinct // count)
     rounds = [tokens[torch.randperm(distinct, generator=stream)] for _ in range(-(-count * length // distinct))]
@@ -81,7 +80,7 @@ def scene(rank: int, base: str = "embedded") -> Scene:
 
 
 def noised(view: ServerView, *, clip: float, sd: float, seed: int) -> ServerView:
-    stream = rng.stream(seed, "noise")
+    stream = torch.Generator().manual_seed(seed)
     factor = min(1.0, clip / view.delta.norm())
     delta = view.delta.map(lambda t: factor * t + sd * torch.randn(t.shape, generator=stream))
     return replace(view, update=replace(view.update, states={"delta": delta}))

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from peft import get_peft_model_state_dict
+from scipy.stats import ks_2samp, kstest
 from tiny_models import causal_lm, distance, llama, moved, plain_peft
 
 from fedloom.engine.layout import AdapterLayout, LoraSpec
 from fedloom.errors import ModelError, ShapeMismatch
+from fedloom.rng import key
 from fedloom.state import AdapterState
 
+COLLIDE = (72540, 87852)  # names whose keys share their low 32 bits, all that seeds a torch generator
 GPT2 = transformers.GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
 
@@ -56,6 +61,27 @@ def test_initial_a_is_uniform_within_one_over_root_inputs_and_b_is_zero():
             assert not tensor.any()
         else:  # kaiming_uniform with a = sqrt(5): bound sqrt(6 / (1 + 5) / inputs)
             assert 0.8 / tensor.shape[1] ** 0.5 < tensor.abs().max() <= 1.0 / tensor.shape[1] ** 0.5
+
+
+def test_initial_a_is_distributed_as_peft_draws_it():
+    torch.manual_seed(0)
+    model = llama()
+    theirs = [t for k, t in get_peft_model_state_dict(plain_peft(model, LoraSpec(rank=64))).items() if "lora_A" in k]
+    drawn = AdapterLayout.of(model, LoraSpec(rank=64)).initial(3)
+    ours = [t for k, t in drawn.items() if "lora_A" in k]
+    # Times the root of its inputs, every value is uniform in [-1, 1].
+    one, other = (torch.cat([t.flatten() * t.shape[1] ** 0.5 for t in them]) for them in (ours, theirs))
+    assert kstest(one.numpy(), "uniform", args=(-1, 2)).pvalue > 0.01
+    assert ks_2samp(one.numpy(), other.numpy()).pvalue > 0.01
+    assert one.var().item() == pytest.approx(1 / 3, rel=0.02)
+    assert len({tuple(t.flatten()[:4].tolist()) for t in ours}) == len(ours)  # no two modules begin alike
+
+
+def test_modules_whose_keys_share_their_low_32_bits_start_apart():
+    one, other = (replace(layout().targets[0], name=f"layer.{i}") for i in COLLIDE)
+    assert key(0, "adapter", one.name) % 2**32 == key(0, "adapter", other.name) % 2**32
+    first, second = (AdapterLayout(LoraSpec(rank=4), (t,)).initial(0)[t.a_key] for t in (one, other))
+    assert not torch.equal(first, second)
 
 
 def test_initial_depends_on_the_seed_and_on_nothing_else():
