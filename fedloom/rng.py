@@ -7,9 +7,12 @@ width, or on how often a run was killed and resumed, and nothing random is ever 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # settings are read without waiting for torch
+    import torch
 
 Name = str | int
 
@@ -28,6 +31,8 @@ def key(seed: int, *name: Name) -> int:
 
 def stream(seed: int, *name: Name) -> torch.Generator:
     """A fresh torch generator for this name, on the CPU."""
+    import torch
+
     return torch.Generator().manual_seed(key(seed, *name))
 
 
