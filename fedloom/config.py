@@ -42,10 +42,9 @@ from fedloom.algorithms.self_augmented import SelfAugmented
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.data import partition
 from fedloom.data.canaries import Canaries
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ConfigError
 from fedloom.selection import All, Fixed, Fraction, Poisson, RoundRobin
+from fedloom.steps import LocalTraining, LoraSpec
 from fedloom.synthesis.pool import FromPool
 from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording, Wording
 from fedloom.transport.codec import Bf16, Fp32, Int4, Int8

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,16 +18,14 @@ from fedloom.config import PARTS, Choice, Clusters, Experiment, Model
 from fedloom.data import microworld, partition, sources
 from fedloom.data.example import Example
 from fedloom.data.template import Template
-from fedloom.engine import models
-from fedloom.engine.embedding import embed
-from fedloom.engine.generation import generate_all
-from fedloom.engine.lora_engine import Generation, LoraEngine
-from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError
 from fedloom.messages import ClientId
 from fedloom.rng import numpy_stream
 from fedloom.synthesis.pool import FromPool
 from fedloom.synthesis.pseudo_labels import PseudoLabels
+
+if TYPE_CHECKING:  # settings and data are read without waiting for torch
+    from fedloom.engine.lora_engine import Generation, LoraEngine
 
 MICROWORLD = 640  # examples, where data.examples does not say
 CONTEXT_LENGTH = 2048  # tokens of a prompt for synthesis and its answer, at most
@@ -107,6 +105,8 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
     if wanted.of == "tfidf":
         features = tfidf(texts)
     else:
+        from fedloom.engine.embedding import embed
+
         model, tokenizer = _load_base(experiment)
         template = load_template(experiment, tokenizer)
         features = standardized(embed(model, [template.document_ids(text) for text in texts]))
@@ -159,6 +159,9 @@ class Machine:
 
 
 def load_machine(experiment: Experiment) -> Machine:
+    from fedloom.engine import models
+    from fedloom.engine.lora_engine import LoraEngine
+
     m = experiment.model
     model, tokenizer = _load_base(experiment)
     template = load_template(experiment, tokenizer)
@@ -171,6 +174,10 @@ def load_machine(experiment: Experiment) -> Machine:
 
 
 def _generation(model: Model) -> Generation:
+    from fedloom.engine import models
+    from fedloom.engine.generation import generate_all
+    from fedloom.engine.vllm_backend import VllmGeneration
+
     if model.vllm is None:
         return generate_all
     folder = models.base_folder(model.base, allow_download=model.allow_download)
@@ -180,6 +187,8 @@ def _generation(model: Model) -> Generation:
 
 
 def _load_base(experiment: Experiment) -> tuple[Any, Any]:
+    from fedloom.engine import models
+
     m = experiment.model
     return models.load_base(
         m.base, dtype=m.dtype, device=m.device, quantize=None if m.quantize == "none" else m.quantize,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fedloom.errors import ShapeMismatch
 
+if TYPE_CHECKING:  # settings are read without waiting for torch
+    import torch
+    from torch import Tensor
 
-class AdapterState(Mapping[str, Tensor]):
+
+class AdapterState(Mapping[str, "Tensor"]):
     """An immutable vector of named tensors: LoRA factors, a delta, a control variate.
 
     Names are PEFT's on-disk keys (`base_model.model.<module>.lora_A.weight`), so a state saves to a
@@ -50,23 +53,25 @@ class AdapterState(Mapping[str, Tensor]):
         )
 
     def __add__(self, other: AdapterState | float) -> AdapterState:
-        return self.map(torch.add, other)
+        return self.map(operator.add, other)
 
     def __sub__(self, other: AdapterState | float) -> AdapterState:
-        return self.map(torch.sub, other)
+        return self.map(operator.sub, other)
 
     def __mul__(self, other: AdapterState | float) -> AdapterState:
-        return self.map(torch.mul, other)
+        return self.map(operator.mul, other)
 
     def __truediv__(self, other: AdapterState | float) -> AdapterState:
-        return self.map(torch.div, other)
+        return self.map(operator.truediv, other)
 
     __rmul__ = __mul__
 
     def sqrt(self) -> AdapterState:
-        return self.map(torch.sqrt)
+        return self.map(lambda t: t.sqrt())
 
     def zeros_like(self) -> AdapterState:
+        import torch
+
         return self.map(torch.zeros_like)
 
     def to(self, dtype: torch.dtype) -> AdapterState:
@@ -80,10 +85,12 @@ class AdapterState(Mapping[str, Tensor]):
         return sum(t.numel() for t in self.values())
 
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(t).all()) for t in self.values())
+        return all(bool(t.isfinite().all()) for t in self.values())
 
     def sha256(self) -> str:
         """Of names, shapes, dtypes and bytes, in name order: equal exactly when the states are."""
+        import torch
+
         digest = hashlib.sha256()
         for name, t in self.items():
             digest.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())

@@ -7,10 +7,12 @@ of them in lock-step and hands all their requests to the engine at once. Same fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from fedloom.errors import ConfigError, ModelError
 from fedloom.rng import Name
 from fedloom.state import AdapterState
 
@@ -33,6 +35,85 @@ class Tokens:
     def targets(self) -> int:
         """How many tokens count for the loss."""
         return sum(self.labelled)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What is trained: PEFT's words, PEFT's meaning."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = "all-linear"  # last components or dotted ends of module names
+    rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (arXiv 2312.03732)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ModelError(f"Expected a LoRA rank of at least 1, got {self.rank}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ModelError(f"Expected a LoRA dropout in [0, 1), got {self.dropout}.")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """The defaults of every Fit. `batch_size` is the effective batch, whatever fits into one pass."""
+
+    epochs: int = 1
+    batch_size: int = 16
+    batches: Literal["within_epochs", "across_epochs"] = "within_epochs"  # does an epoch end with a short batch
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "cosine"] = "constant"  # across rounds; it never restarts
+    rounds: int = 1  # the length of the cosine
+    min_learning_rate: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0  # SGD only
+    clip: float = 1.0  # L2 norm of a job's whole gradient, correction included; 0: no clipping
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.rounds < 1:
+            raise ConfigError(
+                "Expected epochs, batch_size and rounds of at least 1, "
+                f"got {self.epochs}, {self.batch_size} and {self.rounds}."
+            )
+        if self.batches not in ("within_epochs", "across_epochs"):
+            raise ConfigError(f'Expected batches "within_epochs" or "across_epochs", got {self.batches!r}.')
+        if self.schedule not in ("constant", "cosine"):
+            raise ConfigError(f'Expected schedule "constant" or "cosine", got {self.schedule!r}.')
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ConfigError(f'Expected optimizer "adamw" or "sgd", got {self.optimizer!r}.')
+        for name in ("learning_rate", "min_learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1e30:  # float32 holds it after bias correction
+                raise ConfigError(f"Expected {name} between 0 and 1e30, got {getattr(self, name)}.")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"Expected {name} in [0, 1), got {getattr(self, name)}.")
+        if not self.eps > 0:
+            raise ConfigError(f"Expected eps above 0, got {self.eps}.")
+        if not self.clip >= 0:
+            raise ConfigError(f"Expected clip of at least 0 (0: no clipping), got {self.clip}.")
+
+    def steps_of(self, n: int, count: int) -> int:
+        """Optimizer steps on the first `count` examples of a job that has `n` of its own."""
+        if self.batches == "across_epochs" or not n:
+            return math.ceil(count / self.batch_size)
+        epochs, rest = divmod(count, n)
+        return epochs * math.ceil(n / self.batch_size) + math.ceil(rest / self.batch_size)
+
+    def learning_rate_at(self, round: int) -> float:
+        """Cosine from `learning_rate` at round 0 towards `min_learning_rate` at round `rounds`."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        fraction = min(max(round / self.rounds, 0.0), 1.0)
+        span = self.learning_rate - self.min_learning_rate
+        return self.min_learning_rate + span * (1 + math.cos(math.pi * fraction)) / 2
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 import tomllib
 import zipfile
 from pathlib import Path
@@ -72,6 +73,23 @@ def test_importing_the_package_loads_no_torch():
 def test_the_help_page_needs_no_torch():
     code = "import fedloom.cli.main, sys; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+HEAVY = {"torch", "transformers", "peft", "scipy", "sklearn", "plotly"}
+
+
+@pytest.mark.parametrize("module", ["fedloom.config", "fedloom.experiment"])
+def test_settings_and_data_are_read_without_torch(module):
+    code = f"""
+        import sys
+        from {module} import *
+        from fedloom import config, experiment
+        its = config.load("fedpit-microworld")
+        its.with_(adapter={{"rank": 2}}, transport={{"codec": "int4"}}).fingerprint()
+        experiment.load_data(its)
+        assert not {HEAVY} & set(sys.modules), set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_the_version_is_in_the_changelog():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from fedloom.errors import EmptyCohort
 from fedloom.messages import Update
 from fedloom.state import AdapterState
@@ -19,6 +17,8 @@ def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str,
 
     Source: McMahan et al. 2017, Algorithm 1. Raises: EmptyCohort.
     """
+    import torch  # here, so that settings are read without waiting for it
+
     ordered = in_order(updates)
     weight = sum(u.weight for u in ordered)
     means = {}

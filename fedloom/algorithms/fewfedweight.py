@@ -19,10 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fedloom.algorithms.aggregators import weighted_mean
 from fedloom.algorithms.base import Aggregator, ServerOptimizer, ServerState
@@ -33,6 +30,9 @@ from fedloom.errors import ConfigError
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
 from fedloom.steps import Score, Scored, Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OWN_LOSS = "own_loss"  # v_k
 
@@ -80,6 +80,8 @@ class FewFedWeight:
         return Update(client.id, {"delta": fitted.adapter - start}, len(client.examples), metrics)
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        import torch  # here, so that settings are read without waiting for it
+
         arrived = sorted(updates, key=lambda u: u.client)
         known: Mapping[str, Tensor] = state.slots.get("client_weights", {})
         before = {u.client: float(known[u.client]) if u.client in known else float(u.weight) for u in arrived}

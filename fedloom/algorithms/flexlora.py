@@ -14,7 +14,6 @@ from typing import ClassVar
 from fedloom.algorithms.aggregators import in_order
 from fedloom.algorithms.base import ServerState
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.products import mean_product
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
@@ -38,6 +37,8 @@ class FlexLoRA:
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Weighted by examples. Every client's update is needed, so a sum of them (secure aggregation) will not do."""
+        from fedloom.algorithms.products import mean_product  # here, since it needs torch at once
+
         ordered = in_order(updates)
         total = sum(update.weight for update in ordered)
         return state.next(mean_product([(u.weight / total, state.adapter + u.delta) for u in ordered]))

@@ -14,29 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from fedloom import rng
 from fedloom.errors import ModelError, ShapeMismatch
 from fedloom.state import AdapterState
+from fedloom.steps import LoraSpec
 
 ON_DISK = "base_model.model."  # PEFT puts it in front of every module name
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """What is trained: PEFT's words, PEFT's meaning."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] | str = "all-linear"  # last components or dotted ends of module names
-    rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (arXiv 2312.03732)
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ModelError(f"Expected a LoRA rank of at least 1, got {self.rank}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ModelError(f"Expected a LoRA dropout in [0, 1), got {self.dropout}.")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)

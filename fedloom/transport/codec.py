@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
-import torch
 import zstandard
-from torch import Tensor
 
 from fedloom.errors import ConfigError, RefusedUpdate
 from fedloom.state import AdapterState
-from fedloom.transport import blocks
 
-Parts = Mapping[str, Tensor]  # a state as it travels
+if TYPE_CHECKING:  # settings are read without waiting for torch
+    import torch
+    from torch import Tensor
+
+    from fedloom.transport import blocks
+
+Parts = Mapping[str, "Tensor"]  # a state as it travels
 
 
 class Codec(Protocol):
@@ -60,10 +63,14 @@ class Bf16:
     error_feedback: bool = False
 
     def encode(self, state: AdapterState) -> Parts:
+        import torch
+
         nothing = torch.empty(0, dtype=torch.bfloat16)  # of no tensors, too, there is one
         return {"values": torch.cat([nothing, *(t.flatten().to(torch.bfloat16) for t in state.values())])}
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
+        import torch
+
         _expect(parts, {"values": torch.bfloat16})
         if parts["values"].numel() != like.numel():
             raise _malformed(f"{parts['values'].numel()} values for {like.numel()}")
@@ -86,6 +93,8 @@ class Int8:
         return f"int8 block={self.block} zstd={self.zstd}"
 
     def encode(self, state: AdapterState) -> Parts:
+        from fedloom.transport import blocks
+
         return _parts(*blocks.quantise(_flat(state), bits=8, block=self.block, levels=127), zstd=self.zstd)
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
@@ -114,6 +123,8 @@ class Int4:
         return f"int4 block={self.block} zstd={self.zstd}"  # whatever the levels, it is read alike
 
     def encode(self, state: AdapterState) -> Parts:
+        from fedloom.transport import blocks
+
         return _parts(*blocks.quantise(_flat(state), bits=4, block=self.block, levels=self.levels), zstd=self.zstd)
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
@@ -141,6 +152,8 @@ def _shaped(flat: Tensor, like: AdapterState) -> AdapterState:
 
 
 def _parts(codes: blocks.Codes, scales: blocks.Scales, *, zstd: bool) -> Parts:
+    import torch
+
     squeeze = zstandard.ZstdCompressor(level=1).compress if zstd else bytes
     return {
         name: torch.from_numpy(np.frombuffer(squeeze(part.data), np.uint8).copy())
@@ -149,6 +162,10 @@ def _parts(codes: blocks.Codes, scales: blocks.Scales, *, zstd: bool) -> Parts:
 
 
 def _decoded(parts: Parts, like: AdapterState, *, bits: int, block: int, zstd: bool) -> AdapterState:
+    import torch
+
+    from fedloom.transport import blocks
+
     _expect(parts, {"codes": torch.uint8, "scales": torch.uint8})
     sizes = [t.numel() for t in like.values()]
     n_codes, n_scales = blocks.room(sizes, bits=bits, block=block)
