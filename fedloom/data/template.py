@@ -11,25 +11,18 @@ given when it answers, and the mask is known without searching for a marker.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-from tokenizers import Tokenizer
-
+from fedloom.data.chat_template import CONTEXT, INSTRUCTION, RESPONSE, SYSTEM, read_chat_template
 from fedloom.data.example import Example
+from fedloom.data.tokenizing import Part, TextTokenizer
 from fedloom.errors import DataError, ModelError
 from fedloom.steps import Tokens
 
 Format = Literal["auto", "chat", "alpaca", "plain"]
 Cut = Literal["none", "context", "response", "instruction"]
-Part = int | str  # a control token, or text with slots
-
-# Slots: where the user's words go. Private-use characters, so that no chat template touches them.
-INSTRUCTION, CONTEXT, RESPONSE, SYSTEM = "\ue000", "\ue001", "\ue002", "\ue003"
 _SLOT = re.compile(f"[{INSTRUCTION}{CONTEXT}{RESPONSE}{SYSTEM}]")
 
 SHORTEST_CUT = 16  # tokens of a response that truncation never removes
@@ -80,30 +73,32 @@ class Template:
         self.loss_on = loss_on
         self.system = system
         self._tokenizer = tokenizer
-        self._text = _TextTokenizer(tokenizer)
+        self._text = TextTokenizer(tokenizer)
         self._trim = False
+        self._opening: list[int] = []  # a chat template writes its own
 
         if format == "chat":
-            forms = [_read_chat_template(tokenizer, system, with_context=flag) for flag in (False, True)]
+            forms = [read_chat_template(tokenizer, system, with_context=flag) for flag in (False, True)]
             self._parts = {bool(i): self._text.split(form.prompt) for i, form in enumerate(forms)}
             self._trim, self._lead, tail = forms[0].trims, forms[0].lead, self._text.split(forms[0].tail)
         else:
             texts = (ALPACA, ALPACA_WITH_CONTEXT) if format == "alpaca" else (PLAIN, PLAIN_WITH_CONTEXT)
             said = f"{SYSTEM}\n\n" if system else ""
-            self._parts = {
-                bool(i): [*self._text.opening, *self._text.split(said + text)] for i, text in enumerate(texts)
-            }
+            self._parts = {bool(i): self._text.split(said + text) for i, text in enumerate(texts)}
+            self._opening = self._text.opening
             self._lead, tail = ("" if format == "alpaca" else " "), []
 
         # What closes a response: text up to the first control token after it, and that token.
         closing = next((i for i, part in enumerate(tail) if isinstance(part, int)), None)
         self._tail = "".join(str(part) for part in tail[:closing]) if closing is not None else ""
+        self._closing = None if closing is None else tail[closing]
         end = tail[closing] if closing is not None else tokenizer.eos_token_id
         if not isinstance(end, int):
             raise ModelError(
                 "the tokenizer has no end-of-text token, so a model could never learn where an answer ends; "
                 "set eos_token in its tokenizer_config.json."
             )
+        self._text.protect(end)
         self.end = end
         self._begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.stop = frozenset({end} | ({tokenizer.eos_token_id} - {None}))
@@ -119,7 +114,7 @@ class Template:
         words = self._words(instruction, context)
         return "".join(
             self._text.name(part) if isinstance(part, int) else _fill(part, words)
-            for part in self._parts[bool(context)]
+            for part in (*self._opening, *self._parts[bool(context)])
         )
 
     def prompt_ids(self, instruction: str, context: str = "", *, room: int = 0) -> list[int]:
@@ -151,7 +146,7 @@ class Template:
 
     def document_ids(self, text: str) -> list[int]:
         """Text that a base model is to continue, from its beginning, in no format; all of it plain text."""
-        return [*self._text.opening, *self._text.ids(text, after=next(iter(self._text.opening), None))]
+        return [*self._text.opening, *self._text.ids(text, after=None)]
 
     def truncation(self, example: Example) -> Cut:
         """What `encode` cuts off this example."""
@@ -197,7 +192,7 @@ class Template:
         """Prompt, response with its end, and what was cut to make both fit."""
         last = self._parts[bool(example.context)][-1]
         text = example.response.strip() if self._trim else example.response
-        answer = self._text.ids(self._lead + text + self._tail, after=last)
+        answer = self._text.ids(self._lead + text + self._tail, after=last, before=self._closing)
         shortest = min(SHORTEST_CUT, len(answer) + 1)  # a short answer keeps its end, too
         prompt, cut = self._fit_prompt(
             example.instruction,
@@ -239,11 +234,13 @@ class Template:
 
     def _prompt_ids(self, instruction: str, context: str) -> list[int]:
         words = self._words(instruction, context)
-        ids: list[int] = []
-        before: Part | None = None
-        for part in self._parts[bool(context)]:
-            ids += [part] if isinstance(part, int) else self._text.ids(_fill(part, words), after=before)
-            before = part
+        ids = list(self._opening)
+        parts: list[Part | None] = [None, *self._parts[bool(context)], None]
+        for before, part, after in zip(parts, parts[1:], parts[2:], strict=False):
+            if isinstance(part, str):
+                ids += self._text.ids(_fill(part, words), after=before, before=after)
+            elif part is not None:
+                ids.append(part)
         return ids
 
     def _words(self, instruction: str, context: str) -> dict[str, str]:
@@ -260,160 +257,3 @@ def _labelled(before: Sequence[int], after: Sequence[int]) -> Tokens:
 
 def _fill(text: str, words: dict[str, str]) -> str:
     return _SLOT.sub(lambda slot: words[slot.group()], text)
-
-
-class _TextTokenizer:
-    """Plain text to ids, knowing what stands before it; and format text split at its control tokens."""
-
-    def __init__(self, tokenizer: Any):
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"{type(tokenizer).__name__} is a slow tokenizer; fedloom needs a tokenizer.json beside the "
-                "model. Convert it once with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-            )
-        described = json.loads(tokenizer.backend_tokenizer.to_str())
-        self._first = _plain(described)
-        self._later = _plain(_without_prefix_space(described))
-
-        added = tokenizer.added_tokens_decoder
-        self._names = {token: entry.content for token, entry in added.items()}
-        self._controls = {entry.content: token for token, entry in added.items()}
-        # Longest first, so that no control token hides another; blanks beside one go as the tokenizer has it.
-        patterns = [
-            (r"\s*" if entry.lstrip else "")
-            + f"({re.escape(entry.content)})"
-            + (r"\s*" if entry.rstrip else "")
-            for entry in sorted(added.values(), key=lambda entry: -len(entry.content))
-        ]
-        self._control = re.compile("|".join(patterns)) if patterns else None
-
-        whole, bare = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (True, False))
-        # The beginning of text, where the tokenizer adds one.
-        self.opening: list[int] = whole[: _find(whole, bare)]
-        self._after_control = self._later
-        for content, token in self._controls.items():
-            joint = tokenizer(f"{content}a b", add_special_tokens=False).input_ids
-            if joint == [token, *_encode(self._first, "a b")] != [token, *_encode(self._later, "a b")]:
-                self._after_control = self._first  # this tokenizer puts a blank after control tokens, too
-                break
-
-    def ids(self, text: str, *, after: Part | None) -> list[int]:
-        """Ids of plain text that follows `after`: nothing, a control token, or more text."""
-        if not text:
-            return []
-        if after is None:
-            return _encode(self._first, text)
-        return _encode(self._after_control if isinstance(after, int) else self._later, text)
-
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Where each token of `text` begins and ends, in characters."""
-        return list(self._later.encode(text, add_special_tokens=False).offsets)
-
-    def name(self, token: int) -> str:
-        return self._names[token]
-
-    def split(self, text: str) -> list[Part]:
-        """Format text as control tokens and what stands between them."""
-        parts: list[Part] = []
-        place = 0
-        for match in self._control.finditer(text) if self._control else ():
-            if text[place : match.start()]:
-                parts.append(text[place : match.start()])
-            parts.append(self._controls[next(name for name in match.groups() if name)])
-            place = match.end()
-        return [*parts, text[place:]] if text[place:] else parts
-
-
-def _plain(described: dict[str, Any]) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(described))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # as text: a user cannot spell a control token
-    return tokenizer
-
-
-def _without_prefix_space(described: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for text that goes on: none of the blanks some put before the first word."""
-
-    def strip(node: Any) -> Any:
-        if isinstance(node, list):
-            return [
-                strip(item) for item in node if not (isinstance(item, dict) and item.get("type") == "Prepend")
-            ]
-        if isinstance(node, dict):
-            if node.get("type") == "Prepend":
-                return None
-            fixed = {"prepend_scheme": "never", "add_prefix_space": False}
-            return {key: fixed.get(key, strip(value)) for key, value in node.items()}
-        return node
-
-    return described | {name: strip(described[name]) for name in ("normalizer", "pre_tokenizer")}
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def _find(whole: list[int], part: list[int]) -> int:
-    return next(i for i in range(len(whole) + 1) if whole[i : i + len(part)] == part)
-
-
-@dataclass(frozen=True)
-class _ChatForm:
-    """A chat template with slots."""
-
-    prompt: str  # up to the response
-    lead: str  # blanks the template puts before a response: the model's to say
-    tail: str  # what follows a response
-    trims: bool  # it strips what users write, so we must
-
-
-def _read_chat_template(tokenizer: Any, system: str, *, with_context: bool) -> _ChatForm:
-    """Learn the format by rendering slots, which no template can mistake for words it treats specially."""
-    words = f"{INSTRUCTION}\n\n{CONTEXT}" if with_context else INSTRUCTION
-    turn = {"role": "user", "content": words}
-    messages = [turn]
-    if system:
-        messages = [{"role": "system", "content": SYSTEM}, turn]
-        if (_render(tokenizer, messages) or "").count(SYSTEM) != 1:
-            messages = [{"role": "user", "content": f"{SYSTEM}\n\n{words}"}]
-
-    prompt = _render(tokenizer, messages, add_generation_prompt=True) or ""
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": RESPONSE}]) or ""
-    slots = INSTRUCTION + (CONTEXT if with_context else "") + (SYSTEM if system else "")
-    if any(prompt.count(slot) != 1 for slot in slots) or full.count(RESPONSE) != 1:
-        raise ModelError(
-            "the tokenizer's chat template does not show a user's and an assistant's message exactly once "
-            'each, so it cannot be trained on; choose format "alpaca" or "plain".'
-        )
-    before, tail = full.split(RESPONSE)
-    # What a rendered answer has between the prompt and its own text. Blanks belong to the answer, so that
-    # they are tokenised with its first word; anything else (an empty thinking block) to the prompt.
-    between = before[len(prompt) :] if before.startswith(prompt) else ""
-    spaced = _render(tokenizer, [{"role": "user", "content": f" {INSTRUCTION} "}]) or ""
-    return _ChatForm(
-        prompt=prompt + (between if between.strip() else ""),
-        lead="" if between.strip() else between,
-        tail=tail,
-        trims=f" {INSTRUCTION} " not in spaced,
-    )
-
-
-def _render(
-    tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
-) -> str | None:
-    """The template's text, or None where it refuses these messages.
-
-    The date that some templates print is fixed, since prompts must not change when a run is resumed.
-    """
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
-            date_string="26 Jul 2024",
-        )
-    except TemplateError:
-        return None
-    return text
