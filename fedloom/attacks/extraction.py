@@ -98,7 +98,7 @@ def _extraction(
     def group(part: slice) -> Group:
         exact = same[part]
         return Group(
-            mean(values[part]), mean(gains[part]), proportion(sum(exact), len(exact)), tuple(values[part])
+            mean(values[part]), mean(gains[part], magnitude=1.0), proportion(sum(exact), len(exact)), tuple(values[part])
         )
 
     members, held_out = slice(0, split), slice(split, None)
@@ -106,7 +106,7 @@ def _extraction(
         group(members),
         group(held_out),
         gap=difference(values[members], values[held_out]),
-        memorised=difference(gains[members], gains[held_out]),
+        memorised=difference(gains[members], gains[held_out], magnitude=1.0),
     )
 
 

@@ -177,7 +177,8 @@ def _table(found: Comparison, title: str) -> Table:
         table.add_row(name, *_percent(part))
     if found.difference is not None:
         ci = found.difference.ci95
-        table.add_row("score difference", f"{found.difference.mean:+.3f}", f"{ci[0]:+.3f} to {ci[1]:+.3f}" if ci else "")
+        spread = "the same everywhere" if found.difference.constant else f"{ci[0]:+.3f} to {ci[1]:+.3f}" if ci else ""
+        table.add_row("score difference", f"{found.difference.mean:+.3f}", spread)
         table.add_row("total scores", f"{found.totals[0]:.1f} : {found.totals[1]:.1f}", "")
     if found.relative is not None:
         ci = found.relative_ci95

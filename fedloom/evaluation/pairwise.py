@@ -22,9 +22,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import binomtest
 
-from fedloom.evaluation.statistics import Estimate, estimate
+from fedloom.evaluation.statistics import Estimate, paired
 from fedloom.evaluation.verdicts import Failed, Rubric, Scores, Verdict, overall
 from fedloom.rng import numpy_stream
+from fedloom.rounding import is_constant
 
 Outcome = Literal["win", "tie", "lose"]
 DRAWS = 2000  # bootstrap resamples of the questions
@@ -121,7 +122,7 @@ def summarise(
         win_or_tie=share(outcomes["win"] + outcomes["tie"], n),
         order_disagreement=share(sum(not p.orders_agree for p in pairs), n) if both_orders else None,
         position_bias=fmean(biases) if biases else None,
-        difference=estimate([p.ours - p.theirs for p in pairs]) if pairs else None,
+        difference=paired([p.ours for p in pairs], [p.theirs for p in pairs]).estimate if pairs else None,
         totals=(float(ours.sum()), float(theirs.sum())),
         relative=float(ours.sum() / theirs.sum()) if divides else None,
         relative_ci95=_ratio_interval(ours, theirs, seed) if divides and n > 1 else None,
@@ -185,5 +186,9 @@ def _ratio_interval(ours: np.ndarray, theirs: np.ndarray, seed: int) -> tuple[fl
     below = theirs[drawn].sum(axis=1)  # (DRAWS,)
     if (below == 0).any():  # a resample in which the opponent scores nothing has no ratio
         return None
-    low, high = np.quantile(ours[drawn].sum(axis=1) / below, [0.025, 0.975])
+    ratios = ours[drawn].sum(axis=1) / below
+    if is_constant(ratios.tolist()):  # one ratio for every question
+        low = high = ours.sum() / theirs.sum()
+    else:
+        low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)

@@ -217,7 +217,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "interval": "–"
         if ci95 is None
         else f"{findings.change(metric, ci95[0])} to {findings.change(metric, ci95[1])}",
-        "p": "–" if d["p_value"] is None else "< 0.001" if d["p_value"] < 0.001 else f"{d['p_value']:.3f}",
+        "p": "the same in every seed" if d.get("constant") else "–" if d["p_value"] is None else "< 0.001" if d["p_value"] < 0.001 else f"{d['p_value']:.3f}",
         "reading": reading,
         "decided": clear,
     }

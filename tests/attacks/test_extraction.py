@@ -175,3 +175,11 @@ def test_an_overfitted_model_gives_its_training_answers_and_an_untrained_one_doe
     assert got["overfitted"].memorised.ci95[0] > 0.1
     assert got["untrained"].members.exact.value == got[BASE].members.exact.value == 0
     assert got["untrained"].memorised.mean == 0
+
+
+def test_gains_that_are_equal_but_for_rounding_are_no_memory() -> None:
+    members = [x - y for x, y in ((0.3, 0.1 + 0.2), (0.9, 0.3 + 0.6), (3.3, 1.1 + 2.2))]  # up to 4e-16 apart
+    found = difference(members, [0.0, 0.0], magnitude=3.3)
+    assert (found.mean, found.ci95, found.constant) == (0.0, (0.0, 0.0), True)
+    assert mean(members, magnitude=3.3).ci95 == (0.0, 0.0)
+    assert not mean([0.1, 0.2]).constant

@@ -166,6 +166,17 @@ def test_the_score_difference_has_students_interval():
     assert found.difference.ci95 == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
 
 
+def test_one_ratio_for_every_question_has_an_interval_of_no_width():
+    found = judged(by_number, ["1.1", "2.2", "6.6"], ["1", "2", "6"])
+    assert found.relative_ci95 == (found.relative, found.relative)
+
+
+def test_a_constant_score_difference_says_so():
+    found = judged(by_number, ["1.1", "2.2", "6.6"], ["1.4", "2.5", "6.9"])  # -0.3 but for rounding
+    assert found.difference.constant
+    assert found.difference.ci95 == (found.difference.mean, found.difference.mean)
+
+
 def test_shares_have_clopper_pearsons_interval():
     assert share(0, 10).ci95 == pytest.approx((0, 1 - 0.025 ** (1 / 10)))  # 0.3085
     assert share(10, 10).ci95 == pytest.approx((0.025 ** (1 / 10), 1))
