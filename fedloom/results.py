@@ -196,7 +196,7 @@ def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: S
                     continue
                 found = paired([t[a][metric] for t in tables], [t[b][metric] for t in tables])
                 out.append({"a": a, "b": b, "metric": metric, "mean": found.estimate.mean,
-                            "ci95": found.estimate.ci95, "p_value": found.p_value})  # fmt: skip
+                            "ci95": found.estimate.ci95, "p_value": found.p_value, "constant": found.constant})  # fmt: skip
     return out
 
 

@@ -17,7 +17,7 @@ from fedloom.attacks.intervals import Proportion, proportion
 from fedloom.attacks.measures import BASE, Mean, difference, mean, with_base
 from fedloom.data.example import Example
 from fedloom.data.template import Template
-from fedloom.data.text import rouge_l
+from fedloom.data.text import folded, rouge_l
 from fedloom.errors import DataError
 from fedloom.rng import numpy_stream
 from fedloom.state import AdapterState
@@ -93,12 +93,12 @@ def _extraction(
     examples: Sequence[Example], texts: Sequence[str], values: Sequence[float], base: Sequence[float], split: int
 ) -> Extraction:
     gains = [v - b for v, b in zip(values, base, strict=True)]
-    same = [_folded(e.response) == _folded(t) for e, t in zip(examples, texts, strict=True)]
+    same = [folded(e.response) == folded(t) for e, t in zip(examples, texts, strict=True)]
 
     def group(part: slice) -> Group:
         exact = same[part]
         return Group(
-            mean(values[part]), mean(gains[part]), proportion(sum(exact), len(exact)), tuple(values[part])
+            mean(values[part]), mean(gains[part], magnitude=1.0), proportion(sum(exact), len(exact)), tuple(values[part])
         )
 
     members, held_out = slice(0, split), slice(split, None)
@@ -106,9 +106,5 @@ def _extraction(
         group(members),
         group(held_out),
         gap=difference(values[members], values[held_out]),
-        memorised=difference(gains[members], gains[held_out]),
+        memorised=difference(gains[members], gains[held_out], magnitude=1.0),
     )
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.lower().split())

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedloom.attacks.membership import DIGITS
 from fedloom.attacks.view import ServerView
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Score
@@ -288,4 +289,4 @@ def membership(view: ServerView, engine: Engine, examples: Sequence[Any]) -> lis
         {"before": Score(examples, view.adapter), "after": Score(examples, view.adapter + view.delta)}
     )
     pairs = zip(answers["before"], answers["after"], strict=True)
-    return [(before.nll - after.nll) / max(1, before.targets) for before, after in pairs]
+    return [round((before.nll - after.nll) / max(1, before.targets), DIGITS) for before, after in pairs]

@@ -15,6 +15,7 @@ from scipy import stats
 
 from fedloom.attacks.intervals import Proportion, proportion
 from fedloom.errors import ConfigError
+from fedloom.rounding import is_constant, rounding
 from fedloom.state import AdapterState
 
 BASE = "base"  # the row of the untuned base, which every attack is mounted on too
@@ -38,26 +39,36 @@ class Mean:
 
     mean: float
     ci95: tuple[float, float] | None
+    constant: bool = False  # the values are equal but for rounding: `ci95` is a point, which is no proof of certainty
 
 
-def mean(values: Sequence[float]) -> Mean:
+def mean(values: Sequence[float], *, magnitude: float = 0.0) -> Mean:
+    """`magnitude`: of the numbers that the values are differences of. A spread that their rounding explains is none."""
     if len(values) < 2:
         return Mean(fmean(values), None)
-    return _around(fmean(values), variance(values) / len(values), len(values) - 1)
+    return _around(fmean(values), _square(values, magnitude), len(values) - 1, rounding(values, magnitude=magnitude))
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> Mean:
+def difference(a: Sequence[float], b: Sequence[float], *, magnitude: float = 0.0) -> Mean:
     """mean(a) - mean(b) of unpaired values whose spreads may differ (Welch 1947)."""
     middle = fmean(a) - fmean(b)
     if len(a) < 2 or len(b) < 2:
         return Mean(middle, None)
-    one, other = variance(a) / len(a), variance(b) / len(b)
+    one, other = _square(a, magnitude), _square(b, magnitude)
     total = one + other
     # Without any spread the interval is a point, whatever the degrees of freedom.
     freedom = total**2 / (one**2 / (len(a) - 1) + other**2 / (len(b) - 1)) if total else 1.0
-    return _around(middle, total, freedom)
+    return _around(middle, total, freedom, rounding([*a, *b], magnitude=magnitude))
 
 
-def _around(middle: float, square: float, freedom: float) -> Mean:
+def _square(values: Sequence[float], magnitude: float) -> float:
+    """Of the mean's standard error."""
+    return 0.0 if is_constant(values, magnitude=magnitude) else variance(values) / len(values)
+
+
+def _around(middle: float, square: float, freedom: float, nothing: float) -> Mean:
+    if not square:
+        middle = 0.0 if abs(middle) <= nothing else middle
+        return Mean(middle, (middle, middle), constant=True)
     half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(square)
     return Mean(middle, (middle - half, middle + half))

@@ -18,7 +18,7 @@ from fedloom.attacks.intervals import Proportion
 from fedloom.attacks.measures import share, with_base
 from fedloom.data.example import Example
 from fedloom.data.template import Template
-from fedloom.data.text import words
+from fedloom.data.text import length, runs, words
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate, Score, Scored, Tokens
@@ -28,6 +28,8 @@ RUN = 8  # words in a row that no two texts share by chance
 
 class TrainingText:
     """The runs of `run` words in a row of the training set, fewer where a whole field has fewer; never across fields.
+
+    In scripts without blanks two characters count as a word.
 
     Runs that `elsewhere` has too, such as held-out examples, are wording and not memory: they do not count.
     Fields of fewer than `shortest` words (None: a run's) are not looked for.
@@ -51,18 +53,14 @@ class TrainingText:
     def hits(self, text: str) -> int:
         """How many different runs of the training set stand in a text."""
         said = words(text)
-        return len({piece for n in self._lengths for piece in _runs(said, n)} & self._pieces)
+        return len({tuple(said[i : i + n]) for n in self._lengths for i in range(len(said) - n + 1)} & self._pieces)
 
 
 def _pieces(example: Example, run: int, shortest: int) -> Iterator[tuple[str, ...]]:
     for field in (example.instruction, example.context, example.response):
         said = words(field)
-        if len(said) >= shortest:
-            yield from _runs(said, min(run, len(said)))
-
-
-def _runs(said: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(said[start : start + length]) for start in range(len(said) - length + 1))
+        if (whole := length(said)) >= shortest:
+            yield from runs(said, min(run, whole))
 
 
 @dataclass(frozen=True)

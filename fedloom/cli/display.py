@@ -204,6 +204,9 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
         low, high = d["ci95"]
         clear = "the interval excludes zero" if low > 0 or high < 0 else "the interval includes zero"
         unit = "bits of exposure" if d["metric"] == "exposure" else d["metric"]
+        if d.get("constant"):
+            lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} in every seed, so that there is no interval")
+            continue
         lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}; {clear})")
     return lines
 

@@ -170,13 +170,15 @@ def _table(found: Comparison, title: str) -> Table:
     table.add_column("")
     table.add_column("run", justify="right")
     table.add_column("95% interval", justify="right")
-    shares = (("win", found.win), ("tie", found.tie), ("lose", found.lose), ("win or tie", found.win_or_tie),
-              ("orders disagree", found.order_disagreement))  # fmt: skip
-    for name, part in shares:
+    shares = {"win": found.win, "tie": found.tie, "lose": found.lose, "win or tie": found.win_or_tie}
+    if found.order_disagreement is not None:
+        shares["orders disagree"] = found.order_disagreement
+    for name, part in shares.items():
         table.add_row(name, *_percent(part))
     if found.difference is not None:
         ci = found.difference.ci95
-        table.add_row("score difference", f"{found.difference.mean:+.3f}", f"{ci[0]:+.3f} to {ci[1]:+.3f}" if ci else "")
+        spread = "the same everywhere" if found.difference.constant else f"{ci[0]:+.3f} to {ci[1]:+.3f}" if ci else ""
+        table.add_row("score difference", f"{found.difference.mean:+.3f}", spread)
         table.add_row("total scores", f"{found.totals[0]:.1f} : {found.totals[1]:.1f}", "")
     if found.relative is not None:
         ci = found.relative_ci95
@@ -196,6 +198,8 @@ def _notes(found: Comparison) -> list[str]:
     read = found.ratings - sum(found.unread.values())
     lines = [f"{found.judged} of {found.questions} pairs judged; {read} of {found.ratings} ratings read."]
     lines += [f"  {count} without scores: {reason}" for reason, count in sorted(found.unread.items())]
-    if found.position_bias is not None and found.order_disagreement.count:
+    if not found.both_orders:
+        lines.append("Judged in one order, ours first: a liking for the first place counts as quality.")
+    if found.position_bias:
         lines.append(f"The answer shown first scored {found.position_bias:+.3f} over the second, on average.")
     return lines

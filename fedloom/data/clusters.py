@@ -8,6 +8,7 @@ one order. Another processor may round otherwise and move a text that lies betwe
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ import numpy as np
 
 from fedloom import rng
 from fedloom.data.example import Example
+from fedloom.data.text import words
 from fedloom.errors import ConfigError
 
 WORDS = 20_000  # the most frequent, in `tfidf`
@@ -32,11 +34,9 @@ def tfidf(texts: Sequence[str]) -> np.ndarray:
     from sklearn.feature_extraction.text import TfidfVectorizer  # here: it takes seconds, and few need it
     from sklearn.utils.extmath import randomized_svd
 
-    words = TfidfVectorizer(
-        token_pattern=r"(?u)\b\w+\b", sublinear_tf=True, max_features=WORDS, dtype=np.float32
-    )
+    vectors = TfidfVectorizer(analyzer=_terms, sublinear_tf=True, max_features=WORDS, dtype=np.float32)
     try:
-        weights = words.fit_transform(texts)  # (n, words), sparse
+        weights = vectors.fit_transform(texts)  # (n, words), sparse
     except ValueError:  # an empty vocabulary
         raise ConfigError(f"There is no word in any of the {len(texts)} texts to cluster.") from None
     if min(weights.shape) <= DIMENSIONS:
@@ -44,6 +44,11 @@ def tfidf(texts: Sequence[str]) -> np.ndarray:
     with _one_thread():
         left, strengths, _ = randomized_svd(weights, DIMENSIONS, random_state=0)
     return _unit((left * strengths).astype(np.float32))
+
+
+def _terms(text: str) -> list[str]:
+    """Words; in ASCII the underscores too, as of blanks to fill in."""
+    return re.findall(r"\w+", text.lower()) if text.isascii() else words(text)
 
 
 def standardized(vectors: np.ndarray) -> np.ndarray:

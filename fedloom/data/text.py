@@ -1,21 +1,86 @@
-"""How texts are compared, wherever that is done: words, and what two texts have in common."""
+"""How texts are compared, wherever that is done and in whatever script: words, and what two texts have in common.
+
+A word is a run of letters, digits and combining marks. Scripts that write no blanks between words (Han, kana,
+Thai, Lao, Khmer, Burmese, ...) have each character, with the marks on it, as a word: finding their words needs
+a dictionary for every language. Korean and Tibetan mark where words or syllables end, and are split there. An
+emoji is a word, too. Case, canonical forms (NFC, NFD), widths and other shapes of one letter, and invisible
+characters make no difference. Superscripts and fractions stay what they are: 10² is not 102.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 
+import regex
 from rapidfuzz.distance import LCSseq
+
+CHARACTERS_PER_WORD = 2  # in a script without blanks, roughly: so many count as one word where words are counted
+
+_SCRIPTS = (
+    "Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le", "New_Tai_Lue",
+    "Tai_Tham", "Tai_Viet", "Ahom", "Javanese", "Balinese", "Yi", "Nushu", "Tangut",
+)  # fmt: skip
+_UNSPACED = "[" + "".join(rf"\p{{{script}}}" for script in _SCRIPTS) + "\u30fc]"  # and the mark of a long vowel
+_LETTER = r"[\p{L}\p{N}\p{Mn}\p{Mc}]"
+_WORD = regex.compile(
+    rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]]\p{{M}}*"
+    rf"|[{_LETTER}--{_UNSPACED}]+"
+    r"|\p{Extended_Pictographic}|\p{Regional_Indicator}",
+    regex.V1,
+)
+_ASCII_WORD = regex.compile("[a-z0-9]+")  # the same in ASCII, much faster
+_ONE = regex.compile(_UNSPACED, regex.V1)
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
+# One letter in other shapes. Compatibility forms beyond these would make 102 of 10².
+_SHAPES = regex.compile(
+    r"[\p{InHalfwidth_and_Fullwidth_Forms}\p{InAlphabetic_Presentation_Forms}\p{InArabic_Presentation_Forms_A}"
+    r"\p{InArabic_Presentation_Forms_B}\p{InMathematical_Alphanumeric_Symbols}]+"
+)
+
+
+def folded(text: str) -> str:
+    """Without what does not count: case, white space but for one blank, and how Unicode writes the same letter."""
+    if text.isascii():
+        return " ".join(text.lower().split())
+    text = _SHAPES.sub(lambda found: unicodedata.normalize("NFKC", found[0]), _INVISIBLE.sub("", text))
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(text.split())
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers, without punctuation and without stemming."""
-    return re.findall(r"[^\W_]+", text.lower())
+    """Folded words, numbers and emoji, without punctuation and without stemming."""
+    plain = folded(text)
+    return (_ASCII_WORD if plain.isascii() else _WORD).findall(plain)
+
+
+def length(said: Sequence[str]) -> float:
+    """How long a text is, in words: characters of a script without blanks count as parts of one."""
+    return sum(map(_weight, said))
+
+
+def runs(said: Sequence[str], least: float) -> Iterator[tuple[str, ...]]:
+    """The shortest stretches that are at least `least` long, one from each place where one begins."""
+    weights = [_weight(word) for word in said]
+    end, reached = 0, 0.0
+    for start, weight in enumerate(weights):
+        while reached < least and end < len(said):
+            reached += weights[end]
+            end += 1
+        if reached < least:
+            return
+        yield tuple(said[start:end])
+        reached -= weight
+
+
+def _weight(word: str) -> float:
+    return 1 / CHARACTERS_PER_WORD if not word.isascii() and _ONE.match(word) else 1.0
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F-measure of ROUGE-L over lower-case words and numbers, without stemming (Lin 2004)."""
-    return overlap(words(reference), words(answer))
+    """F-measure of ROUGE-L over `words` (Lin 2004). Where neither text has a word: whether they are the same."""
+    one, other = words(reference), words(answer)
+    return overlap(one, other) if one or other else float(folded(reference) == folded(answer))
 
 
 def overlap(one: Sequence[str], other: Sequence[str]) -> float:

@@ -1,7 +1,7 @@
 """What a model answers to held-out instructions, and how right that is.
 
 Metrics are shares in [0, 1]: "rule" is the microworld's own check, "exact" equality with the reference
-after folding white space and case, "rouge_l" the F-measure of the longest common subsequence of words.
+but for case, white space and how Unicode writes a letter, "rouge_l" the F-measure of the longest common subsequence of words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from fedloom.data import microworld
 from fedloom.data.example import Example
 from fedloom.data.template import Template
-from fedloom.data.text import rouge_l
+from fedloom.data.text import folded, rouge_l
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
 
@@ -39,13 +39,9 @@ def grade(test: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
     """Mean of every metric that applies to these examples."""
     pairs = list(zip(test, answers, strict=True))
     metrics = {
-        "exact": fmean(_folded(e.response) == _folded(a) for e, a in pairs),
+        "exact": fmean(folded(e.response) == folded(a) for e, a in pairs),
         "rouge_l": fmean(rouge_l(e.response, a) for e, a in pairs),
     }
     if all(e.rule for e in test):
         metrics = {"rule": fmean(microworld.check(e, a) for e, a in pairs), **metrics}
     return metrics
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.lower().split())

@@ -1,4 +1,4 @@
-"""Pairwise judging: every question shown in both orders, every reply kept, every malformed one counted.
+"""Pairwise judging: every question shown in both orders (or in one, ours first), every reply kept, every malformed one counted.
 
     kept = Cache(folder / "verdicts.jsonl")
     found = compare(judge, questions, ours, theirs, cache=kept)
@@ -69,15 +69,16 @@ def compare(
     cache: Cache,
     repeats: int = 1,
     retries: int = 2,
+    both_orders: bool = True,
     on_progress: Callable[[int, int], None] = lambda done, all: None,
 ) -> Comparison:
-    """Rate every pair in both orders, `repeats` times each, and sum up.
+    """Rate every pair in both orders, or in one with ours first, `repeats` times each, and sum up.
 
     A malformed reply is asked for again at most `retries` times; what stays malformed is kept like any
     other reply and not asked for again by a later evaluation. A rating that failed (no reply) is not
     kept, so a later evaluation tries it again. `on_progress` is told how many ratings are settled.
     """
-    waiting = _places(judge, questions, ours, theirs, repeats, retries)
+    waiting = _places(judge, questions, ours, theirs, repeats, retries, both_orders)
     total, said = len(waiting), dict[_Place, Verdict | Failed]()
     identity = dict(judge.identity)
     for attempt in range(1 + (retries if judge.varies else 0)):
@@ -101,7 +102,7 @@ def compare(
                 on_progress(len(said), total)
         waiting = [p for p in waiting if isinstance(v := said[p], Verdict) and v.scores is None]
     ratings = [Rating(p.question, p.swapped, v) for p, v in said.items()]
-    return summarise(judge.rubric, ratings, questions=len(questions))
+    return summarise(judge.rubric, ratings, questions=len(questions), both_orders=both_orders)
 
 
 def missing(
@@ -113,11 +114,12 @@ def missing(
     cache: Cache,
     repeats: int = 1,
     retries: int = 2,
+    both_orders: bool = True,
 ) -> list[Shown]:
     """What `compare` would still ask the judge, counting no retries of what is yet to come."""
     out = {}
     identity = dict(judge.identity)
-    for place in _places(judge, questions, ours, theirs, repeats, retries):
+    for place in _places(judge, questions, ours, theirs, repeats, retries, both_orders):
         what = _shown(questions, ours, theirs, place)
         for attempt in range(1 + (retries if judge.varies else 0)):
             key = _key(identity, judge.rubric, what, place.repetition, attempt)
@@ -131,7 +133,7 @@ def missing(
 
 
 def _places(
-    judge: Judge, questions: Sequence[Example], ours: Sequence[str], theirs: Sequence[str], repeats: int, retries: int
+    judge: Judge, questions: Sequence[Example], ours: Sequence[str], theirs: Sequence[str], repeats: int, retries: int, both_orders: bool
 ) -> list[_Place]:
     """Both orders of a question beside each other, so that a judge that batches sees them together."""
     if not len(questions) == len(ours) == len(theirs):
@@ -150,7 +152,7 @@ def _places(
         _Place(q, swapped, repetition)
         for q in range(len(questions))
         for repetition in range(repeats)
-        for swapped in (False, True)
+        for swapped in ((False, True) if both_orders else (False,))
     ]
 
 

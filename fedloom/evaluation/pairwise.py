@@ -3,7 +3,8 @@
 FedPIT's rule: the overall score of each side is averaged over both orders (and over repeated ratings
 within an order); the greater wins, equal is a tie. A question counts as judged when both orders have at
 least one readable rating, since one order alone would carry the judge's liking for a position into the
-result. FedIT's: the scores of each side are summed over the questions, and the sums divided.
+result. FedIT's: the scores of each side are summed over the questions, and the sums divided. It was judged in
+one order, ours first (`both_orders=False`): then nothing tells the judge's liking for a position from quality.
 
 Intervals are over the questions, for these two sets of answers. They say nothing about training again
 with another seed.
@@ -21,9 +22,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import binomtest
 
-from fedloom.evaluation.statistics import Estimate, estimate
+from fedloom.evaluation.statistics import Estimate, paired
 from fedloom.evaluation.verdicts import Failed, Rubric, Scores, Verdict, overall
 from fedloom.rng import numpy_stream
+from fedloom.rounding import is_constant
 
 Outcome = Literal["win", "tie", "lose"]
 DRAWS = 2000  # bootstrap resamples of the questions
@@ -56,13 +58,14 @@ def share(count: int, of: int) -> Share:
 
 @dataclass(frozen=True)
 class Pair:
-    """One judged question. Scores are means over orders and repetitions."""
+    """One judged question. Scores are means over orders and repetitions; None where one order alone was asked."""
 
     question: int
     outcome: Outcome
     ours: float
     theirs: float
-    orders_agree: bool
+    orders_agree: bool | None
+    position_bias: float | None  # the answer shown first minus the second, the mean of both orders: quality cancels
     aspects: tuple[tuple[float, float], ...]  # (ours, theirs) for each
 
 
@@ -71,14 +74,15 @@ class Comparison:
     """Our answers against an opponent's, as one judge sees them. All counts of outcomes are of judged questions."""
 
     rubric: str
+    both_orders: bool
     questions: int
     judged: int
     win: Share
     tie: Share
     lose: Share
     win_or_tie: Share
-    order_disagreement: Share  # the two orders, each alone, give different outcomes
-    position_bias: float | None  # mean score of the answer shown first minus that of the second
+    order_disagreement: Share | None  # the two orders, each alone, give different outcomes; None of one order
+    position_bias: float | None  # mean over judged questions; None of one order, or of nothing
     difference: Estimate | None  # ours - theirs a question; Student's t interval
     totals: tuple[float, float]  # (ours, theirs) summed over judged questions
     relative: float | None  # their ratio; None where the scale has no meaningful zero or theirs is 0
@@ -93,27 +97,32 @@ class Comparison:
         return asdict(self)
 
 
-def summarise(rubric: Rubric, ratings: Sequence[Rating], *, questions: int, seed: int = 0) -> Comparison:
+def summarise(
+    rubric: Rubric, ratings: Sequence[Rating], *, questions: int, both_orders: bool = True, seed: int = 0
+) -> Comparison:
+    """Without `both_orders`, ratings of the swapped order are left out."""
+    ratings = [r for r in ratings if both_orders or not r.swapped]
     of: dict[int, list[Rating]] = {q: [] for q in range(questions)}
     for rating in ratings:
         of[rating.question].append(rating)
-    pairs = [pair for q, own in of.items() if (pair := _pair(q, own)) is not None]
+    pairs = [pair for q, own in of.items() if (pair := _pair(q, own, both_orders)) is not None]
     outcomes = Counter(p.outcome for p in pairs)
     n = len(pairs)
-    scored = [r.said.scores for r in ratings if isinstance(r.said, Verdict) and r.said.scores is not None]
+    biases = [p.position_bias for p in pairs if p.position_bias is not None]
     ours, theirs = np.array([p.ours for p in pairs]), np.array([p.theirs for p in pairs])  # (n,)
     divides = rubric.low >= 0 and n > 0 and theirs.sum() > 0
     return Comparison(
         rubric=rubric.name,
+        both_orders=both_orders,
         questions=questions,
         judged=n,
         win=share(outcomes["win"], n),
         tie=share(outcomes["tie"], n),
         lose=share(outcomes["lose"], n),
         win_or_tie=share(outcomes["win"] + outcomes["tie"], n),
-        order_disagreement=share(sum(not p.orders_agree for p in pairs), n),
-        position_bias=fmean(float(overall(s.first) - overall(s.second)) for s in scored) if scored else None,
-        difference=estimate([p.ours - p.theirs for p in pairs]) if pairs else None,
+        order_disagreement=share(sum(not p.orders_agree for p in pairs), n) if both_orders else None,
+        position_bias=fmean(biases) if biases else None,
+        difference=paired([p.ours for p in pairs], [p.theirs for p in pairs]).estimate if pairs else None,
         totals=(float(ours.sum()), float(theirs.sum())),
         relative=float(ours.sum() / theirs.sum()) if divides else None,
         relative_ci95=_ratio_interval(ours, theirs, seed) if divides and n > 1 else None,
@@ -128,34 +137,34 @@ def summarise(rubric: Rubric, ratings: Sequence[Rating], *, questions: int, seed
     )
 
 
-def _pair(question: int, ratings: Sequence[Rating]) -> Pair | None:
-    """None unless both orders were rated."""
-    as_is, swapped = (
+def _pair(question: int, ratings: Sequence[Rating], both_orders: bool) -> Pair | None:
+    """None unless every order that was asked was rated."""
+    orders = [
         [
-            r.said.scores.swapped() if order else r.said.scores
+            r.said.scores.swapped() if swapped else r.said.scores
             for r in ratings
-            if r.swapped is order and isinstance(r.said, Verdict) and r.said.scores is not None
+            if r.swapped is swapped and isinstance(r.said, Verdict) and r.said.scores is not None
         ]
-        for order in (False, True)
-    )
-    if not as_is or not swapped:
+        for swapped in ((False, True) if both_orders else (False,))
+    ]
+    if not all(orders):
         return None
-    ours, theirs = zip(*(_sides(one) for one in (as_is, swapped)), strict=True)  # a mean for each order
-    mine, other = sum(ours, Fraction()) / 2, sum(theirs, Fraction()) / 2
+    sides = [_sides(one) for one in orders]  # (ours, theirs), a mean for each order
+    ours, theirs = (sum(side, Fraction()) / len(orders) for side in zip(*sides, strict=True))
+    agree = bias = None
+    if both_orders:
+        ahead, behind = (mine - other for mine, other in sides)  # of ours: shown first, then second
+        agree, bias = _outcome(*sides[0]) == _outcome(*sides[1]), float((ahead - behind) / 2)
     return Pair(
-        question,
-        _outcome(mine, other),
-        float(mine),
-        float(other),
-        _outcome(ours[0], theirs[0]) == _outcome(ours[1], theirs[1]),
+        question, _outcome(ours, theirs), float(ours), float(theirs), agree, bias,
         tuple(
             (
-                fmean(fmean(s.first[a] for s in one) for one in (as_is, swapped)),
-                fmean(fmean(s.second[a] for s in one) for one in (as_is, swapped)),
+                fmean(fmean(s.first[a] for s in one) for one in orders),
+                fmean(fmean(s.second[a] for s in one) for one in orders),
             )
-            for a in range(len(as_is[0].first))
+            for a in range(len(orders[0][0].first))
         ),
-    )
+    )  # fmt: skip
 
 
 def _sides(scores: Sequence[Scores]) -> tuple[Fraction, Fraction]:
@@ -177,5 +186,9 @@ def _ratio_interval(ours: np.ndarray, theirs: np.ndarray, seed: int) -> tuple[fl
     below = theirs[drawn].sum(axis=1)  # (DRAWS,)
     if (below == 0).any():  # a resample in which the opponent scores nothing has no ratio
         return None
-    low, high = np.quantile(ours[drawn].sum(axis=1) / below, [0.025, 0.975])
+    ratios = ours[drawn].sum(axis=1) / below
+    if is_constant(ratios.tolist()):  # one ratio for every question
+        low = high = ours.sum() / theirs.sum()
+    else:
+        low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-_NUMBER = r"(\d{1,3}(?:\.\d{1,3})?)"
-_TWO_NUMBERS = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
+# As people write a score: ASCII digits, no leading zeros, no sign, no exponent. Everything else is no number here.
+_NUMBER = r"((?:0|[1-9][0-9]{0,2})(?:\.[0-9]{1,20})?)"
+_PLAIN = re.compile(_NUMBER)
+_TWO_NUMBERS = re.compile(rf"{_NUMBER}(?:[ \t]*,[ \t]*|[ \t]+){_NUMBER}")
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # what reasoning models write before they answer
 
@@ -74,8 +76,8 @@ class Failed:
 
 
 # FedPIT (arXiv 2403.06131): four aspects from 1 to 5. FedIT (arXiv 2305.05644), after Vicuna: a total from 1 to 10.
-ASPECTS = Rubric("aspects", ("helpfulness", "relevance", "correctness", "coherence"), 1, 5)
-TOTAL = Rubric("total", ("score",), 1, 10)
+ASPECTS = Rubric("aspects", ("helpfulness", "relevance", "correctness", "coherence"), 1, 5, version=2)
+TOTAL = Rubric("total", ("score",), 1, 10, version=2)
 RULE = Rubric("rule", ("rule",), 0, 1)
 LIKELIHOOD = Rubric("likelihood", ("likelihood",), -math.inf, 0)  # nats per token of the reference
 
@@ -85,7 +87,10 @@ def read_aspects(reply: str) -> Scores | None:
     text = _answer_of(reply)
     fenced = _FENCED.fullmatch(text)
     try:
-        said = json.loads(fenced[1] if fenced else text, object_pairs_hook=_distinct)
+        said = json.loads(
+            fenced[1] if fenced else text,
+            object_pairs_hook=_distinct, parse_int=_number, parse_float=_number, parse_constant=_number,
+        )  # fmt: skip
     except (ValueError, RecursionError):
         return None
     if not isinstance(said, dict) or said.keys() != {"first", "second"}:
@@ -98,8 +103,7 @@ def read_aspects(reply: str) -> Scores | None:
 
 def read_total(reply: str) -> Scores | None:
     """Two numbers alone on the first line that is not blank; a rationale may follow."""
-    line = next(iter(_answer_of(reply).splitlines()), "")
-    found = _TWO_NUMBERS.fullmatch(line.strip())
+    found = _TWO_NUMBERS.fullmatch(_answer_of(reply).partition("\n")[0].rstrip())
     return TOTAL.scores([float(found[1])], [float(found[2])]) if found else None
 
 
@@ -108,6 +112,12 @@ READERS: Mapping[str, Callable[[str], Scores | None]] = {"aspects": read_aspects
 
 def _answer_of(reply: str) -> str:
     return _THOUGHT.sub("", reply, count=1).strip() if reply.lstrip().startswith("<think>") else reply.strip()
+
+
+def _number(text: str) -> float:
+    if not _PLAIN.fullmatch(text):
+        raise ValueError("not a plain number")
+    return float(text)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedloom import durable, journal
+from fedloom.data.text import folded
 from fedloom.errors import RunError
 from fedloom.report import audit, figures, findings, leakage, pictures, rounds, synthesis
 from fedloom.report.pictures import Journals
@@ -217,7 +218,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "interval": "–"
         if ci95 is None
         else f"{findings.change(metric, ci95[0])} to {findings.change(metric, ci95[1])}",
-        "p": "–" if d["p_value"] is None else "< 0.001" if d["p_value"] < 0.001 else f"{d['p_value']:.3f}",
+        "p": "the same in every seed" if d.get("constant") else "–" if d["p_value"] is None else "< 0.001" if d["p_value"] < 0.001 else f"{d['p_value']:.3f}",
         "reading": reading,
         "decided": clear,
     }
@@ -240,7 +241,7 @@ def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[st
         if right := sample["right"]:
             mark = "✓ right" if right[row] else ""
         else:
-            same = " ".join(said[row].lower().split()) == " ".join(sample["reference"].lower().split())
+            same = folded(said[row]) == folded(sample["reference"])
             mark = "✓ same as the reference" if same else ""
         return {"title": named, "text": said[row], "mark": mark, "colour": figures.colour(row, labels)}
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedloom.data.example import Example
-from fedloom.data.text import overlap, words
+from fedloom.data.text import CHARACTERS_PER_WORD, folded, length, overlap, runs, words
 from fedloom.errors import ConfigError
 
 # What a text model cannot do, or what asks for something it cannot see: Self-Instruct's list.
@@ -25,12 +25,16 @@ KEYWORDS = (
     "draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram",
 )  # fmt: skip
 OPENERS = ("as a", "as an", "sorry", "i m sorry", "i am sorry", "i apologize", "i apologise")
-_MARKER = re.compile(r"\b(task \d+|instruction|input|output|response)\s*:", re.IGNORECASE)
+_MARKER = re.compile(r"\b(task \d+|instruction|input|output|response)\s*[:：]", re.IGNORECASE)
+_OPEN = "¿¡"  # where Spanish begins a question
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """The limits. A sample on a limit passes: it is dropped when shorter, longer or more alike than that."""
+    """The limits. A sample on a limit passes: it is dropped when shorter, longer or more alike than that.
+
+    In scripts without blanks two characters count as a word.
+    """
 
     shortest: int = 4  # words of an instruction
     longest: int = 150
@@ -58,12 +62,12 @@ class Filters:
             return "format"
         if self._opens(said):
             return "refusal"
-        if len(said) < self.shortest:
+        if length(said) < self.shortest:
             return "short"
-        if len(said) > self.longest:
+        if length(said) > self.longest:
             return "long"
         spaced = f" {' '.join(said)} "
-        return "keyword" if any(f" {word} " in spaced for word in self.keywords) else None
+        return "keyword" if any(f" {' '.join(words(word))} " in spaced for word in self.keywords) else None
 
     def response(self, text: str) -> str | None:
         """ "format", "refusal" or "repetitive"."""
@@ -74,21 +78,22 @@ class Filters:
         return "repetitive" if _repeats(words(text), self.repeats) else None
 
     def _opens(self, said: Sequence[str]) -> bool:
-        return any(said[: len(opener.split())] == opener.split() for opener in self.openers)
+        return any(said[: len(opener)] == opener for opener in map(words, self.openers))
 
 
 def _malformed(instruction: str) -> bool:
     """No words, a mark of the prompt's own format, or a beginning that is punctuation."""
-    return not words(instruction) or _MARKER.search(instruction) is not None or not instruction[0].isalnum()
+    return not words(instruction) or _MARKER.search(instruction) is not None or not folded(instruction).lstrip(_OPEN)[:1].isalnum()
 
 
 def _repeats(said: Sequence[str], times: int) -> bool:
     """Does some phrase of up to eight words stand `times` times in a row?"""
-    for length in range(1, 9):
+    most = 8 if length(said) == len(said) else 8 * CHARACTERS_PER_WORD
+    for size in range(1, most + 1):
         run = 0  # words that equal the one a phrase earlier
-        for here, before in zip(said[length:], said, strict=False):
+        for here, before in zip(said[size:], said, strict=False):
             run = run + 1 if here == before else 0
-            if run >= length * (times - 1):
+            if run >= size * (times - 1):
                 return True
     return False
 
@@ -134,11 +139,9 @@ def _folded(example: Example) -> tuple[str, ...]:
     return tuple(" ".join(words(t)) for t in (example.instruction, example.context, example.response))
 
 
-def _runs(texts: Iterable[str], length: int) -> Iterable[tuple[str, ...]]:
+def _runs(texts: Iterable[str], least: int) -> Iterable[tuple[str, ...]]:
     for text in texts:
-        said = words(text)
-        for start in range(len(said) - length + 1):
-            yield tuple(said[start : start + length])
+        yield from runs(words(text), least)
 
 
 class _Index:

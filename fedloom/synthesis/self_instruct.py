@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedloom.data.example import Example
-from fedloom.data.text import words
+from fedloom.data.text import folded, length, words
 from fedloom.errors import ConfigError
 from fedloom.rng import Name, numpy_stream
 from fedloom.state import AdapterState
@@ -204,14 +204,14 @@ class SelfInstruct:
         if not marker or (context and not context.startswith(self.wording.input)):
             return Candidate(example, "failed/no-output")
         context = context.removeprefix(self.wording.input).strip()
-        if context.lower() in NO_INPUT:
+        if folded(context) in NO_INPUT:
             context = ""
         answered = replace(example, context=context, response=response.strip())
         if not ended:
             return Candidate(answered, "failed/unfinished-output")
         if not answered.response:
             return Candidate(answered, "failed/empty-output")
-        if len(words(context)) > self.context_words:
+        if length(words(context)) > self.context_words:
             return Candidate(answered, "failed/long-input")
         return Candidate(answered)
 

@@ -17,6 +17,7 @@ from fedloom.errors import ConfigError, DataError
 from fedloom.state import AdapterState
 from fedloom.steps import Generate, Tokens
 from tests.attacks.overfitted import overfitted
+from tests.data.many_scripts import TEXTS
 from tests.fakes import state
 
 
@@ -66,6 +67,16 @@ def test_rouge_l_is_averaged_over_the_answers_to_trained_prompts() -> None:
     group = found(tuned=TUNED)["tuned"].members
     assert group.values == pytest.approx((1.0, 0.8))  # 2 * 2 / (3 + 2)
     assert group.rouge_l.mean == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_a_near_copy_counts_as_extracted_in_every_script(script: str) -> None:
+    text, near, other = TEXTS[script]
+    known = [Example(e.instruction, text) for e in (*MEMBERS, *HELD_OUT)]
+    says = {TUNED: dict.fromkeys(SAYS[TUNED], near), None: dict.fromkeys(SAYS[None], other)}
+    got = extract(Parrot(says), Words(), {"tuned": TUNED}, known[:2], known[2:], max_new_tokens=8)  # type: ignore[arg-type]
+    assert min(got["tuned"].members.values) > 0.75
+    assert max(got[BASE].members.values) < 0.4
 
 
 def test_the_delta_to_the_base_is_paired_by_example() -> None:
@@ -175,3 +186,11 @@ def test_an_overfitted_model_gives_its_training_answers_and_an_untrained_one_doe
     assert got["overfitted"].memorised.ci95[0] > 0.1
     assert got["untrained"].members.exact.value == got[BASE].members.exact.value == 0
     assert got["untrained"].memorised.mean == 0
+
+
+def test_gains_that_are_equal_but_for_rounding_are_no_memory() -> None:
+    members = [x - y for x, y in ((0.3, 0.1 + 0.2), (0.9, 0.3 + 0.6), (3.3, 1.1 + 2.2))]  # up to 4e-16 apart
+    found = difference(members, [0.0, 0.0], magnitude=3.3)
+    assert (found.mean, found.ci95, found.constant) == (0.0, (0.0, 0.0), True)
+    assert mean(members, magnitude=3.3).ci95 == (0.0, 0.0)
+    assert not mean([0.1, 0.2]).constant

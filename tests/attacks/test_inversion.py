@@ -28,9 +28,9 @@ from fedloom.engine.fitting import LocalTraining
 from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.engine.models import load_base
-from fedloom.messages import Broadcast
+from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
-from fedloom.steps import Tokens
+from fedloom.steps import Scored, Tokens
 
 VOCABULARY = 4096
 SGD = LocalTraining(optimizer="sgd", learning_rate=0.1, batch_size=4)
@@ -244,3 +244,13 @@ def test_the_update_lowers_the_loss_of_members_more() -> None:
     view = s.send(s.warm, members, ADAMW)
     scores = membership(view, s.engine, [*members, *others])
     assert min(scores[:4]) > max(scores[4:])
+
+
+def test_rounding_of_losses_is_not_ranked() -> None:
+    class Answers:
+        def answer(self, requests: Any) -> Any:
+            return {"before": [Scored(3.0, 1), Scored(3.0, 1)], "after": [Scored(3.0 - 2e-7, 1), Scored(3.0 + 2e-7, 1)]}
+
+    zero = AdapterState({"a": torch.zeros(1)})
+    view = ServerView(Broadcast(0, {"adapter": zero}), Update("c", {"delta": zero}, 1.0))
+    assert membership(view, Answers(), ["one", "other"]) == [0.0, 0.0]

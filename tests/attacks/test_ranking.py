@@ -17,6 +17,7 @@ from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
 from fedloom.steps import Generate, Score, Scored
 from tests.attacks.overfitted import overfitted
+from tests.data.many_scripts import TEXTS
 from tests.fakes import state
 
 # Where training text is looked for
@@ -48,6 +49,14 @@ def test_what_stands_elsewhere_too_is_wording_and_no_memory() -> None:
     held_out = replace(TEXT, instruction="one two three four five six seven eight zero")
     text = TrainingText([TEXT], [held_out])
     assert text.hits("one two three four five six seven eight nine") == 1  # only the run that ends in nine
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_training_text_is_found_in_every_script(script: str) -> None:
+    text, near, other = TEXTS[script]
+    known = TrainingText([Example(text, "x")], shortest=5)
+    assert known.hits(near) > 0
+    assert known.hits(other) == 0
 
 
 @pytest.mark.parametrize(("run", "shortest"), [(4, 5), (8, 0)])

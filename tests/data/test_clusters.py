@@ -48,6 +48,18 @@ def test_texts_with_common_words_point_the_same_way() -> None:
     assert vectors[0] @ vectors[2] == 0
 
 
+def test_texts_of_a_script_without_blanks_have_words() -> None:
+    vectors = clusters.tfidf(["发烧去看医生", "咳嗽去看医生", "卖掉旧汽车"])
+    assert vectors[0] @ vectors[1] > 0.3
+    assert vectors[0] @ vectors[2] == 0
+
+
+def test_a_blank_to_fill_in_is_a_word_of_ascii_text() -> None:
+    vectors = clusters.tfidf(["____ a_b", "____", "a"])
+    assert vectors[0] @ vectors[1] > 0
+    assert vectors[0] @ vectors[2] == 0
+
+
 def test_many_texts_are_reduced_to_few_dimensions() -> None:
     draw = np.random.default_rng(0)
     words = [f"w{i}" for i in range(300)]

@@ -10,6 +10,7 @@ import pytest
 from fedloom.data.example import Example
 from fedloom.evaluation.answers import answer, grade, rouge_l
 from fedloom.steps import Generate
+from tests.data.many_scripts import TEXTS
 from tests.fakes import state
 
 
@@ -41,6 +42,19 @@ def example(response: str, rule: str = "") -> Example:
 def test_exact_folds_case_and_white_space_and_nothing_else() -> None:
     test = [example("The  fox.")] * 4
     assert grade(test, ["the fox.", "The\nFOX. ", "the fox", "a fox."])["exact"] == 0.5
+
+
+def test_exact_folds_how_unicode_writes_a_letter() -> None:
+    test = [example("Größe １２")] * 3
+    assert grade(test, ["GRÖSSE 12", "gro\u0308ße 12", "Grosse 12"])["exact"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_answers_are_graded_in_every_script(script: str) -> None:
+    text, near, other = TEXTS[script]
+    assert grade([example(text)], [text]) == {"exact": 1.0, "rouge_l": 1.0}
+    assert grade([example(text)], [near])["rouge_l"] > 0.75
+    assert grade([example(text)], [other])["rouge_l"] < 0.4
 
 
 def test_metrics_are_means_over_the_examples() -> None:

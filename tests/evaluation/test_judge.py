@@ -13,7 +13,7 @@ from fedloom.data.example import Example
 from fedloom.errors import ConfigError
 from fedloom.evaluation.cache import Cache, key_of
 from fedloom.evaluation.judge import Shown, compare, missing
-from fedloom.evaluation.pairwise import share
+from fedloom.evaluation.pairwise import Rating, share, summarise
 from fedloom.evaluation.verdicts import ASPECTS, TOTAL, Failed, Rubric, Scores, Verdict
 
 Says = Callable[[str, str], tuple[float, float] | str | None]
@@ -73,6 +73,44 @@ def test_a_judge_that_always_prefers_the_first_gives_ties_and_total_disagreement
     assert found.position_bias == 8.0  # 9 - 1
 
 
+def test_quality_does_not_pass_for_position_bias_where_one_order_was_not_read():
+    # A judge without any liking for a position; it cannot read the better answer when that stands second.
+    found = judged(lambda f, s: None if s == "9" else by_number(f, s), ["9", "9", "4"], ["1", "1", "5"], retries=0)
+    assert (found.judged, found.ratings - sum(found.unread.values())) == (1, 4)
+    assert found.position_bias == 0.0  # all four readings together would give (8 + 8 - 1 + 1) / 4 = 4
+
+
+def test_position_bias_weighs_both_orders_alike_however_often_each_was_read():
+    # Quality 4 of ours, one point for the first place; swapped, two of three repetitions are not read.
+    ratings = [Rating(0, False, Verdict(Scores((8.0,), (3.0,))))] * 3
+    ratings += [Rating(0, True, Verdict(Scores((3.0,), (6.0,))))] + [Rating(0, True, Verdict(None))] * 2
+    found = summarise(TOTAL, ratings, questions=1)
+    assert found.position_bias == 1.0  # (5 - 3) / 2; all readings together would give (3 * 5 - 3) / 4 = 3
+
+
+def test_asked_in_one_order_a_question_counts_with_it_and_nothing_is_said_of_the_order():
+    judge = Fake(lambda f, s: (9, 1))
+    found = compare(judge, ask("a", "b"), ["x", "y"], ["z", "w"], cache=Cache(), repeats=2, both_orders=False)
+    assert [(s.first, s.second) for s in judge.seen] == [("x", "z"), ("x", "z"), ("y", "w"), ("y", "w")]  # ours first
+    assert (found.both_orders, found.judged, found.ratings, found.win.count) == (False, 2, 4, 2)
+    assert (found.totals, found.relative) == ((18.0, 2.0), 9.0)
+    assert (found.order_disagreement, found.position_bias) == (None, None)
+    assert [p.orders_agree for p in found.pairs] == [None, None]
+
+
+def test_one_order_and_both_share_what_is_kept():
+    kept, judge = Cache(), Fake(by_number)
+    compare(judge, ask("a"), ["2"], ["1"], cache=kept, both_orders=False)
+    assert missing(judge, ask("a"), ["2"], ["1"], cache=kept, both_orders=False) == []
+    assert [(s.first, s.second) for s in missing(judge, ask("a"), ["2"], ["1"], cache=kept)] == [("1", "2")]
+
+
+def test_one_order_leaves_out_ratings_of_the_other():
+    ratings = [Rating(0, False, Verdict(Scores((8.0,), (3.0,)))), Rating(0, True, Verdict(Scores((9.0,), (1.0,))))]
+    found = summarise(TOTAL, ratings, questions=1, both_orders=False)
+    assert (found.totals, found.ratings, found.unread) == ((8.0, 3.0), 1, {})
+
+
 def test_the_second_order_shows_the_same_answers_swapped():
     judge = Fake(by_number)
     compare(judge, ask("q"), ["1"], ["2"], cache=Cache())
@@ -126,6 +164,17 @@ def test_the_score_difference_has_students_interval():
     found = judged(by_number, ["3", "5", "7"], ["2", "3", "4"])  # differences 1, 2, 3: sd 1, t(0.975, 2) = 4.3027
     assert found.difference.mean == 2.0
     assert found.difference.ci95 == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
+
+
+def test_one_ratio_for_every_question_has_an_interval_of_no_width():
+    found = judged(by_number, ["1.1", "2.2", "6.6"], ["1", "2", "6"])
+    assert found.relative_ci95 == (found.relative, found.relative)
+
+
+def test_a_constant_score_difference_says_so():
+    found = judged(by_number, ["1.1", "2.2", "6.6"], ["1.4", "2.5", "6.9"])  # -0.3 but for rounding
+    assert found.difference.constant
+    assert found.difference.ci95 == (found.difference.mean, found.difference.mean)
 
 
 def test_shares_have_clopper_pearsons_interval():

@@ -49,6 +49,17 @@ def test_four_aspects_are_read_from_json_alone_or_fenced_or_after_a_thought(repl
         aspects(first=(True, 4, 3, 2)),
         aspects(first=(None, 4, 3, 2)),
         aspects(first=(float("nan"), 4, 3, 2)),
+        aspects(first=(float("inf"), 4, 3, 2)),
+        aspects().replace("5", "5e0"),
+        aspects().replace("5", "0.5e1"),
+        aspects().replace("5", "05"),
+        aspects().replace("5", "+5"),
+        aspects().replace("5", "-0"),
+        aspects().replace("5", "５"),
+        aspects().replace("5", "٥"),
+        aspects().replace("5", "5" * 5000),
+        aspects().replace('"coherence": 2', '"coherence": 2, "coherenc\\u0065": 3'),
+        aspects() + "\u00a0 5",
         aspects(third={}),
         aspects()[:-10],
         aspects().replace('"coherence": 2', '"coherenc": 2'),
@@ -64,13 +75,14 @@ def test_anything_else_has_no_aspects(reply):
     assert read_aspects(reply) is None
 
 
-@pytest.mark.parametrize("reply", ["8 7", "8, 7", " 8   7 \nBecause.", "\n\n8 7\n", "8.0 7.0", "<think>9 1</think>8 7\nSo."])
+@pytest.mark.parametrize("reply", ["8 7", "8, 7", " 8   7 \nBecause.", "8 7\r\nBecause.", "8.000 7\t", "\n\n8 7\n", "8.0 7.0", "<think>9 1</think>8 7\nSo."])
 def test_two_numbers_on_the_first_line_are_the_total_scores(reply):
     assert read_total(reply) == Scores((8,), (7,))
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "8", "8 7 6", "87", "Scores: 8 7", "8/10 7/10", "11 7", "0 7", "-8 7", "8 vs 7", "eight seven", "Because.\n8 7", "8 7."]
+    "reply", ["", "8", "8 7 6", "87", "Scores: 8 7", "8/10 7/10", "11 7", "0 7", "-8 7", "8 vs 7", "eight seven", "Because.\n8 7", "8 7.",
+              "010 7", "08 07", "8 07", "8. 7", ".8 7", "8e0 7", "+8 7", "８ ７", "८ ७", "8\u30007", "8\u00a07", "8\n7", "8\u20287", "1" * 5000 + " 7"]
 )
 def test_anything_else_has_no_total(reply):
     assert read_total(reply) is None

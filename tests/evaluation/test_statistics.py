@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from fedloom.evaluation.statistics import estimate, paired
+from fedloom.rounding import is_constant
 
 
 def test_a_mean_of_three_by_hand() -> None:
@@ -53,6 +54,38 @@ def test_pairing_removes_what_both_rows_share() -> None:
 def test_where_a_test_is_undefined_there_is_no_p_value(a: list[float], b: list[float]) -> None:
     assert paired(a, b).p_value is None
     assert paired(a, b).estimate.mean == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e7 / 3])
+def test_a_difference_that_is_constant_but_for_rounding_has_no_p_value_and_says_so(scale: float) -> None:
+    b = [scale * x for x in (0.1, 0.2, 0.3, 0.7)]
+    a = [x + 0.3 * scale for x in b]  # a - b is not bit by bit the same
+    assert len({x - y for x, y in zip(a, b, strict=True)}) > 1
+    found = paired(a, b)
+    assert (found.p_value, found.constant) == (None, True)  # scipy's t test says 1e-47 or so
+    assert found.estimate.mean == pytest.approx(0.3 * scale, rel=1e-12)
+    assert found.estimate.ci95 == (found.estimate.mean, found.estimate.mean)
+
+
+def test_rows_that_are_equal_but_for_rounding_do_not_differ() -> None:
+    a = [0.1 + 0.2, 0.3 + 0.6, 1.1 + 2.2]
+    b = [0.3, 0.9, 3.3]
+    assert a != b
+    found = paired(a, b)
+    assert (found.estimate.mean, found.estimate.ci95, found.constant) == (0.0, (0.0, 0.0), True)
+
+
+def test_a_small_spread_above_rounding_is_a_spread() -> None:
+    found = paired([1.0, 1.0 + 1e-12, 1.0 + 2e-12], [0.0, 0.0, 0.0])
+    assert not found.constant
+    assert found.p_value is not None
+
+
+def test_constant_and_single_values_are_told_apart() -> None:
+    assert estimate([0.1 + 0.2, 0.3, 0.3]).constant
+    assert not estimate([0.3]).constant
+    assert not is_constant([0.3, math.inf])
+    assert not paired([1.0], [0.0]).constant
 
 
 def test_rows_of_different_seeds_cannot_be_paired() -> None:

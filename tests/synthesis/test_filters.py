@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 
 import pytest
 
@@ -10,6 +11,7 @@ from fedloom.data.example import Example
 from fedloom.data.text import rouge_l
 from fedloom.errors import ConfigError
 from fedloom.synthesis.filters import Filters, LocalTexts, whole
+from tests.data.many_scripts import TEXTS
 
 FEVER = Example(
     "What should I do about a fever that lasts longer than three days?",
@@ -141,6 +143,57 @@ def test_a_passage_that_is_all_of_a_local_text_is_found() -> None:
     eight = "one two three four five six seven eight"
     texts = LocalTexts([Example(eight, "")], Filters())
     assert texts.example(Example("Count for me, please, as far as you can go today.", f"I say {eight} and no further")) == "verbatim"
+
+
+SCRIPTS = [script for script in TEXTS if script != "emoji"]  # which begin no instruction
+each_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@each_script
+def test_near_copies_are_found_in_every_script(script: str) -> None:
+    text, near, other = TEXTS[script]
+    own = LocalTexts([Example(text, text)], Filters(verbatim=0))
+    assert own.instruction(near) == "near-instruction"
+    assert own.example(Example(near, near)) == "near-example"
+    assert (own.instruction(other), own.example(Example(other, other))) == (None, None)
+    assert own.example(Example(unicodedata.normalize("NFD", text), text)) == "copy"
+
+
+@each_script
+def test_a_copied_passage_is_found_in_every_script(script: str) -> None:
+    text, near, other = TEXTS[script]
+    own = LocalTexts([Example(text, "x")], Filters(rouge_example=1.0, rouge_instruction=1.0))
+    assert own.example(Example(other, f"{other} {near}")) == "verbatim"
+    assert own.example(Example(other, other)) is None
+
+
+@each_script
+def test_an_instruction_of_any_script_has_the_form_of_one(script: str) -> None:
+    filters = Filters()
+    assert [filters.instruction(text) for text in TEXTS[script]] == [None, None, None]
+    assert [filters.response(text) for text in TEXTS[script]] == [None, None, None]
+    assert filters.instruction(TEXTS[script][0] * 30) == "long"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("写一首关于春天的诗", None),  # nine characters, four words and a half
+        ("写一首诗", "short"),
+        ("请描述这张图片里的内容", "keyword"),
+        ("对不起,我无法回答这个问题", "refusal"),
+        ("¿Qué verduras contienen mucho hierro?", None),  # where Spanish begins a question
+        ("、写一首关于春天的诗", "format"),
+        ("写一首诗。Output：春天来了", "format"),
+    ],
+)
+def test_the_limits_are_words_in_any_script(text: str, code: str | None) -> None:
+    assert Filters(keywords=("图片",), openers=("对不起",)).instruction(text) == code
+
+
+def test_a_phrase_repeated_in_a_script_without_blanks_is_found() -> None:
+    assert Filters().response("请多喝水并且好好休息。" * 4) == "repetitive"  # ten characters
+    assert Filters().response("请多喝水并且好好休息。" * 3) is None
 
 
 def test_a_new_sample_passes() -> None:
