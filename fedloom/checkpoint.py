@@ -24,7 +24,7 @@ from fedloom.errors import RunError
 from fedloom.messages import ClientId
 from fedloom.state import AdapterState
 
-SCHEMA = 1
+SCHEMA = 2  # also where the same settings come to another result than before: no run goes on in two ways
 KEPT = 2
 
 

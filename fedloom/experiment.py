@@ -137,23 +137,56 @@ def load_template(experiment: Experiment, tokenizer: Any) -> Template:
 
 
 @dataclass(frozen=True)
+class Skeleton:
+    """A base model without its weights: enough to check an experiment, and to count."""
+
+    model: Any  # on the meta device
+    template: Template
+    tokenizer: Any
+
+    @property
+    def positions(self) -> int:
+        return _positions(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the base model embeds."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+
+def load_skeleton(experiment: Experiment) -> Skeleton:
+    m = experiment.model
+    model, tokenizer = models.skeleton(m.base, allow_download=m.allow_download)
+    return Skeleton(model, load_template(experiment, tokenizer), tokenizer)
+
+
+def _positions(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+@dataclass(frozen=True)
 class Machine:
     """The one thing that touches a device: base model, tokenizer, prompt format and engine."""
 
     engine: LoraEngine
     template: Template
     tokenizer: Any
-    base_hash: str
+    base_hash: str  # of the weights as they are computed with, which answers depend on
+    base_sha256: str  # of the weights as they are stored: what the base is, in every dtype
 
     @property
     def positions(self) -> int:
         """Tokens that the base model reads; many, where nothing limits it."""
-        return getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        return _positions(self.engine.model)
+
+    def is_base(self, sha256: str) -> bool:
+        """Is this the base that was recorded so? Version 0.1.0 recorded the weights as it computed with them."""
+        return sha256 in (self.base_sha256, self.base_hash)
 
     def describe(self) -> dict[str, Any]:
         """How it computes: for the record, and for whoever wonders about the speed."""
         return {"path": self.engine.path, "reason": self.engine.path_reason,
-                "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_hash,
+                "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_sha256,
                 "trained_parameters": self.engine.layout.size, "format": self.template.format,
                 "conv1d": any(t.kind == "conv1d" for t in self.engine.layout)}  # fmt: skip
 
@@ -167,7 +200,7 @@ def load_machine(experiment: Experiment) -> Machine:
         model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
         tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing, generation=_generation(m),
     )  # fmt: skip
-    return Machine(engine, template, tokenizer, base_hash)
+    return Machine(engine, template, tokenizer, base_hash, models.identity(m.base, allow_download=m.allow_download))
 
 
 def _generation(model: Model) -> Generation:
@@ -187,7 +220,7 @@ def _load_base(experiment: Experiment) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine) -> Algorithm:
+def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton) -> Algorithm:
     """An algorithm with the parts it needs, which are made from the experiment's other sections."""
     template = machine.template
     parts: Mapping[str, Callable[[], Any]] = {
@@ -202,7 +235,7 @@ def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, ma
     return built
 
 
-def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine) -> Any:
+def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton) -> Any:
     chosen, seed = experiment.synthesis, experiment.seed
     if chosen.make is FromPool:
         pool = dataset.spare if chosen.name == "spare" else _restyled(experiment, dataset)

@@ -50,7 +50,7 @@ def measure(
             f"The held-out loss of {diverged[0]!r} is no finite number: its training diverged. "
             "Start anew with a lower local.learning_rate."
         )
-    asked = _evenly(range(len(dataset.test)), experiment.evaluation.answers)
+    asked = evenly(range(len(dataset.test)), experiment.evaluation.answers)
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
     said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
@@ -74,12 +74,12 @@ def measure(
             "answers": {row: said[row][j] for row in rows},
             "right": {row: microworld.check(questions[j], said[row][j]) for row in rows} if questions[j].rule else None,
         }
-        for j in _evenly(range(len(asked)), SAMPLES)
+        for j in evenly(range(len(asked)), SAMPLES)
     ]
     return {"seed": experiment.seed, "rows": measured, "samples": samples}
 
 
-def _evenly(items: Sequence[int], count: int | None) -> list[int]:
+def evenly(items: Sequence[int], count: int | None) -> list[int]:
     """`count` of them at equal steps, or all: held-out examples lie group by group, so the mix is kept."""
     if count is None or count >= len(items):
         return list(items)

@@ -111,7 +111,7 @@ def dataset(clients: Mapping[str, Iterable[float]], test: Iterable[float] = (1.0
 
 
 def machine(engine: ToyEngine | None = None) -> Machine:
-    return Machine(engine or ToyEngine(), ToyTemplate(), None, "0" * 64)  # type: ignore[arg-type]
+    return Machine(engine or ToyEngine(), ToyTemplate(), None, "0" * 64, "0" * 64)  # type: ignore[arg-type]
 
 
 class ToyTemplate:
