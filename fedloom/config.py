@@ -340,6 +340,18 @@ class Experiment(Section):
         return _validate({**self.plain(), **changes}, "this experiment")
 
 
+def changed(one: Mapping[str, Any], other: Mapping[str, Any], within: str = "") -> list[str]:
+    """Where two trees of settings differ, as dotted keys."""
+    found: list[str] = []
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += changed(a, b, f"{within}{key}.")
+        elif a != b:
+            found.append(within + key)
+    return found
+
+
 def _at(tree: Any, path: str) -> Any:
     for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None

@@ -21,6 +21,7 @@ from fedloom.data.template import Template
 from fedloom.engine import models
 from fedloom.engine.embedding import embed
 from fedloom.engine.generation import generate_all
+from fedloom.engine.head import reachable
 from fedloom.engine.lora_engine import Generation, LoraEngine
 from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError
@@ -173,6 +174,7 @@ class Machine:
     tokenizer: Any
     base_hash: str  # of the weights as they are computed with, which answers depend on
     base_sha256: str  # of the weights as they are stored: what the base is, in every dtype
+    end_reachable: bool = True  # can the frozen output head say the token that ends an answer?
 
     @property
     def positions(self) -> int:
@@ -187,7 +189,7 @@ class Machine:
         """How it computes: for the record, and for whoever wonders about the speed."""
         return {"path": self.engine.path, "reason": self.engine.path_reason,
                 "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_sha256,
-                "trained_parameters": self.engine.layout.size, "format": self.template.format,
+                "trained_parameters": self.engine.layout.size, "format": self.template.format, "end": self.template.end_text, "end_reachable": self.end_reachable,
                 "conv1d": any(t.kind == "conv1d" for t in self.engine.layout)}  # fmt: skip
 
 
@@ -195,12 +197,13 @@ def load_machine(experiment: Experiment) -> Machine:
     m = experiment.model
     model, tokenizer = _load_base(experiment)
     template = load_template(experiment, tokenizer)
-    base_hash = models.base_hash(model)
+    base_hash, base_sha256 = models.base_hash(model), models.identity(m.base, allow_download=m.allow_download)
+    end_reachable = reachable(model, template.end)
     engine = LoraEngine.build(
         model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
         tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing, generation=_generation(m),
     )  # fmt: skip
-    return Machine(engine, template, tokenizer, base_hash, models.identity(m.base, allow_download=m.allow_download))
+    return Machine(engine, template, tokenizer, base_hash, base_sha256, end_reachable)
 
 
 def _generation(model: Model) -> Generation:

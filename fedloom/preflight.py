@@ -42,10 +42,22 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
     # Seeds share most of their examples; each is looked at once.
     train = dict.fromkeys(e for d in datasets for own in d.clients.values() for e in own)
     held = dict.fromkeys(e for d in datasets for e in d.test)
-    _fit(experiment, base, [*train, *(e for e in held if e not in train)])
-    asked = dict.fromkeys(d.test[i] for d in datasets for i in evenly(range(len(d.test)), experiment.evaluation.answers))
+    questions = dict.fromkeys(e for d in datasets for e in asked(experiment, d))
     relabelled = list(train) if any(a.takes("relabel") for a in algorithms) else []
-    _leave_room(experiment, base, [*asked, *relabelled])
+    check_examples(experiment, base, [*train, *(e for e in held if e not in train)], [*questions, *relabelled])
+
+
+def check_examples(
+    experiment: Experiment, base: Skeleton, examples: Iterable[Example], questions: Iterable[Example]
+) -> None:
+    """Raises DataError where the base cannot read an example, ConfigError where a question leaves no room to answer."""
+    _fit(experiment, base, examples)
+    _leave_room(experiment, base, questions)
+
+
+def asked(experiment: Experiment, dataset: Dataset) -> list[Example]:
+    """The held-out examples that are answered."""
+    return [dataset.test[i] for i in evenly(range(len(dataset.test)), experiment.evaluation.answers)]
 
 
 def _fit(experiment: Experiment, base: Skeleton, examples: Iterable[Example]) -> None:

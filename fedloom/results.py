@@ -18,10 +18,9 @@ from typing import Any
 
 from fedloom import durable
 from fedloom.config import Experiment
-from fedloom.data import microworld
 from fedloom.errors import RunError
-from fedloom.evaluation.answers import answer, grade
-from fedloom.evaluation.loss import held_out_loss
+from fedloom.evaluation.answers import answer, grade, right
+from fedloom.evaluation.loss import end_loss, held_out_loss
 from fedloom.evaluation.statistics import estimate, paired
 from fedloom.experiment import Dataset, Machine
 from fedloom.state import AdapterState
@@ -29,7 +28,7 @@ from fedloom.state import AdapterState
 SCHEMA = 1
 SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
 LOCAL = "local:"  # prefix of the rows of clients that train alone
-LOWER = ("loss", "extraction", "exposure", "auc")  # metrics of which less is better
+LOWER = ("loss", "end_loss", "extraction", "exposure", "auc")  # metrics of which less is better
 
 
 def measure(
@@ -54,9 +53,10 @@ def measure(
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
     said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
+    ends = end_loss(machine.engine, machine.template, questions, rows) if asked else {}
     measured: dict[str, Any] = {}
     for row in rows:
-        overall = {"loss": losses[row].loss}
+        overall = {"loss": losses[row].loss} | ({"end_loss": ends[row]} if row in ends else {})
         within: dict[str, dict[str, float]] = {g: {"loss": loss} for g, loss in losses[row].groups.items()}
         if asked:
             overall |= grade(questions, said[row])
@@ -71,8 +71,8 @@ def measure(
             "instruction": questions[j].instruction,
             "context": questions[j].context,
             "reference": questions[j].response,
-            "answers": {row: said[row][j] for row in rows},
-            "right": {row: microworld.check(questions[j], said[row][j]) for row in rows} if questions[j].rule else None,
+            "answers": {row: said[row][j].text for row in rows},
+            "right": {row: right(questions[j], said[row][j]) for row in rows} if questions[j].rule else None,
         }
         for j in evenly(range(len(asked)), SAMPLES)
     ]

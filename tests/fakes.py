@@ -116,6 +116,7 @@ def machine(engine: ToyEngine | None = None) -> Machine:
 
 class ToyTemplate:
     format = "plain"
+    end_text = "</s>"
 
 
 FOUR = {"a": (1.0, 2.0, 3.0), "b": (4.0, 5.0), "c": (6.0,), "d": (7.0, 8.0, 9.0, 10.0)}
