@@ -7,7 +7,6 @@ the last round is replayed from the round committed before it, so its uploads ar
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -36,7 +35,7 @@ from fedloom.experiment import Dataset, Machine, load_data, load_machine
 from fedloom.leakage import Targets, targets
 from fedloom.results import write_json
 from fedloom.rng import numpy_stream
-from fedloom.run import INPUTS, Training
+from fedloom.run import INPUTS, Training, other_inputs
 from fedloom.simulate import adapter_of
 from fedloom.state import AdapterState
 from fedloom.synthesis.filters import whole
@@ -154,14 +153,11 @@ def _same_training(saved: Experiment, wanted: Experiment) -> Experiment:
 def _same_inputs(path: Path, dataset: Dataset, machine: Machine) -> None:
     """Members that never were trained on would make any model look harmless."""
     try:
-        then = json.loads(path.read_bytes())
+        odd = other_inputs(path, dataset, machine)
     except (OSError, ValueError) as damaged:
         raise RunError(f"{path} is missing or damaged, so nobody can tell what the run was trained on.") from damaged
-    for key, now, what in (
-        ("data_sha256", dataset.sha256(), "data are"), ("base_sha256", machine.base_hash, "base model is"),
-    ):  # fmt: skip
-        if then.get(key) != now:
-            raise RunError(f"The {what} not what this run was trained with ({path}). Put the old back, then audit.")
+    if odd:
+        raise RunError(f"The {odd} not what this run was trained with ({path}). Put the old back, then audit.")
 
 
 def _committed(home: Path, fingerprint: str, *, before: int | None = None) -> Checkpoint | None:

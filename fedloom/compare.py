@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
@@ -92,8 +93,8 @@ def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, fold
 
 def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
     """Train and measure all rows for this experiment's seed; a finished seed is read, not repeated."""
-    if (folder / RESULT).exists():
-        return read_result(folder)
+    if (done := _measured(experiment, folder)) is not None:
+        return done
     with checkpoint.lock(folder):
         dataset, machine = load_data(experiment, quarantine=folder / "quarantine.jsonl"), load_machine(experiment)
         rows: dict[str, AdapterState | None] = {"base": None}
@@ -103,11 +104,39 @@ def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener
             rows |= models_of(training, label, training.finish(listener))
             if found := synthesis_of(training):
                 synthesis[label] = found
-        leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
-        measured = measure(experiment, dataset, machine, rows, leaks)
-        result = {**measured, "synthesis": synthesis, "engine": machine.describe()}
+        with measuring(folder.parent, "compare"):
+            leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
+            measured = measure(experiment, dataset, machine, rows, leaks)
+        result = {**measured, "synthesis": synthesis, "engine": machine.describe(), "settings": _measuring(experiment)}
         write_json(folder / RESULT, result)
     return result
+
+
+@contextmanager
+def measuring(folder: Path, command: str) -> Iterator[None]:
+    """What fails in here fails after the training, which is kept: say so, and how it is measured otherwise."""
+    try:
+        yield
+    except FedloomError as error:
+        raise RunError(
+            f"{error}\nThe training is finished and kept; only its measurement failed. Measure it with other settings, say: "
+            f"fedloom {command} --resume --out {folder} evaluation.max_new_tokens=32"
+        ) from error
+
+
+def _measuring(experiment: Experiment) -> dict[str, Any]:
+    """The settings that decide what a seed's result holds, beside those of its training."""
+    tree = experiment.plain()
+    return {"evaluation": tree["evaluation"], "audit": tree["audit"],
+            "methods": tree["compare"]["methods"], "leakage": tree["compare"]["leakage"]}  # fmt: skip
+
+
+def _measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
+    """A seed's result, if there is one of these settings."""
+    if not (folder / RESULT).exists():
+        return None
+    result = read_result(folder)
+    return result if result.get("settings") == _measuring(experiment) else None
 
 
 def models_of(training: Training, label: str, state: ServerState) -> dict[str, AdapterState]:
@@ -213,7 +242,7 @@ def progress(experiment: Experiment, folder: Path) -> Progress:
     rounds, finished, latest = 0, 0, ""
     rows = list(trainings(experiment))
     for seed in _names(experiment, folder):
-        finished += (seed / RESULT).exists()
+        finished += _measured(experiment, seed) is not None
         for row in rows:
             done = len(journal.read(seed / row / "metrics.jsonl"))
             rounds += max(0, done - 1)

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import tomllib
 import typing
@@ -48,6 +49,21 @@ from fedloom.steps import LocalTraining, LoraSpec
 from fedloom.synthesis.pool import FromPool
 from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording, Wording
 from fedloom.transport.codec import Bf16, Fp32, Int4, Int8
+
+# Settings that change no adapter, but by rounding: names, what is measured, where and how fast things are computed.
+# Where the base and the data lie is among them, since what they are is checked by their hashes (run.INPUTS).
+UNTRAINED = (
+    "name", "evaluation", "audit", "judge", "compare.seeds", "compare.methods", "compare.leakage",
+    "model.base", "model.device", "model.allow_download", "model.checkpointing", "model.tokens_per_pass", "model.path",
+    "model.vllm", "data.path", "data.test_path", "transport.width",
+)  # fmt: skip
+# ... unless training generates text: so long, and by what.
+GENERATING = ("evaluation.max_new_tokens", "model.vllm")
+# Settings that name files, and are written into a run's folder in full: a run may be read from another place.
+PATHS = (
+    "model.base", "model.vllm.python", "data.path", "data.test_path", "evaluation.questions", "evaluation.references",
+    "judge.by.model", "judge.by.prompt",
+)  # fmt: skip
 
 STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
 
@@ -285,12 +301,66 @@ class Experiment(Section):
     def to_toml(self) -> str:
         return tomli_w.dumps(self.plain())
 
+    def trained(self) -> dict[str, Any]:
+        """The settings that decide what is trained; others may be changed for a training that has begun."""
+        tree = self.plain()
+        algorithms = (self.algorithm, *self.compare.methods.values())
+        generating = any(a.takes("synthesize") or a.takes("relabel") for a in algorithms)
+        kept = {path: found for path in GENERATING if generating and (found := _at(tree, path)) is not None}
+        for path in UNTRAINED:
+            *parents, leaf = path.split(".")
+            if isinstance(table := _at(tree, ".".join(parents)) if parents else tree, dict):
+                table.pop(leaf, None)
+        return tree | kept
+
     def fingerprint(self) -> str:
-        """Names what is computed: equal for two experiments that would give the same result."""
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
+        """Names what is trained: equal for two experiments that would give the same adapter, but for rounding."""
+        return hashlib.sha256(json.dumps(self.trained(), sort_keys=True).encode()).hexdigest()
+
+    def anchored(self) -> Experiment:
+        """With whole paths, so that its meaning does not depend on the folder it is read in.
+
+        A base that is no folder here is left as it is: the name of a shipped or random model, or a Hub id.
+        """
+        tree = self.plain()
+        for path in PATHS:
+            *parents, leaf = path.split(".")
+            table = _at(tree, ".".join(parents))
+            if not isinstance(table, dict) or leaf not in table or (path == "data.path" and self.data.source == "hub"):
+                continue
+            if leaf == "python" and not os.path.dirname(table[leaf]):
+                continue  # a program of that name, wherever the system finds it
+            always = parents[0] == "data"
+            found = table[leaf]
+            table[leaf] = [_whole(p, always) for p in found] if isinstance(found, list) else _whole(found, always)
+        return _validate(tree, "this experiment")
 
     def with_(self, **changes: Any) -> Experiment:
         return _validate({**self.plain(), **changes}, "this experiment")
+
+
+def changed(one: Mapping[str, Any], other: Mapping[str, Any], within: str = "") -> list[str]:
+    """Where two trees of settings differ, as dotted keys."""
+    found: list[str] = []
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += changed(a, b, f"{within}{key}.")
+        elif a != b:
+            found.append(within + key)
+    return found
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _whole(path: str, always: bool) -> str:
+    """The absolute path; of what may be no path at all, only where there is something. Links are left as they are."""
+    local = os.path.abspath(os.path.expanduser(path))
+    return local if always or (path not in ("", "embedded") and os.path.exists(local)) else path
 
 
 def _without_none(value: Any) -> Any:

@@ -137,40 +137,78 @@ def load_template(experiment: Experiment, tokenizer: Any) -> Template:
 
 
 @dataclass(frozen=True)
+class Skeleton:
+    """A base model without its weights: enough to check an experiment, and to count."""
+
+    model: Any  # on the meta device
+    template: Template
+    tokenizer: Any
+
+    @property
+    def positions(self) -> int:
+        return _positions(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the base model embeds."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+
+def load_skeleton(experiment: Experiment) -> Skeleton:
+    from fedloom.engine import models
+
+    m = experiment.model
+    model, tokenizer = models.skeleton(m.base, allow_download=m.allow_download)
+    return Skeleton(model, load_template(experiment, tokenizer), tokenizer)
+
+
+def _positions(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+@dataclass(frozen=True)
 class Machine:
     """The one thing that touches a device: base model, tokenizer, prompt format and engine."""
 
     engine: LoraEngine
     template: Template
     tokenizer: Any
-    base_hash: str
+    base_hash: str  # of the weights as they are computed with, which answers depend on
+    base_sha256: str  # of the weights as they are stored: what the base is, in every dtype
+    end_reachable: bool = True  # can the frozen output head say the token that ends an answer?
 
     @property
     def positions(self) -> int:
         """Tokens that the base model reads; many, where nothing limits it."""
-        return getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        return _positions(self.engine.model)
+
+    def is_base(self, sha256: str) -> bool:
+        """Is this the base that was recorded so? Version 0.1.0 recorded the weights as it computed with them."""
+        return sha256 in (self.base_sha256, self.base_hash)
 
     def describe(self) -> dict[str, Any]:
         """How it computes: for the record, and for whoever wonders about the speed."""
         return {"path": self.engine.path, "reason": self.engine.path_reason,
-                "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_hash,
-                "trained_parameters": self.engine.layout.size, "format": self.template.format,
+                "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_sha256,
+                "trained_parameters": self.engine.layout.size, "format": self.template.format, "end": self.template.end_text, "end_reachable": self.end_reachable,
                 "conv1d": any(t.kind == "conv1d" for t in self.engine.layout)}  # fmt: skip
 
 
 def load_machine(experiment: Experiment) -> Machine:
     from fedloom.engine import models
+    from fedloom.engine.head import reachable
     from fedloom.engine.lora_engine import LoraEngine
 
     m = experiment.model
     model, tokenizer = _load_base(experiment)
     template = load_template(experiment, tokenizer)
-    base_hash = models.base_hash(model)
+    base_hash, base_sha256 = models.base_hash(model), models.identity(m.base, allow_download=m.allow_download)
+    end_reachable = reachable(model, template.end)
     engine = LoraEngine.build(
         model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
         tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing, generation=_generation(m),
     )  # fmt: skip
-    return Machine(engine, template, tokenizer, base_hash)
+    return Machine(engine, template, tokenizer, base_hash, base_sha256, end_reachable)
 
 
 def _generation(model: Model) -> Generation:
@@ -196,7 +234,7 @@ def _load_base(experiment: Experiment) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine) -> Algorithm:
+def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton) -> Algorithm:
     """An algorithm with the parts it needs, which are made from the experiment's other sections."""
     template = machine.template
     parts: Mapping[str, Callable[[], Any]] = {
@@ -211,7 +249,7 @@ def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, ma
     return built
 
 
-def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine) -> Any:
+def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton) -> Any:
     chosen, seed = experiment.synthesis, experiment.seed
     if chosen.make is FromPool:
         pool = dataset.spare if chosen.name == "spare" else _restyled(experiment, dataset)

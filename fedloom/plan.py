@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fedloom import rng
+from fedloom import preflight, rng
 from fedloom.config import Experiment
 from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
-from fedloom.errors import DataError
-from fedloom.experiment import load_data, load_template
+from fedloom.errors import ConfigError, FedloomError
+from fedloom.experiment import load_data, load_skeleton
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
 from fedloom.transport import wire
@@ -34,11 +34,14 @@ class Plan:
     width: int
     tokens_per_pass: int
     memory: float  # bytes, an estimate
+    disk: int  # bytes of a run's rounds and adapter at most, roughly; 0: the data could not be read
     data: list[str]
+    problem: str | None  # what would end a run, sooner or later
 
 
 def plan(experiment: Experiment) -> Plan:
-    model, tokenizer = models.skeleton(experiment.model.base, allow_download=experiment.model.allow_download)
+    skeleton = load_skeleton(experiment)
+    model, template = skeleton.model, skeleton.template
     layout = AdapterLayout.of(model, experiment.adapter)
     adapter = layout.initial(experiment.seed)
     codec: Codec = experiment.transport.codec.build()
@@ -46,9 +49,9 @@ def plan(experiment: Experiment) -> Plan:
     delta = adapter.map(lambda t: 1e-3 * torch.from_numpy(noise.standard_normal(t.shape)).to(t.dtype))
     up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
     base = models.count_parameters(model)
+    data, clients, disk, problem = list[str](), [f"client-{i:03d}" for i in range(experiment.data.clients or 1)], 0, None
     try:
         dataset = load_data(experiment)
-        template = load_template(experiment, tokenizer)
         examples = [e for own in dataset.clients.values() for e in own]
         sample = examples[:: max(1, len(examples) // 2000)]
         data = [
@@ -56,16 +59,25 @@ def plan(experiment: Experiment) -> Plan:
             f"in {len(sample):,} of them: " + ", ".join(f"{k.replace('_', ' ')} {v:,.4g}" for k, v in template.measure(sample).items() if k != "examples"),
         ]
         clients = sorted(dataset.clients)
-    except (DataError, OSError) as unread:
-        data, clients = [f"not read: {unread}"], [f"client-{i:03d}" for i in range(experiment.data.clients or 1)]
-    select = experiment.cohort.build(clients=clients, seed=experiment.seed)
-    cohorts = [select(r) for r in range(experiment.rounds)]
+        disk = preflight.disk(experiment, dataset, layout.size, compared=False)
+        preflight.check(experiment, [dataset], skeleton)
+    except (FedloomError, OSError) as found:
+        problem = str(found)
+    cohorts = _cohorts(experiment, clients)
     cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
     width = min(experiment.transport.width, max(1, round(cohort)))
     return Plan(
         base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
-        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data,
+        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), disk, data, problem,
     )  # fmt: skip
+
+
+def _cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> list[Sequence[ClientId]]:
+    try:
+        select = experiment.cohort.build(clients=clients, seed=experiment.seed)
+        return [select(r) for r in range(experiment.rounds)]
+    except ConfigError:  # more than there are, which is a problem of its own: counted with all
+        return [clients] * experiment.rounds
 
 
 def _bytes_down(adapter: AdapterState, delta: AdapterState, codec: Codec, cohorts: Sequence[Sequence[ClientId]]) -> int:

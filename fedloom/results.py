@@ -18,10 +18,9 @@ from typing import Any
 
 from fedloom import durable
 from fedloom.config import Experiment
-from fedloom.data import microworld
 from fedloom.errors import RunError
-from fedloom.evaluation.answers import answer, grade
-from fedloom.evaluation.loss import held_out_loss
+from fedloom.evaluation.answers import answer, grade, right
+from fedloom.evaluation.loss import end_loss, held_out_loss
 from fedloom.evaluation.statistics import estimate, paired
 from fedloom.experiment import Dataset, Machine
 from fedloom.state import AdapterState
@@ -29,7 +28,7 @@ from fedloom.state import AdapterState
 SCHEMA = 1
 SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
 LOCAL = "local:"  # prefix of the rows of clients that train alone
-LOWER = ("loss", "extraction", "exposure", "auc")  # metrics of which less is better
+LOWER = ("loss", "end_loss", "extraction", "exposure", "auc")  # metrics of which less is better
 
 
 def measure(
@@ -50,13 +49,14 @@ def measure(
             f"The held-out loss of {diverged[0]!r} is no finite number: its training diverged. "
             "Start anew with a lower local.learning_rate."
         )
-    asked = _evenly(range(len(dataset.test)), experiment.evaluation.answers)
+    asked = evenly(range(len(dataset.test)), experiment.evaluation.answers)
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
     said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
+    ends = end_loss(machine.engine, machine.template, questions, rows) if asked else {}
     measured: dict[str, Any] = {}
     for row in rows:
-        overall = {"loss": losses[row].loss}
+        overall = {"loss": losses[row].loss} | ({"end_loss": ends[row]} if row in ends else {})
         within: dict[str, dict[str, float]] = {g: {"loss": loss} for g, loss in losses[row].groups.items()}
         if asked:
             overall |= grade(questions, said[row])
@@ -71,15 +71,15 @@ def measure(
             "instruction": questions[j].instruction,
             "context": questions[j].context,
             "reference": questions[j].response,
-            "answers": {row: said[row][j] for row in rows},
-            "right": {row: microworld.check(questions[j], said[row][j]) for row in rows} if questions[j].rule else None,
+            "answers": {row: said[row][j].text for row in rows},
+            "right": {row: right(questions[j], said[row][j]) for row in rows} if questions[j].rule else None,
         }
-        for j in _evenly(range(len(asked)), SAMPLES)
+        for j in evenly(range(len(asked)), SAMPLES)
     ]
     return {"seed": experiment.seed, "rows": measured, "samples": samples}
 
 
-def _evenly(items: Sequence[int], count: int | None) -> list[int]:
+def evenly(items: Sequence[int], count: int | None) -> list[int]:
     """`count` of them at equal steps, or all: held-out examples lie group by group, so the mix is kept."""
     if count is None or count >= len(items):
         return list(items)

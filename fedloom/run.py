@@ -100,20 +100,19 @@ class Training:
         return federation.run(state, self.experiment.rounds)
 
     def _inputs(self) -> dict[str, str]:
-        return {"data_sha256": self.dataset.sha256(), "base_sha256": self.machine.base_hash}
+        return {"data_sha256": self.dataset.sha256(), "base_sha256": self.machine.base_sha256}
 
     def _check_inputs(self) -> None:
         """Refuse to go on with other data or another base model than the run began with."""
-        saved, now = self.folder / INPUTS, self._inputs()
+        saved = self.folder / INPUTS
         try:
-            then = json.loads(saved.read_bytes())
+            odd = other_inputs(saved, self.dataset, self.machine)
         except (OSError, ValueError) as damaged:
             raise RunError(f"{saved} is missing or damaged; start again with another --out.") from damaged
-        for name, what in (("data_sha256", "data are"), ("base_sha256", "base model is")):
-            if then.get(name) != now[name]:
-                raise RunError(
-                    f"The {what} not what this run began with ({saved}). Put the old back, or start a new run in another --out."
-                )
+        if odd:
+            raise RunError(
+                f"The {odd} not what this run began with ({saved}). Put the old back, or start a new run in another --out."
+            )
 
     def _commit(self, state: ServerState, record: Mapping[str, Any]) -> None:
         memories = {c: client.memory for c, client in self.clients.items() if client.memory}
@@ -158,6 +157,14 @@ class Training:
         rows = {"global": state.adapter} if state.round else {}
         found = leakage(self.experiment, self.dataset, self.machine, rows)
         return _numbers(found["global" if state.round else "base"])
+
+
+def other_inputs(saved: Path, dataset: Dataset, machine: Machine) -> str | None:
+    """What is not as `saved` (INPUTS) has it: "data are" or "base model is"; None: nothing. Raises OSError, ValueError."""
+    then = json.loads(saved.read_bytes())
+    if then.get("data_sha256") != dataset.sha256():
+        return "data are"
+    return None if machine.is_base(then.get("base_sha256", "")) else "base model is"
 
 
 def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[Any], list[str]]:

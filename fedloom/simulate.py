@@ -8,31 +8,37 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedloom import checkpoint, durable, journal
+import tomli_w
+
+from fedloom import checkpoint, durable, journal, preflight
 from fedloom.compare import (
     Progress,
     all_seeds,
     federated,
+    measuring,
     models_of,
     progress,
     read_result,
     seed_folders,
     synthesis_of,
 )
-from fedloom.config import Experiment, load
+from fedloom.config import UNTRAINED, Experiment, changed, load, parse
+from fedloom.data.prompt_form import chat_template
+from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.models import base_folder
 from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
-from fedloom.errors import ConfigError, RunError
-from fedloom.experiment import Machine, load_data, load_machine
-from fedloom.report import card, page
+from fedloom.engine.serving import Serving, recorded_base
+from fedloom.errors import ConfigError, ModelError, RunError
+from fedloom.experiment import Dataset, Machine, Skeleton, load_data, load_machine, load_skeleton
+from fedloom.report import card, endings, page
 from fedloom.results import measure, read_summary, summarise, write_json
-from fedloom.run import Listener
+from fedloom.run import INPUTS, Listener
 from fedloom.state import AdapterState
 
 
@@ -42,25 +48,32 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
     With `resume`, goes on from the newest committed round; a finished run is only read. However often
     it is interrupted and resumed, the adapter is the same to the bit. Raises: FedloomError.
     """
+    experiment = experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
-        finished = _finished(folder)
+        finished = _finished(folder, experiment)
         if finished is not None:
             return finished
         if any(folder.glob("seed-*/")):
             raise RunError(f"{folder} holds a comparison. Go on with it: fedloom compare --resume --out {folder}")
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        _checked(experiment, folder, [dataset], compared=False)
         machine = load_machine(experiment)
+        if not machine.end_reachable:
+            listener.warned(endings.unreachable(machine.template.end_text))
         training = federated(experiment, dataset, machine, folder)
         state = training.finish(listener)
+        conv1d = bool(machine.describe()["conv1d"])
+        _save(folder / "adapter", experiment, machine, state.adapter, machine.base_sha256, conv1d, card.unmeasured(experiment))
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
-        result = measure(experiment, dataset, machine, rows)
+        with measuring(folder, "run"):
+            result = measure(experiment, dataset, machine, rows)
         if made := synthesis_of(training):
             result["synthesis"] = {"federated": made}
         summary = summarise(
             "run", experiment, dataset, [result], records=journal.read(folder / "metrics.jsonl"),
             adapter_sha256=state.adapter.sha256(), engine=machine.describe(),
         )  # fmt: skip
-        _export(folder, experiment, state.adapter, summary)
+        _finish(folder, summary)
     return summary
 
 
@@ -77,33 +90,58 @@ def compare(
             f'algorithm = "{experiment.algorithm.name}" trains no shared model to compare with others. '
             "Choose one that does, and give this one a row: compare.methods."
         )
+    if jobs < 1:
+        raise ConfigError(f"Expected --jobs of at least 1, got {jobs}.")
+    experiment = experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
-        finished = _finished(folder)
+        finished = _finished(folder, experiment)
         if finished is not None:
             return finished
         if (folder / "state").exists():
             raise RunError(f"{folder} holds a run. Go on with it: fedloom run --resume --out {folder}")
-        on_progress(progress(experiment, folder))
-        for state in all_seeds(experiment, folder, jobs=jobs):
-            on_progress(state)
         seeds = seed_folders(experiment, folder)
+        datasets = [load_data(its) for its in seeds.values()]
+        base = _checked(experiment, folder, datasets, compared=True)
+        on_progress(progress(experiment, folder))
+        exported: AdapterState | None = None
+        try:
+            for state in all_seeds(experiment, folder, jobs=min(jobs, experiment.compare.seeds)):
+                exported = exported or _export_first(folder, seeds, base)
+                on_progress(state)
+        finally:  # also where a seed could not be measured
+            exported = exported or _export_first(folder, seeds, base)
         results = [read_result(seed) for seed in seeds]
-        first, dataset = next(iter(seeds)), load_data(experiment)
-        found = checkpoint.newest(first / "federated" / "state", fingerprint=seeds[first].fingerprint()).checkpoint
-        if found is None:
+        first = next(iter(seeds))
+        if exported is None:
             raise RunError(f"{first / 'federated'} holds no committed round any more; start again with another --out.")
-        adapter = found.state.adapter
         summary = summarise(
-            "compare", experiment, dataset, results, records=journal.read(first / "federated" / "metrics.jsonl"),
-            adapter_sha256=adapter.sha256(), engine=results[0]["engine"],
+            "compare", experiment, datasets[0], results, records=journal.read(first / "federated" / "metrics.jsonl"),
+            adapter_sha256=exported.sha256(), engine=results[0]["engine"],
         )  # fmt: skip
-        _export(folder, experiment, adapter, summary)
+        _finish(folder, summary)
     return summary
+
+
+def _export_first(folder: Path, seeds: Mapping[Path, Experiment], base: Skeleton) -> AdapterState | None:
+    """A comparison's product, the federated adapter of its first seed, as soon as it is trained; None before."""
+    first, experiment = next(iter(seeds.items()))
+    home = first / "federated"
+    if len(journal.read(home / "metrics.jsonl")) <= experiment.rounds:
+        return None
+    found = checkpoint.newest(home / "state", fingerprint=experiment.fingerprint()).checkpoint
+    if found is None or found.state.round < experiment.rounds:
+        return None
+    sha256 = json.loads((home / INPUTS).read_bytes())["base_sha256"]
+    conv1d = any(t.kind == "conv1d" for t in AdapterLayout.of(base.model, experiment.adapter))
+    _save(folder / "adapter", experiment, base, found.state.adapter, sha256, conv1d, card.unmeasured(experiment))
+    return found.state.adapter
 
 
 def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Measure a finished run's adapter beside the base, on the held-out part of `experiment`'s data."""
-    dataset, machine = load_data(experiment), load_machine(experiment)
+    dataset = load_data(experiment)
+    preflight.check_examples(experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset))
+    machine = load_machine(experiment)
     adapter = adapter_of(folder, machine)
     result = measure(experiment, dataset, machine, {"base": None, "federated": adapter})
     write_json(folder / "evaluation.json", {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()})
@@ -111,31 +149,71 @@ def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def adapter_of(folder: Path, machine: Machine) -> AdapterState:
-    """The exported adapter of a run, checked against the base model it is to run on."""
-    if not (folder / "adapter").is_dir():
+    """The exported adapter of a run. Raises where `machine` is not the base it was trained on, or scales it otherwise."""
+    home = folder / "adapter"
+    if not home.is_dir():
         raise RunError(f"{folder} has no adapter yet. Finish it first: fedloom run --resume --out {folder}")
-    state, _ = load_adapter(folder / "adapter")
+    state, spec = load_adapter(home)
+    summary = read_summary(folder)
+    recorded = recorded_base(home) or (summary and summary["engine"]["base_sha256"])
+    if recorded and not machine.is_base(recorded):
+        raise ModelError(
+            f"The adapter of {folder} was trained on another base model (sha256 {recorded[:16]}…) than the one that is there now "
+            f"({machine.base_sha256[:16]}…). Put the old base back, or give its place: model.base=FOLDER."
+        )
     machine.engine.layout.to_vector(state)  # raises where names or shapes do not fit this model
+    if spec.scale != machine.engine.layout.spec.scale:
+        raise ConfigError(
+            f"The adapter of {folder} was trained with a scale of {spec.scale:g}, and these settings scale it by "
+            f"{machine.engine.layout.spec.scale:g}. Leave adapter.alpha, adapter.rank and adapter.rslora as they are."
+        )
     return state
 
 
-def export(run: Path, folder: Path, *, merged: bool) -> None:
-    """The run's model for other tools: its PEFT adapter, or base and adapter merged into a plain model."""
-    experiment = load(run)
+def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = ()) -> None:
+    """The run's model for other tools: its PEFT adapter, or base and adapter merged into a plain model.
+
+    `overrides` may change what decides no training: where the base lies, say, or the device.
+    """
+    saved, experiment = load(run), load(run, overrides).anchored()
+    _same_training(saved, experiment, run / "experiment.toml")
     if folder.exists():
         raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
     machine = load_machine(experiment)
     adapter = adapter_of(run, machine)
+    summary = read_summary(run)
     if merged:
-        export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder)
+        words = card.model_card(summary, merged=True) if summary else card.unmeasured(experiment)
+
+        def beside(draft: Path) -> None:
+            _serving(machine, machine.base_sha256).save(draft)
+            (draft / "README.md").write_text(words.strip() + "\n", "utf-8")
+
+        export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder, beside=beside)
     else:
-        shutil.copytree(run / "adapter", folder)
+        words = card.model_card(summary) if summary else card.unmeasured(experiment)
+        _save(folder, experiment, machine, adapter, machine.base_sha256, bool(machine.describe()["conv1d"]), words)
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The summary, if there is one; the page, which comes after it, is made if a crash came between."""
+def _checked(experiment: Experiment, folder: Path, datasets: Sequence[Dataset], *, compared: bool) -> Skeleton:
+    """What can be known before any training, then the settings in the folder: those of a run that can be finished."""
+    base = load_skeleton(experiment)
+    preflight.check(experiment, datasets, base)
+    size = AdapterLayout.of(base.model, experiment.adapter).size
+    preflight.check_disk(folder, preflight.disk(experiment, datasets[0], size, compared=compared))
+    durable.write(folder / "experiment.toml", experiment.to_toml().encode())
+    return base
+
+
+def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """The summary, if there is one of these very settings; the page, which comes after it, is made if a crash came between.
+
+    Where only settings of measuring differ, the training is finished and is measured again.
+    """
     summary = read_summary(folder)
-    if summary is not None and not (folder / "report.html").exists():
+    if summary is None or parse(tomli_w.dumps(summary["experiment"]), "summary.json").anchored().plain() != experiment.plain():
+        return None
+    if not (folder / "report.html").exists():
         page.write(folder)
     return summary
 
@@ -152,22 +230,47 @@ def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[
     if resume and not saved.exists():
         raise RunError(f"Nothing to resume: there is no {saved}.")
     with checkpoint.lock(folder):
-        if not resume:
+        if resume:
+            _same_training(load(saved), experiment, saved)
+        else:
             # A run that ended before its first round, say for want of its data, may be started over.
             if saved.exists() and any(folder.rglob("metrics.jsonl")):
                 raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
             durable.write(saved, experiment.to_toml().encode())
-        elif load(saved).fingerprint() != experiment.fingerprint():
-            raise RunError(f"{folder} holds another experiment: {saved} differs. Resume that one, or choose another --out.")
         yield
 
 
-def _export(folder: Path, experiment: Experiment, adapter: AdapterState, summary: Mapping[str, Any]) -> None:
-    """The adapter, then the summary, which marks the run as finished, then the page made of it."""
+def _same_training(saved: Experiment, wanted: Experiment, path: Path) -> None:
+    """Refuse settings with which another adapter would be trained."""
+    if saved.fingerprint() != wanted.fingerprint():
+        odd = changed(saved.trained(), wanted.trained())
+        raise ConfigError(
+            f"{path} is of another training: {', '.join(odd)} {'differ' if len(odd) > 1 else 'differs'}. "
+            f"What was trained keeps its settings; those that decide no training may change: {', '.join(UNTRAINED)}."
+        )
+
+
+def _save(
+    folder: Path, experiment: Experiment, base: Machine | Skeleton, adapter: AdapterState, base_sha256: str, conv1d: bool, words: str
+) -> None:  # fmt: skip
+    """The adapter in PEFT's format, with all that other tools need to ask and stop as training taught."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _serving(base, base_sha256).save(folder)
     save_adapter(
-        folder / "adapter", adapter, experiment.adapter, base_name=_base_name(experiment),
-        card=card.model_card(summary), fan_in_fan_out=summary["engine"]["conv1d"],
+        folder, adapter, experiment.adapter, base_name=_base_name(experiment), card=words, fan_in_fan_out=conv1d
     )  # fmt: skip
-    durable.sync_folder(folder / "adapter")
+    durable.sync_folder(folder)
+
+
+def _serving(base: Machine | Skeleton, base_sha256: str) -> Serving:
+    template = base.template
+    return Serving(
+        base.tokenizer, chat_template(template, base.tokenizer), template.stop, template.format, template.system, base_sha256
+    )
+
+
+def _finish(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The card of what was measured, then the summary, which marks the run as finished, then the page made of it."""
+    durable.write(folder / "adapter" / "README.md", (card.model_card(summary).strip() + "\n").encode())
     write_json(folder / "summary.json", summary)
     page.write(folder)

@@ -111,11 +111,12 @@ def dataset(clients: Mapping[str, Iterable[float]], test: Iterable[float] = (1.0
 
 
 def machine(engine: ToyEngine | None = None) -> Machine:
-    return Machine(engine or ToyEngine(), ToyTemplate(), None, "0" * 64)  # type: ignore[arg-type]
+    return Machine(engine or ToyEngine(), ToyTemplate(), None, "0" * 64, "0" * 64)  # type: ignore[arg-type]
 
 
 class ToyTemplate:
     format = "plain"
+    end_text = "</s>"
 
 
 FOUR = {"a": (1.0, 2.0, 3.0), "b": (4.0, 5.0), "c": (6.0,), "d": (7.0, 8.0, 9.0, 10.0)}

@@ -25,7 +25,7 @@ RunFolder = Annotated[Path, typer.Argument(help="The folder of a finished run.",
 
 
 def experiment_and_folder(what: str, overrides: list[str] | None, out: Path | None, resume: bool) -> tuple[Experiment, Path]:
-    """What to run and where. A resumed run is what its own experiment.toml says, nothing else."""
+    """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
     from fedloom.config import load
 
     what, overrides = first_is_override(what, overrides)
@@ -35,11 +35,9 @@ def experiment_and_folder(what: str, overrides: list[str] | None, out: Path | No
     folder = out or (Path(what) if Path(what).is_dir() else None)
     if folder is None:
         raise RunError("Expected the run to resume: --resume --out FOLDER.")
-    if overrides:
-        raise RunError(f"A resumed run keeps its settings; {overrides[0]!r} cannot change them. Start a new run for that.")
     if not (folder / "experiment.toml").exists():
         raise RunError(f"Nothing to resume: there is no {folder / 'experiment.toml'}.")
-    return load(folder / "experiment.toml"), folder
+    return load(folder / "experiment.toml", overrides), folder
 
 
 def first_is_override(what: str, overrides: list[str] | None) -> tuple[str, list[str]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import typer
+
 from fedloom.cli.arguments import Overrides, What, first_is_override
-from fedloom.cli.console import out, size
+from fedloom.cli.console import complain, out, size
 
 
 def command(what: What = "quickstart", overrides: Overrides = None) -> None:
-    """Show the resolved experiment, its parameters, bytes per round and memory. Trains nothing."""
+    """Show the resolved experiment, its parameters, bytes per round and memory. Trains nothing.
+
+    Ends with 2 and the reason where a run of it could not be finished.
+    """
     from rich.syntax import Syntax
     from rich.table import Table
 
@@ -28,6 +33,11 @@ def command(what: What = "quickstart", overrides: Overrides = None) -> None:
     table.add_row("down, each client", size(p.bytes_down), "what a client receives in a round")
     table.add_row("traffic of a run", size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down)), f"{p.rounds} rounds of {p.cohort:g} clients")
     table.add_row("memory", f"about {size(p.memory)}", f"{p.width} clients in one batch, {p.tokens_per_pass:,} tokens in a pass")
+    if p.disk:
+        table.add_row("disk", f"up to {size(p.disk)}", "the rounds that are kept, and the adapter")
     for line in p.data:
         table.add_row("data", "", line)
     out.print(table)
+    if p.problem is not None:
+        complain(p.problem)
+        raise typer.Exit(2)

@@ -23,16 +23,16 @@ from fedloom.cli.console import duration, err, out, size
 from fedloom.config import Experiment
 from fedloom.federation import Round
 from fedloom.messages import ClientId
-from fedloom.report import findings
+from fedloom.report import endings, findings
 from fedloom.results import model_of
 from fedloom.run import Listener
 
 TITLES = {
-    "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "loss": "loss ↓",
+    "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "ended": "ended ↑", "loss": "loss ↓",
     "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership ↓\nAUC",
 }  # fmt: skip
-DROPPED_FIRST = ("auc", "exact", "rouge_l", "extraction", "loss", "exposure", "rule")  # where a terminal is narrow
-ORDER = ("rule", "rouge_l", "exact", "loss")
+DROPPED_FIRST = ("auc", "exact", "rouge_l", "extraction", "loss", "exposure", "ended", "rule")  # where a terminal is narrow
+ORDER = ("rule", "rouge_l", "exact", "ended", "loss")
 BESIDE_LEAKAGE = 2  # metrics of quality that a terminal has room for where leakage is shown, too
 
 
@@ -150,6 +150,8 @@ class CompareDisplay:
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """The result table, what its differences show, and where everything lies."""
     out.print(results_table(summary, out.width))
+    for line in endings.notes(summary):
+        out.print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
     for line in differences(summary):
         out.print(escape(line), highlight=False, soft_wrap=True)
     out.print(f"Report:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -159,8 +161,8 @@ def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
 def results_table(summary: Mapping[str, Any], width: int) -> Table:
     """Every named row, and as many metrics as fit into `width`; a method's best clients are left to the page."""
     leaks = findings.leaks(summary)
-    quality = [m for m in findings.metrics(summary) if m in ORDER]
-    shown = [*(quality[:BESIDE_LEAKAGE] if leaks else quality), *leaks]
+    quality = [m for m in findings.metrics(summary) if m in ORDER and m != "ended"]
+    shown = [*(quality[:BESIDE_LEAKAGE] if leaks else quality), *(["ended"] if endings.shown(summary) else []), *leaks]
     table = _results_table(summary, shown)
     while len(shown) > 2 and out.measure(table, options=out.options.update(width=1000)).maximum > width:
         shown.remove(next(m for m in DROPPED_FIRST if m in shown))
@@ -213,6 +215,8 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     metrics: Sequence[str] = [m for m in ORDER if all(m in found for found in rows.values())]
+    if all(found.get("ended", 1.0) >= endings.FEW for found in rows.values()):
+        metrics = [m for m in metrics if m != "ended"]
     table = Table()
     table.add_column("row")
     for metric in metrics:

@@ -125,6 +125,16 @@ class Template:
         ids, _ = self._fit_prompt(instruction, context, self.max_length - room)
         return ids
 
+    @property
+    def end_text(self) -> str:
+        """How the token that closes a response is written."""
+        return str(self._tokenizer.convert_ids_to_tokens(self.end))
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What stands before a response, and after it up to and with its end, as text."""
+        return self._lead, self._tail + self.end_text
+
     def encode(self, example: Example) -> Tokens:
         """Prompt, response, end; the last two are labelled.
 

@@ -111,3 +111,17 @@ class _LabelLoss(torch.autograd.Function):
         # Not index_add_, which adds in any order on CUDA: a token may be labelled more than once.
         dhidden.index_put_((at,), slopes * grads[0][:, None].to(slopes.dtype), accumulate=True)
         return dhidden, None, None, None
+
+
+@torch.no_grad()
+def reachable(model: Any, token: int) -> bool:
+    """Can this token be the likeliest, with the output head as it is?
+
+    Its row must win in its own direction, seen from the mean of all rows; one that was added to the vocabulary and
+    never trained does not, as others reach further that way. A bias and quantised heads are not looked at.
+    """
+    weight = model.get_output_embeddings().weight  # (V, d)
+    if not weight.is_floating_point() or weight.dim() != 2 or weight.dtype.itemsize < 2:
+        return True
+    direction = weight[token].float() - weight.mean(0, dtype=torch.float32)  # (d,)
+    return bool((weight @ direction.to(weight.dtype)).argmax() == token)

@@ -124,8 +124,10 @@ def base_folder(name: str, *, allow_download: bool = False) -> Path | None:
         return local
     if name and local.exists():
         raise ModelError(f"{name!r} is a file; expected the folder that holds config.json and the weights.")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ModelError(f"There is no folder {name!r}; give a model folder, a Hub id, or 'embedded'.")
+    if not _HUB_ID.fullmatch(name) or name.startswith(".") or ("/" in name and local.parent.is_dir()):
+        raise ModelError(
+            f"There is no folder {name!r}{_from_here(local)}; give a model folder, a Hub id, or 'embedded'."
+        )
     try:
         return Path(
             snapshot_download(
@@ -138,9 +140,20 @@ def base_folder(name: str, *, allow_download: bool = False) -> Path | None:
                 f"{name!r} could not be downloaded from the Hub: {_first_line(error)}"
             ) from error
         raise ModelError(
-            f"There is no folder {name!r}, and no Hub model of that name in the local cache. Check the name, "
-            "or allow the download: model.allow_download=true."
+            f"There is no folder {name!r}{_from_here(local)}, and no Hub model of that name in the local cache. "
+            "If a folder is meant, give its whole path. Only if the Hub's model of that name is meant, which anybody "
+            "may have put there: model.allow_download=true."
         ) from None
+
+
+def _from_here(path: Path) -> str:
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
+def identity(name: str, *, allow_download: bool = False) -> str:
+    """sha256 of a base model as it is stored, whatever dtype, device or quantisation it is computed in."""
+    folder = base_folder(name, allow_download=allow_download)
+    return base_hash(_random(name.removeprefix("random:"), _load_tokenizer(_embedded())) if folder is None else folder)
 
 
 def base_hash(source: str | Path | nn.Module) -> str:

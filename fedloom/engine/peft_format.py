@@ -83,9 +83,9 @@ def save_adapter(
         "use_rslora": spec.rslora,
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    _replace(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    _replace(folder / "README.md", (card.strip() + "\n").encode())
+    replace_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    replace_file(folder / "README.md", (card.strip() + "\n").encode())
 
 
 def load_adapter(folder: str | Path) -> tuple[AdapterState, LoraSpec]:
@@ -124,12 +124,19 @@ def load_adapter(folder: str | Path) -> tuple[AdapterState, LoraSpec]:
 
 
 def export_merged(
-    model: Any, tokenizer: Any, state: AdapterState, layout: AdapterLayout, folder: str | Path
+    model: Any,
+    tokenizer: Any,
+    state: AdapterState,
+    layout: AdapterLayout,
+    folder: str | Path,
+    *,
+    beside: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write the base with the adapter added into its weights: a plain transformers folder, no LoRA left.
 
     `model` may have LoRA layers in place and is not changed. In bfloat16 the sum is rounded once more
     than it is during training. The folder appears when it is complete; it must not exist before.
+    `beside` writes further files into it, over those that stem from the base.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -159,6 +166,7 @@ def export_merged(
     try:
         plain.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        beside(draft)
         for file in draft.iterdir():
             file.chmod(0o644)  # some come out private to the user
         draft.chmod(0o755)
@@ -237,7 +245,8 @@ def _outer(name: str, layout: AdapterLayout) -> str:
     return f"{module}.{inner}" if any(target.name == module for target in layout) else name
 
 
-def _replace(file: Path, data: bytes) -> None:
+def replace_file(file: Path, data: bytes) -> None:
+    """Whole or not at all."""
     draft = file.with_name(f".{file.name}.tmp")
     with draft.open("wb") as stream:
         stream.write(data)

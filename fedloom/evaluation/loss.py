@@ -1,14 +1,17 @@
-"""Held-out loss: mean nats per labelled token, overall, by group, and in each client's own mix."""
+"""Held-out loss: mean nats per labelled token, overall, by group, and in each client's own mix; and that of the end alone."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+from fedloom.data.example import Example
+from fedloom.data.template import Template
 from fedloom.state import AdapterState
-from fedloom.steps import Engine, Score, Scored
+from fedloom.steps import Engine, Score, Scored, Tokens
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,18 @@ def held_out_loss(
     """For several adapters in shared batches; None is the untuned base."""
     answers = engine.answer({row: Score(test, adapter) for row, adapter in adapters.items()})
     return {row: _summary(scored, groups) for row, scored in answers.items()}
+
+
+def end_loss(
+    engine: Engine, template: Template, test: Sequence[Example], adapters: Mapping[Any, AdapterState | None]
+) -> dict[Any, float]:
+    """Mean nats of the token that ends an answer, after the reference; of examples that are not cut before it."""
+    ends = [t for t in map(template.encode, test) if t.ids[-1] == template.end]
+    only = [Tokens(t.ids, (False,) * (len(t.ids) - 1) + (True,)) for t in ends]
+    if not only:
+        return {}
+    answers = engine.answer({row: Score(only, adapter) for row, adapter in adapters.items()})
+    return {row: fmean(one.nll for one in scored) for row, scored in answers.items()}
 
 
 def _summary(scored: Sequence[Scored], groups: Sequence[str]) -> HeldOutLoss:

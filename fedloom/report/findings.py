@@ -35,6 +35,15 @@ METRICS = {
     "exact": Metric(
         "Exact match", "Share of answers equal to the reference after folding white space and case."
     ),
+    "ended": Metric(
+        "Ended", "Share of answers that the model ends by itself; the others are cut at the limit, and count as wrong."
+    ),
+    "end_loss": Metric(
+        "Loss of the end",
+        "How surprised the model is where a reference answer ends, in nats of the end token; lower is better.",
+        unit="nats",
+        digits=3,
+    ),
     "loss": Metric(
         "Held-out loss",
         "How surprised the model is by the reference answers, in nats per token of them; lower is better.",

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from fedloom import durable, journal
 from fedloom.data.text import folded
 from fedloom.errors import RunError
-from fedloom.report import audit, figures, findings, leakage, pictures, rounds, synthesis
+from fedloom.report import audit, endings, figures, findings, leakage, pictures, rounds, synthesis
 from fedloom.report.pictures import Journals
 from fedloom.results import LOCAL, LOWER, SCHEMA, better, is_single, read_summary
 
@@ -84,7 +84,7 @@ def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | No
             plotly=plotly,
             boot=boot,
             policy=POLICY.format(scripts=f"{_hash(plotly)} {_hash(boot)}"),
-            verdict=findings.verdict(summary),
+            verdict=[*findings.verdict(summary), *endings.notes(summary)],
             tiles=_tiles(summary),
             seeds=seeds,
             metric=metric,

@@ -61,7 +61,7 @@ def run(tmp_path, monkeypatch) -> Path:
     (folder / "experiment.toml").write_text(experiment.to_toml(), "utf-8")
     test = load_data(experiment).test
     engine = Parrot({e.instruction: e.response for e in test})
-    machine = Machine(engine, Letters(), None, "base's sha256")  # type: ignore[arg-type]
+    machine = Machine(engine, Letters(), None, "base's sha256", "base's sha256")  # type: ignore[arg-type]
     monkeypatch.setattr("fedloom.experiment.load_machine", lambda _: machine)
     monkeypatch.setattr("fedloom.simulate.adapter_of", lambda *_: state(1.0))
     return folder

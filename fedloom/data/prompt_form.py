@@ -1,0 +1,59 @@
+"""A prompt format written down for other tools: the chat template that an exported tokenizer carries."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+
+from fedloom.data.template import CONTEXT, INSTRUCTION, Template
+
+
+def chat_template(template: Template, tokenizer: Any) -> str:
+    """A Jinja template that gives a user's turn as training did: `apply_chat_template` makes the trained prompts.
+
+    The tokenizer's own where it does so by itself. Else one that says just what was trained, with the run's system
+    text, and knows nothing but users' turns, which may have a "context" beside their "content", and answers.
+    """
+    if template.format == "chat" and all(
+        _own(tokenizer, words) == template.prompt(*pair)
+        for words, pair in (
+            (INSTRUCTION, (INSTRUCTION,)),
+            (f"{INSTRUCTION}\n\n{CONTEXT}", (INSTRUCTION, CONTEXT)),
+        )
+    ):
+        own: str = tokenizer.get_chat_template()
+        return own
+    trims = f" {INSTRUCTION}" not in template.prompt(f" {INSTRUCTION}")
+    plain, with_context = (_jinja(template.prompt(*words), trims) for words in ((INSTRUCTION,), (INSTRUCTION, CONTEXT)))
+    lead, end = template.around
+    return (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'user' and message['context'] -%}" + with_context + "{%- elif message['role'] == 'user' -%}" + plain
+        + "{%- elif message['role'] == 'assistant' -%}"
+        + "{{- " + _quoted(lead) + " + message['content'] + " + _quoted(end) + " -}}"
+        + "{%- else -%}{{- raise_exception('trained on the turns of users and assistants alone') -}}{%- endif -%}{%- endfor -%}"
+    )  # fmt: skip
+
+
+def _own(tokenizer: Any, words: str) -> str | None:
+    try:
+        said: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError:
+        return None
+    return said
+
+
+def _jinja(text: str, trims: bool) -> str:
+    """Text with slots as one Jinja expression."""
+    names = {INSTRUCTION: "message['content']", CONTEXT: "message['context']"}
+    parts = [part for part in re.split(f"([{INSTRUCTION}{CONTEXT}])", text) if part]
+    terms = [(f"({names[p]} | trim)" if trims else names[p]) if p in names else _quoted(p) for p in parts]
+    return "{{- " + " + ".join(terms) + " -}}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.encode("unicode_escape").decode("ascii").replace("'", "\\'") + "'"
