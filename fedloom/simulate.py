@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
             result["synthesis"] = {"federated": made}
         summary = summarise(
             "run", experiment, dataset, [result], records=journal.read(folder / "metrics.jsonl"),
-            adapter_sha256=state.adapter.sha256(), engine=machine.describe(),
+            adapter_sha256=state.adapter.sha256(), engine=machine.describe(), when=_when(folder),
         )  # fmt: skip
         _export(folder, experiment, state.adapter, summary)
     return summary
@@ -95,7 +96,7 @@ def compare(
         adapter = found.state.adapter
         summary = summarise(
             "compare", experiment, dataset, results, records=journal.read(first / "federated" / "metrics.jsonl"),
-            adapter_sha256=adapter.sha256(), engine=results[0]["engine"],
+            adapter_sha256=adapter.sha256(), engine=results[0]["engine"], when=_when(folder),
         )  # fmt: skip
         _export(folder, experiment, adapter, summary)
     return summary
@@ -138,6 +139,11 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     if summary is not None and not (folder / "report.html").exists():
         page.write(folder)
     return summary
+
+
+def _when(folder: Path) -> tuple[float, float]:
+    """Since the settings were written, which is done once, when a run begins; resuming only reads them."""
+    return (folder / "experiment.toml").stat().st_mtime, time.time()
 
 
 def _base_name(experiment: Experiment) -> str:
