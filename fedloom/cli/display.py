@@ -29,7 +29,7 @@ from fedloom.run import Listener
 
 TITLES = {
     "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "loss": "loss ↓",
-    "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership ↓\nAUC",
+    "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership\nAUC → 0.5",
 }  # fmt: skip
 DROPPED_FIRST = ("auc", "exact", "rouge_l", "extraction", "loss", "exposure", "rule")  # where a terminal is narrow
 ORDER = ("rule", "rouge_l", "exact", "loss")
@@ -148,9 +148,9 @@ class CompareDisplay:
 
 
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """The result table, what its differences show, and where everything lies."""
+    """The result table, what its differences show, who gains by taking part, and where everything lies."""
     out.print(results_table(summary, out.width))
-    for line in differences(summary):
+    for line in [*differences(summary), *findings.taking_part(summary)]:
         out.print(escape(line), highlight=False, soft_wrap=True)
     out.print(f"Report:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"Adapter: {folder / 'adapter'}  (try: fedloom chat {folder})", highlight=False, soft_wrap=True)
@@ -203,7 +203,7 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
             continue
         low, high = d["ci95"]
         clear = "the interval excludes zero" if low > 0 or high < 0 else "the interval includes zero"
-        unit = "bits of exposure" if d["metric"] == "exposure" else d["metric"]
+        unit = {"exposure": "bits of exposure", "auc": "of the AUC's distance from 0.5"}.get(d["metric"], d["metric"])
         lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}; {clear})")
     return lines
 

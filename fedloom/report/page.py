@@ -23,7 +23,7 @@ from fedloom import durable, journal
 from fedloom.errors import RunError
 from fedloom.report import audit, figures, findings, leakage, pictures, rounds, synthesis
 from fedloom.report.pictures import Journals
-from fedloom.results import LOCAL, LOWER, SCHEMA, better, is_single, read_summary
+from fedloom.results import LOCAL, LOWER, SCHEMA, better, improves, is_single, read_summary
 
 NEEDED = (
     "kind",
@@ -209,7 +209,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
     clear = findings.excludes_zero(ci95)
     reading = "not distinguishable"
     if clear:
-        reading = f"{findings.short(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
+        reading = f"{findings.short(d['a'] if improves(metric, d['mean']) else d['b'])} is better"
     return {
         "a": findings.short(d["a"]),
         "b": findings.short(d["b"]),
