@@ -279,11 +279,11 @@ def taking_part(summary: Summary) -> list[str]:
     of = f"Taking part or tuning alone, each judged on its own mix of data ({metric_title(metric)}): of {clients} clients "
     if gain["ci95"] is None:
         return [f"{of}{gain['mean']:.0f} gain by taking part, {tie['mean']:.0f} tie and {lose['mean']:.0f} lose; one seed, so no interval."]
-    written = [_count(one, most=max(counts)) for one in (gain, tie, lose)]
+    written = [count(one, most=max(counts)) for one in (gain, tie, lose)]
     return [f"{of}{written[0]} gain by taking part, {written[1]} tie and {written[2]} lose (means over {len(counts)} seeds, 95% intervals)."]
 
 
-def _count(found: Mapping[str, Any], *, most: int) -> str:
+def count(found: Mapping[str, Any], *, most: int) -> str:
     """A mean number of clients; an interval of a few seeds may reach beyond what can be, which is not written."""
     low, high = (min(max(x, 0.0), float(most)) for x in found["ci95"])
     return f"{found['mean']:.1f} ({low:.1f} to {high:.1f})"
