@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -18,9 +22,11 @@ from typing import Any
 
 from fedloom import durable
 from fedloom.config import Experiment
+from fedloom.data.sources import LICENCES
 from fedloom.errors import RunError
 from fedloom.evaluation.answers import answer, grade, right
 from fedloom.evaluation.loss import end_loss, held_out_loss
+from fedloom.evaluation.own_mix import outcomes
 from fedloom.evaluation.statistics import estimate, paired
 from fedloom.experiment import Dataset, Machine
 from fedloom.state import AdapterState
@@ -28,7 +34,8 @@ from fedloom.state import AdapterState
 SCHEMA = 1
 SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
 LOCAL = "local:"  # prefix of the rows of clients that train alone
-LOWER = ("loss", "end_loss", "extraction", "exposure", "auc")  # metrics of which less is better
+LOWER = ("loss", "end_loss", "extraction", "exposure", "auc")  # metrics of which less is better; of an AUC its distance from 1/2
+COIN = 0.5  # the AUC of a coin
 
 
 def measure(
@@ -76,7 +83,13 @@ def measure(
         }
         for j in evenly(range(len(asked)), SAMPLES)
     ]
-    return {"seed": experiment.seed, "rows": measured, "samples": samples}
+    return {
+        "seed": experiment.seed,
+        "rows": measured,
+        "samples": samples,
+        "mix": {c.client: dict(c.counts) for c in dataset.table.clients},
+        "answered": dict(Counter(groups[i] for i in asked)),
+    }
 
 
 def evenly(items: Sequence[int], count: int | None) -> list[int]:
@@ -120,8 +133,12 @@ def summarise(
     records: Sequence[Mapping[str, Any]],
     adapter_sha256: str,
     engine: Mapping[str, Any],
+    when: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """summary.json: one result for each seed in, means and intervals out. See docs/files.md."""
+    """summary.json: one result for each seed in, means and intervals out. See docs/files.md.
+
+    `when`: when the experiment began and when it ended, in seconds since 1970.
+    """
     tables = [_with_locals(r["rows"]) for r in results]
     names = [name for name in tables[0] if all(name in t for t in tables)]
     metrics = list(dict.fromkeys(metric for name in names for metric in tables[0][name]))
@@ -150,6 +167,7 @@ def summarise(
         "experiment": experiment.plain(),
         "rows": rows,
         "differences": _differences(tables, metrics),
+        "own_mix": outcomes(results, shared="federated", alone=LOCAL, lower=LOWER),
         "groups": {row: part["groups"] for row, part in results[0]["rows"].items()},
         "samples": results[0]["samples"],
         "synthesis": results[0].get("synthesis", {}),
@@ -160,12 +178,27 @@ def summarise(
         "data": {"test": len(dataset.test), "train": sum(map(len, dataset.clients.values())), **dataset.read},
         "engine": dict(engine),
         "environment": environment(),
+        "provenance": _provenance(experiment, dataset, when),
     }  # fmt: skip
 
 
 def better(metric: str, a: float, b: float) -> bool:
     """Is a the better value? Loss and leakage are better when lower, every other metric when higher."""
-    return a < b if metric in LOWER else a > b
+    return improves(metric, judged(metric, a) - judged(metric, b))
+
+
+def judged(metric: str, x: float) -> float:
+    """What of a value counts. An attack with an AUC below 1/2 tells as much as one above: whoever turns it round has that."""
+    return abs(x - COIN) if metric == "auc" else x
+
+
+def improves(metric: str, gap: float) -> bool:
+    """Is a difference of judged values one for the better?"""
+    return gap < 0 if metric in LOWER else gap > 0
+
+
+def _best(metric: str, values: Sequence[float]) -> float:
+    return (min if metric in LOWER else max)(values, key=partial(judged, metric))
 
 
 def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -181,12 +214,12 @@ def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             continue
         every = [other for name, other in table.items() if name.startswith(f"{label}:")]
         out[f"{label} mean"] = {m: fmean(one[m] for one in every) for m in found}
-        out[f"{label} best"] = {m: (min if m in LOWER else max)(one[m] for one in every) for m in found}
+        out[f"{label} best"] = {m: _best(m, [one[m] for one in every]) for m in found}
     return {**out, **{row: found for row, found in table.items() if is_single(row)}}
 
 
 def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Between the named rows (not single clients), each pair once, paired by seed."""
+    """Between the named rows (not single clients), each pair once, paired by seed; of AUCs, of their distances from 1/2."""
     names = [n for n in tables[0] if not is_single(n)]
     out = []
     for i, b in enumerate(names):
@@ -194,7 +227,7 @@ def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: S
             for metric in metrics:
                 if any(metric not in t[row] for t in tables for row in (a, b)):
                     continue
-                found = paired([t[a][metric] for t in tables], [t[b][metric] for t in tables])
+                found = paired(*([judged(metric, t[row][metric]) for t in tables] for row in (a, b)))
                 out.append({"a": a, "b": b, "metric": metric, "mean": found.estimate.mean,
                             "ci95": found.estimate.ci95, "p_value": found.p_value, "constant": found.constant})  # fmt: skip
     return out
@@ -203,6 +236,26 @@ def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: S
 def environment() -> dict[str, str]:
     packages = ("fedloom", "torch", "transformers", "peft")
     return {"python": platform.python_version(), "machine": platform.machine(), **{p: version(p) for p in packages}}
+
+
+def _provenance(experiment: Experiment, dataset: Dataset, when: tuple[float, float] | None) -> dict[str, Any]:
+    """When, from which data and, where FEDLOOM_RUN_BY names one, by whom. Of paths the last part alone, since the rest
+    says who ran it and where."""
+    data = experiment.data
+    paths = [data.path] if isinstance(data.path, str) else data.path or []
+    return {
+        "by": os.environ.get("FEDLOOM_RUN_BY") or None,
+        "started": None if when is None else _utc(when[0]),
+        "finished": None if when is None else _utc(when[1]),
+        "source": data.source,
+        "files": [p if data.source == "hub" else Path(p).name for p in paths],
+        "licence": LICENCES.get(data.source),
+        "data_sha256": dataset.sha256(),
+    }
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
             result["synthesis"] = {"federated": made}
         summary = summarise(
             "run", experiment, dataset, [result], records=journal.read(folder / "metrics.jsonl"),
-            adapter_sha256=state.adapter.sha256(), engine=machine.describe(),
+            adapter_sha256=state.adapter.sha256(), engine=machine.describe(), when=_when(folder),
         )  # fmt: skip
         _finish(folder, summary)
     return summary
@@ -116,7 +117,7 @@ def compare(
             raise RunError(f"{first / 'federated'} holds no committed round any more; start again with another --out.")
         summary = summarise(
             "compare", experiment, datasets[0], results, records=journal.read(first / "federated" / "metrics.jsonl"),
-            adapter_sha256=exported.sha256(), engine=results[0]["engine"],
+            adapter_sha256=exported.sha256(), engine=results[0]["engine"], when=_when(folder),
         )  # fmt: skip
         _finish(folder, summary)
     return summary
@@ -216,6 +217,11 @@ def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     if not (folder / "report.html").exists():
         page.write(folder)
     return summary
+
+
+def _when(folder: Path) -> tuple[float, float]:
+    """Since the settings were written, which is done once, when a run begins; resuming only reads them."""
+    return (folder / "experiment.toml").stat().st_mtime, time.time()
 
 
 def _base_name(experiment: Experiment) -> str:

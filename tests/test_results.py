@@ -136,3 +136,102 @@ def test_rows_are_measured_on_the_same_examples() -> None:
 def test_a_model_that_diverged_is_named_with_advice() -> None:
     with pytest.raises(RunError, match=r"held-out loss of 'federated' is no finite number.*local\.learning_rate"):
         measure(experiment(), dataset(FOUR), machine(ToyEngine()), {"base": None, "federated": state(float("nan"))})
+
+
+# --- what counts of an AUC -------------------------------------------------------------------------------
+
+
+def test_an_auc_is_judged_by_its_distance_from_a_coin() -> None:
+    assert better("auc", 0.45, 0.7)
+    assert better("auc", 0.55, 0.1)  # an attack that is always wrong is always right once turned round
+    assert not better("auc", 0.1, 0.9)
+
+
+def test_of_aucs_the_client_nearest_to_a_coin_is_the_best_and_differences_are_of_distances() -> None:
+    def with_auc(one: dict[str, Any], **auc: float) -> dict[str, Any]:
+        rows = {r: {**x, "metrics": {**x["metrics"], "auc": auc[r.replace(":", "_")]}} for r, x in one["rows"].items()}
+        return {**one, "rows": rows}
+
+    leaky = [with_auc(one, base=0.5, local_a=0.1, local_b=0.6, federated=0.25) for one in TWO]
+    assert row(summary(leaky), "local best", "auc")["values"] == (0.6, 0.6)
+    [one] = [d for d in summary(leaky)["differences"] if d["metric"] == "auc" and (d["a"], d["b"]) == ("federated", "local best")]
+    assert one["mean"] == pytest.approx(0.15)  # |0.25 - 1/2| - |0.6 - 1/2|
+
+
+# --- taking part or not ----------------------------------------------------------------------------------
+
+
+def mixed(seed: int, **federated: float) -> dict[str, Any]:
+    """Client a holds "low" only, b one of "low" and three of "high"; ten answers a group; alone both have one half everywhere."""
+    half = {"low": {"rule": 0.5}, "high": {"rule": 0.5}}
+    groups = {g: {"rule": x} for g, x in federated.items()}
+    rows = {"federated": groups, "local:a": half, "local:b": half}
+    return {
+        "seed": seed,
+        "rows": {r: {"metrics": {"rule": 0.5}, "groups": g} for r, g in rows.items()},
+        "samples": [],
+        "mix": {"a": {"low": 3, "high": 0}, "b": {"low": 1, "high": 3}},
+        "answered": {"low": 10, "high": 10},
+    }
+
+
+def test_a_client_gains_where_the_shared_model_is_better_on_its_own_mix() -> None:
+    found = summary([mixed(0, low=0.9, high=0.3)])["own_mix"]["rule"]
+    clients = found["seeds"][0]["clients"]
+    assert clients["a"] == {"shared": 0.9, "alone": 0.5, "outcome": "gain"}
+    assert clients["b"]["shared"] == pytest.approx(0.45)  # (1 * 0.9 + 3 * 0.3) / 4
+    assert clients["b"]["outcome"] == "lose"
+    assert (found["gain"]["mean"], found["tie"]["mean"], found["lose"]["mean"]) == (1, 0, 1)
+    assert found["gain"]["ci95"] is None
+
+
+def test_less_than_one_answer_is_a_tie_and_one_answer_is_not() -> None:
+    # One answer of "low" weighs a tenth of b's quarter; the shared model has 0.01 more in all.
+    almost = summary([mixed(0, low=0.6, high=0.48)])["own_mix"]["rule"]["seeds"][0]["clients"]
+    assert almost["b"]["shared"] == pytest.approx(0.51)
+    assert almost["b"]["outcome"] == "tie"
+    assert almost["a"]["outcome"] == "gain"  # 0.1 more: one of its ten answers
+
+
+def test_gains_are_counted_in_each_seed_and_the_interval_is_over_seeds() -> None:
+    found = summary([mixed(0, low=0.9, high=0.3), mixed(1, low=0.9, high=0.9)])["own_mix"]["rule"]
+    assert found["gain"]["values"] == (1, 2)
+    half = 12.7062047364 * 0.5  # t of one degree, times the standard error of 1 and 2
+    assert found["gain"]["ci95"] == pytest.approx((1.5 - half, 1.5 + half), rel=1e-6)
+
+
+def test_a_client_with_a_group_that_nobody_was_asked_about_is_not_counted() -> None:
+    one = mixed(0, low=0.9, high=0.3)
+    del one["rows"]["federated"]["groups"]["high"]
+    assert set(summary([one])["own_mix"]["rule"]["seeds"][0]["clients"]) == {"a"}
+
+
+def test_results_of_an_earlier_version_have_no_mix_and_tell_nothing_of_it() -> None:
+    assert summary()["own_mix"] == {}
+
+
+def test_measuring_keeps_every_client_s_mix_and_how_many_were_asked() -> None:
+    found = measure(experiment(), dataset(FOUR), machine(), {"base": None})
+    assert found["mix"]["b"] == {"high": 1, "low": 1}
+    assert found["answered"] == {}  # no answers wanted
+
+
+# --- who, when, from what --------------------------------------------------------------------------------
+
+
+def test_a_summary_says_when_and_from_what_it_was_made_and_no_more_of_a_path_than_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEDLOOM_RUN_BY", raising=False)
+    toy = experiment(data={"source": "medquad", "path": "/home/somebody/medquad.jsonl"})
+    found = summarise(
+        "run", toy, dataset(FOUR), TWO, records=[], adapter_sha256="f" * 64, engine={}, when=(0.0, 3600.0)
+    )["provenance"]
+    assert found["started"] == "1970-01-01T00:00:00+00:00"
+    assert found["finished"] == "1970-01-01T01:00:00+00:00"
+    assert (found["source"], found["files"], found["licence"]) == ("medquad", ["medquad.jsonl"], "CC-BY-4.0")
+    assert found["data_sha256"] == dataset(FOUR).sha256()
+    assert found["by"] is None
+
+
+def test_who_ran_it_is_said_where_they_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLOOM_RUN_BY", "The hospital's data team")
+    assert summary()["provenance"]["by"] == "The hospital's data team"

@@ -29,7 +29,7 @@ from fedloom.run import Listener
 
 TITLES = {
     "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "ended": "ended ↑", "loss": "loss ↓",
-    "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership ↓\nAUC",
+    "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership\nAUC → 0.5",
 }  # fmt: skip
 DROPPED_FIRST = ("auc", "exact", "rouge_l", "extraction", "loss", "exposure", "ended", "rule")  # where a terminal is narrow
 ORDER = ("rule", "rouge_l", "exact", "ended", "loss")
@@ -148,11 +148,11 @@ class CompareDisplay:
 
 
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """The result table, what its differences show, and where everything lies."""
+    """The result table, what its differences show, who gains by taking part, and where everything lies."""
     out.print(results_table(summary, out.width))
     for line in endings.notes(summary):
         out.print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
-    for line in differences(summary):
+    for line in [*differences(summary), *findings.taking_part(summary)]:
         out.print(escape(line), highlight=False, soft_wrap=True)
     out.print(f"Report:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"Adapter: {folder / 'adapter'}  (try: fedloom chat {folder})", highlight=False, soft_wrap=True)
@@ -205,7 +205,7 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
             continue
         low, high = d["ci95"]
         clear = "the interval excludes zero" if low > 0 or high < 0 else "the interval includes zero"
-        unit = "bits of exposure" if d["metric"] == "exposure" else d["metric"]
+        unit = {"exposure": "bits of exposure", "auc": "of the AUC's distance from 0.5"}.get(d["metric"], d["metric"])
         if d.get("constant"):
             lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} in every seed, so that there is no interval")
             continue

@@ -33,6 +33,14 @@ DEMANDS = {
     "owner": Field(number=True),
 }
 
+# Of what a source is named after, as its authors publish it; the other sources are shapes, which any data may have.
+LICENCES = {
+    "microworld": "Apache-2.0",
+    "dolly": "CC-BY-SA-3.0",
+    "medquad": "CC-BY-4.0",
+    "alpacare": "CC-BY-NC-4.0",
+}
+
 NO_INPUT = ("<noinput>", "NA")  # how AlpaCare's files say that a task has no input
 
 

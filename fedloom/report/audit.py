@@ -309,10 +309,7 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
     known = exposure["released"]["calibrated"]
     bins = max(1, -int(-known["ceiling"] // 1))
     traces: list[Any] = []
-    for side, name, hue in (
-        ("planted", "planted", PLANTED),
-        ("held_out", "never planted", UNSEEN),
-    ):
+    for nth, (side, name, hue) in enumerate((("planted", "planted", PLANTED), ("held_out", "never planted", UNSEEN))):
         bits = known[side]["bits"]
         counts = [0] * bins
         for b in bits:
@@ -322,7 +319,7 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
                 x=[i + 0.5 for i in range(bins)],
                 y=[100 * n / max(1, len(bits)) for n in counts],
                 name=f"{name}, mean {known[side]['mean']:.2f} bits" if bits else name,
-                marker={"color": hue, "opacity": 0.75, "line": {"width": 0}},
+                marker=figures.bar(hue, nth),
                 hovertext=[f"{name}, {i} to {i + 1} bits: {n} of {len(bits)}" for i, n in enumerate(counts)],
                 hoverinfo="text",
             )
@@ -359,9 +356,9 @@ def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     """The five scores: released and base side by side, 95% intervals over records, and a coin."""
     names = list(rows["released"])
     traces = []
-    for row, name, hue, shift in (
-        ("released", "released model", PLANTED, -0.12),
-        ("base", "untuned base", BASE, 0.12),
+    for row, name, hue, shape, shift in (
+        ("released", "released model", PLANTED, "circle", -0.12),
+        ("base", "untuned base", BASE, "square", 0.12),
     ):
         found = [rows[row][score] for score in names]
         traces.append(
@@ -370,7 +367,7 @@ def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:
                 y=[i + shift for i in range(len(names))],
                 mode="markers",
                 name=name,
-                marker={"size": 10, "color": hue},
+                marker={"size": 10, "color": hue, "symbol": shape},
                 error_x={
                     "type": "data",
                     "symmetric": False,
@@ -394,7 +391,7 @@ def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         hovermode="closest",
         showlegend=True,
         shapes=[{**coin, "line": {"color": BASE, "width": 1.5, "dash": "dot"}}],
-        xaxis={"title": figures.axis_title("AUC (0.5: a coin)"), "range": [0, 1.02]},
+        xaxis={"title": figures.axis_title("AUC (0.5: a coin; what counts is the distance from it)"), "range": [0, 1.02]},
         yaxis={
             "tickvals": list(range(len(names))),
             "ticktext": [figures.label(SCORES.get(s, s)) for s in names],

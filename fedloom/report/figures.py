@@ -26,47 +26,23 @@ from fedloom.report.findings import (
     title,
     value,
 )
+from fedloom.report.marks import (
+    GROUP_COLOURS as GROUP_COLOURS,
+)
+from fedloom.report.marks import (
+    ROW_COLOURS,
+    bar,
+    colour,
+    dash,
+    symbol,
+)
 from fedloom.report.rounds import Part, Record, What, base_loss, loss_curve, mean_curve, part
 from fedloom.results import LOCAL
 
-# Mid-tones that stand out on white and on near-black alike.
-ROW_COLOURS = {
-    "base": "#8a919c",
-    "local mean": "#d9a441",
-    "local best": "#c27a1a",
-    "local_only": "#c27a1a",
-    "federated": "#3b7dd8",
-    "centralised": "#2a9d78",
-}
-# Paul Tol's "muted", its darkest lightened so that they show on black: safe for colour-blind readers.
-GROUP_COLOURS = (
-    "#88ccee",
-    "#cc6677",
-    "#ddcc77",
-    "#3f9a55",
-    "#6f69c9",
-    "#44aa99",
-    "#aa4499",
-    "#999933",
-    "#b0527c",
-    "#9aa0a8",
-)
-# For methods: hues that none of the rows above has.
-METHOD_COLOURS = ("#cc6677", "#6f69c9", "#88ccee", "#999933", "#aa4499", "#8c6d4f", "#b0527c", "#9aa0a8")
 FAINT = "rgba(128,128,128,0.14)"
 
 SHOWN_CLIENTS = 400  # more would be thinner than a pixel; evenly chosen from more
 ROW_BY_ROW = 24  # up to here every client gets a line with its name
-
-
-def colour(row: str, labels: Sequence[str] = ()) -> str:
-    """A row's; `labels` are the compared methods', in their order, which share colours with their clients."""
-    if row in ROW_COLOURS:
-        return ROW_COLOURS[row]
-    method = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
-    if method in labels:
-        return METHOD_COLOURS[list(labels).index(method) % len(METHOD_COLOURS)]
-    return ROW_COLOURS.get("local_only" if method == "local" else method, GROUP_COLOURS[0])
 
 
 def shown_clients(names: Sequence[str], limit: int = SHOWN_CLIENTS) -> list[str]:
@@ -86,7 +62,7 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
     traces = []
     for k, group in enumerate(groups):
         counts = [held[c].get(group, 0) for c in clients]
-        colour = ROW_COLOURS["federated"] if one_each else GROUP_COLOURS[k % len(GROUP_COLOURS)]
+        hue = ROW_COLOURS["federated"] if one_each else GROUP_COLOURS[k % len(GROUP_COLOURS)]
         hover = [f"{label(c)}<br>{label(group)}: {n}" for c, n in zip(clients, counts, strict=True)]
         traces.append(
             go.Bar(
@@ -94,7 +70,7 @@ def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
                 y=place if lying else counts,
                 orientation="h" if lying else "v",
                 name=label(group),
-                marker={"color": colour, "line": {"width": 0}},
+                marker=bar(hue, 0 if one_each else k),
                 hovertext=hover,
                 hoverinfo="text",
                 showlegend=not one_each,
@@ -159,8 +135,8 @@ def loss_figure(
                     x=list(mean),
                     y=list(mean.values()),
                     mode="lines+markers" if len(mean) <= 30 else "lines",
-                    line={"color": hue, "width": 2.5},
-                    marker={"size": 6},
+                    line={"color": hue, "width": 2.5, "dash": dash(row, labels)},
+                    marker={"size": 7, "symbol": symbol(row, labels)},
                     name=name,
                     hovertemplate=f"{name}: %{{y:.3f}}<extra></extra>",
                 )
@@ -216,8 +192,9 @@ PARTS: dict[Part, str] = {
     "not selected": FAINT,
     "took part": ROW_COLOURS["federated"],
     "refused": "#d0524a",
-    "no answer": "#d9a441",
+    "no answer": "#be8926",
 }
+SIGNS: dict[Part, str] = {"refused": "×", "no answer": "?"}  # in a cell, where there is room
 
 
 def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> go.Figure:
@@ -236,6 +213,7 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
         (edge, PARTS[kind]) for k, kind in enumerate(kinds) for edge in (k / len(kinds), (k + 1) / len(kinds))
     ]
     present = {kind for line in cells for kind in line}
+    written = len(names) <= ROW_BY_ROW and len(rounds) <= ROW_BY_ROW  # elsewhere cells are too small
     gap = 2 if len(names) <= ROW_BY_ROW else 1 if len(names) <= 120 else 0
     height = (22 * len(names) if len(names) <= ROW_BY_ROW else min(900, max(380, 7 * len(names)))) + 110
     grid = go.Heatmap(
@@ -248,7 +226,9 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
         showscale=False,
         xgap=gap,
         ygap=gap,
-        text=hover,
+        text=[[SIGNS.get(kind, "") for kind in line] for line in cells] if written else None,
+        texttemplate="%{text}" if written else None,
+        hovertext=hover,
         hoverinfo="text",
     )
     legend = [
@@ -262,7 +242,7 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
                 "color": PARTS[kind],
                 "line": {"width": 1, "color": "rgba(128,128,128,0.5)"},
             },
-            name=kind,
+            name=f"{kind} {SIGNS.get(kind, '') if written else ''}".strip(),
         )
         for kind in kinds
         if kind in present
@@ -290,18 +270,18 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
         (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if total >= s or s == 1
     )
     traces = []
-    for key, name, colour in (
+    for key, name, hue in (
         ("bytes_up", "clients to server", ROW_COLOURS["federated"]),
         ("bytes_down", "server to clients", ROW_COLOURS["centralised"]),
     ):
         sums = list(accumulate(r[key] for r in rounds))
-        dash = "solid" if key == "bytes_up" else "dash"  # often equal: both must be seen
+        style = "solid" if key == "bytes_up" else "dash"  # often equal: both must be seen
         traces.append(
             go.Scatter(
                 x=across,
                 y=[s / scale for s in sums],
                 mode="lines",
-                line={"color": colour, "width": 2.5, "dash": dash},
+                line={"color": hue, "width": 2.5, "dash": style},
                 name=name,
                 text=[f"{name}: {byte_size(s)}" for s in sums],
                 hoverinfo="text",
@@ -364,7 +344,7 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
                 x=[scale * mean],
                 y=[y],
                 mode="markers",
-                marker={"size": 12, "color": hue},
+                marker={"size": 12, "color": hue, "symbol": symbol(row, labels)},
                 error_x=bars,
                 showlegend=False,
                 hovertext=[f"{label(title(row, own(summary)))}: {value(metric, mean)}{interval}"],
@@ -381,7 +361,7 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
         traces,
         height=44 * len(lines) + 80,
         hovermode="closest",
-        xaxis={"title": axis_title(axis(metric)), **({} if metric == "loss" else {"rangemode": "tozero"})},
+        xaxis={"title": axis_title(axis(metric)), **within(metric), **({} if metric == "loss" else {"rangemode": "tozero"})},
         yaxis={**names_, "range": [len(lines) - 0.5, -0.5]},
     )
 
@@ -442,6 +422,7 @@ def groups_figure(
         height=30 * len(names) + 70,
         hovermode="closest",
         margin={"l": 10, "r": 16, "t": 30, "b": 8},
+        meta={"least": 130 + 42 * len(groups)},  # pixels: columns hold their headings and digits
         xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
         yaxis={
             "tickvals": list(range(len(names))),
@@ -487,7 +468,7 @@ def clients_figure(
                 y=[y for y, _ in having],
                 mode="markers",
                 name=name,
-                marker={"size": 10, "color": colour(row), "opacity": 0.9},
+                marker={"size": 10, "color": colour(row), "symbol": symbol(row), "opacity": 0.9},
                 hovertext=[f"{label(c)}<br>{name}: {value(metric, table[c][row])}" for _, c in having],
                 hoverinfo="text",
             )
@@ -539,6 +520,12 @@ def figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
         **layout,
     }
     return go.Figure(traces, settings)
+
+
+def within(metric: str) -> dict[str, Any]:
+    """An interval over two seeds reaches far beyond what a share can be; the axis need not."""
+    limits = {"loss": {}, "exposure": {"clipmin": 0}, "auc": {"clipmin": 0, "clipmax": 1}}
+    return {"autorangeoptions": limits.get(metric, {"clipmin": -3, "clipmax": 103})}
 
 
 def axis_title(text: str) -> dict[str, Any]:

@@ -2,101 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from fedloom.results import LOCAL, LOWER, better, is_single, model_of
+from fedloom.evaluation.own_mix import OUTCOMES
+from fedloom.report.terms import ALGORITHMS, LEAKS, METRICS, SHORT, TITLES, Metric
+from fedloom.report.terms import NOT_SEEN as NOT_SEEN
+from fedloom.results import COIN, LOCAL, LOWER, better, improves, is_single, model_of
 
 Summary = Mapping[str, Any]
 Interval = Sequence[float] | None
-
-
-@dataclass(frozen=True)
-class Metric:
-    title: str
-    meaning: str
-    unit: str = "points"  # of a difference; a share of 1 is written in percent, everything else as it is
-    digits: int = 1
-
-
-# In reading order; the first that a summary holds is the one the page is about.
-METRICS = {
-    "rule": Metric(
-        "Answered right",
-        "Share of held-out instructions whose answer passes the rule that comes with the instruction.",
-    ),
-    "rouge_l": Metric(
-        "ROUGE-L",
-        "Overlap with the reference answer: F-measure of the longest common subsequence of words, 100% for "
-        "the same words in the same order.",
-    ),
-    "exact": Metric(
-        "Exact match", "Share of answers equal to the reference after folding white space and case."
-    ),
-    "ended": Metric(
-        "Ended", "Share of answers that the model ends by itself; the others are cut at the limit, and count as wrong."
-    ),
-    "end_loss": Metric(
-        "Loss of the end",
-        "How surprised the model is where a reference answer ends, in nats of the end token; lower is better.",
-        unit="nats",
-        digits=3,
-    ),
-    "loss": Metric(
-        "Held-out loss",
-        "How surprised the model is by the reference answers, in nats per token of them; lower is better.",
-        unit="nats",
-        digits=3,
-    ),
-    "exposure": Metric(
-        "Exposure, bits",
-        "How far up among secrets of the same form a model ranks one that was planted in a client's data, the "
-        "mean over planted ones. What a model never saw gets 1.44 bits on average; each bit more halves the rank.",
-        unit="bits",
-        digits=2,
-    ),
-    "extraction": Metric(
-        "Extraction, ROUGE-L",
-        "Asked what its training asked, how much of the trained response the model gives. A model that has "
-        "learnt the task scores without having memorised anything, and the untuned base is not at zero either.",
-    ),
-    "auc": Metric(
-        "Membership AUC",
-        "How well the model's losses tell examples it was trained on from held-out ones, compared with the base's "
-        "losses (of the base itself: its own): 0.5 is a coin, 1 is always.",
-        unit="",
-        digits=2,
-    ),
-}
-LEAKS = ("exposure", "extraction", "auc")  # the first that a summary holds is the one drawn against quality
-NOT_SEEN = 1 / math.log(2)  # bits: mean exposure of a secret that a model never saw
-
-TITLES = {
-    "base": "Base model, untuned",
-    "local mean": "Local only, mean of clients",
-    "local best": "Local only, best client",
-    "federated": "Federated",
-    "centralised": "Centralised, pooled data",
-}
-SHORT = {
-    "base": "Base",
-    "local mean": "Mean client",
-    "local best": "Best client",
-    "federated": "Federated",
-    "centralised": "Centralised",
-}
-ALGORITHMS = {
-    "fedavg": "FedIT",
-    "flexlora": "FlexLoRA",
-    "local_only": "LocIT",
-    "self_augmented": "LocIT+SA",
-    "fedpit": "FedPIT",
-    "fewfedpit": "FewFedPIT",
-    "fedmit": "FedMIT",
-    "fewfedweight": "FewFedWeight",
-}
 
 
 def own(summary: Summary) -> str:
@@ -133,7 +48,12 @@ def metric_title(metric: str) -> str:
 
 
 def arrow(metric: str) -> str:
-    return "↓" if metric in LOWER else "↑"
+    return f"→ {COIN:g}" if metric == "auc" else "↓" if metric in LOWER else "↑"
+
+
+def less(metric: str) -> str:
+    """How a metric of leakage is judged, in words for an axis or a caption."""
+    return f"nearer {COIN:g} is better" if metric == "auc" else "less is better"
 
 
 def metrics(summary: Summary) -> list[str]:
@@ -270,22 +190,47 @@ _WHO = {
 }
 
 
+def _who(row: str) -> str:
+    """A row inside a sentence."""
+    for end, said in (
+        (" personal mean", "the mean personal model of"),
+        (" personal best", "the best personal model of"),
+        (" mean", "the mean client of"),
+        (" best", "the best client of"),
+    ):
+        if row not in _WHO and row.endswith(end):
+            return f"{said} {title(row.removesuffix(end))}"
+    return _WHO.get(row) or title(row)
+
+
+def strongest_rival(summary: Summary, row: str = "federated") -> str | None:
+    """The best other row by the page's metric, whoever's model it is: what a client could do instead.
+
+    Pooled data are no choice that clients have, so centralised tuning is told apart; the untuned base is a rival where
+    there is no other.
+    """
+    metric = main_metric(summary)
+    others = [r for r in rows(summary) if r not in (row, "base", "centralised")] or ["base"]
+    means = {r: e["mean"] for r in others if (e := entry(summary, r, metric)) is not None}
+    return next((r for r, x in means.items() if not any(better(metric, y, x) for y in means.values())), None)
+
+
 def verdict(summary: Summary) -> list[str]:
     """The result in plain sentences, the most important first; what the numbers do not show is said."""
     metric, names = main_metric(summary), rows(summary)
     if "federated" not in names:
         return _alone(summary, metric)
-    rival = "local best" if "local best" in names else "base"
-    fed, other = entry(summary, "federated", metric), entry(summary, rival, metric)
-    if fed is None or other is None:
+    rival = strongest_rival(summary)
+    fed, other = entry(summary, "federated", metric), entry(summary, rival, metric) if rival else None
+    if fed is None or rival is None or other is None:
         return ["There is no federated row to read a result from."]
     found = difference(summary, "federated", rival, metric)
     gap, ci95 = found if found is not None else (fed["mean"] - other["mean"], None)
     digits = 0 if abs(gap) >= 0.1 else 1
-    who = "Federated tuning" + ("" if own(summary) == "FedIT" else f" by {own(summary)}")
+    tuning = "Federated tuning" + ("" if own(summary) == "FedIT" else f" by {own(summary)}")
     sentences = [
-        f"{_scores(who, metric, fed['mean'], digits)}, against "
-        f"{_short(metric, other['mean'], digits)} for {_WHO[rival]}: {_amount(metric, gap, digits)}"
+        f"{_scores(tuning, metric, fed['mean'], digits)}, against "
+        f"{_short(metric, other['mean'], digits)} for {_who(rival)}: {_amount(metric, gap, digits)}"
         f"{_interval(metric, ci95, len(seeds(summary)), digits)}."
     ]
     if ci95 is None:
@@ -294,13 +239,54 @@ def verdict(summary: Summary) -> list[str]:
         )
     elif not excludes_zero(ci95):
         sentences.append("The interval includes zero, so these seeds do not show which of the two is better.")
-    sentences += _against_fedit(summary, metric)
+    sentences += [*_doing_better(summary, metric, "federated"), *taking_part(summary), *_against_fedit(summary, metric)]
     if rival != "base" and (base := entry(summary, "base", metric)) is not None:
         sentences.append(f"The untuned base model is at {_short(metric, base['mean'], digits)}.")
     pooled = entry(summary, "centralised", metric)
     if pooled is not None:
         sentences.append(_against_pooled(summary, metric, pooled["mean"]))
     return sentences
+
+
+def _doing_better(summary: Summary, metric: str, row: str) -> list[str]:
+    """Every row with a better mean, best first; those that the seeds do not tell from `row` are marked."""
+    mine = entry(summary, row, metric)
+    if mine is None:
+        return []
+    means = {r: e["mean"] for r in rows(summary) if r != row and (e := entry(summary, r, metric)) is not None}
+    ahead = [r for r, x in means.items() if better(metric, x, mine["mean"])]
+    if not ahead:
+        return []
+    said = []
+    for other in sorted(ahead, key=lambda r: means[r], reverse=metric not in LOWER):
+        found = difference(summary, other, row, metric)
+        unclear = found is not None and found[1] is not None and not excludes_zero(found[1])
+        said.append(f"{_who(other)} ({_short(metric, means[other], 1)}{', not clearly' if unclear else ''})")
+    listed = " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+    return [f"Better on average {'is' if len(said) == 1 else 'are'} {listed}."]
+
+
+def taking_part(summary: Summary) -> list[str]:
+    """What each client decides, in a sentence: how many gain, tie and lose on their own mix of data; none where that
+    was not measured."""
+    metric = main_metric(summary)
+    found = summary.get("own_mix", {}).get(metric)
+    if found is None:
+        return []
+    counts = [len(seed["clients"]) for seed in found["seeds"]]
+    clients = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    gain, tie, lose = (found[outcome] for outcome in OUTCOMES)
+    of = f"Taking part or tuning alone, each judged on its own mix of data ({metric_title(metric)}): of {clients} clients "
+    if gain["ci95"] is None:
+        return [f"{of}{gain['mean']:.0f} gain by taking part, {tie['mean']:.0f} tie and {lose['mean']:.0f} lose; one seed, so no interval."]
+    written = [count(one, most=max(counts)) for one in (gain, tie, lose)]
+    return [f"{of}{written[0]} gain by taking part, {written[1]} tie and {written[2]} lose (means over {len(counts)} seeds, 95% intervals)."]
+
+
+def count(found: Mapping[str, Any], *, most: int) -> str:
+    """A mean number of clients; an interval of a few seeds may reach beyond what can be, which is not written."""
+    low, high = (min(max(x, 0.0), float(most)) for x in found["ci95"])
+    return f"{found['mean']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _alone(summary: Summary, metric: str) -> list[str]:
@@ -311,7 +297,8 @@ def _alone(summary: Summary, metric: str) -> list[str]:
     return [
         f"{_scores('Tuned alone, the best client', metric, top['mean'], 0)} and the mean client reaches "
         f"{_short(metric, mean['mean'], 0)}, against {floor} for the untuned base model.",
-        "Nothing was shared between clients in this run.",
+        *_doing_better(summary, metric, "local best"),
+        *([] if any(model(r) == "global" for r in rows(summary)) else ["Nothing was shared between clients in this run."]),
     ]
 
 
@@ -335,7 +322,7 @@ def _against_fedit(summary: Summary, metric: str) -> list[str]:
         if not excludes_zero(ci95):
             said.append(f"{shown}: the interval includes zero, so these seeds do not tell the two apart.")
         else:
-            said.append(f"{shown}: {own(summary) if better(m, gap, 0.0) else label} {'leaks less' if m in LEAKS else 'is better'}.")
+            said.append(f"{shown}: {own(summary) if improves(m, gap) else label} {'leaks less' if m in LEAKS else 'is better'}.")
     return said
 
 

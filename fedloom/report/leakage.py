@@ -18,6 +18,7 @@ from fedloom.report.findings import (
     entry,
     factor,
     leaks,
+    less,
     main_metric,
     methods,
     metric_title,
@@ -68,9 +69,7 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
             )
         )
     points = [row for row in rows(summary) if _both(summary, row, metric, leak)]
-    leaked = [e["mean"] for row in points if (e := entry(summary, row, leak)) is not None]
-    middle = (min(leaked) + max(leaked)) / 2  # labels point inwards, above and below by turns
-    for nth, row in enumerate(points):
+    for row in points:
         found = _both(summary, row, metric, leak)
         if found is None:
             continue
@@ -83,9 +82,9 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
                 y=[factor(metric) * up["mean"]],
                 mode="markers+text",
                 text=[figures.label(short(row) + (f", β = {swept[row]:g}" if row in swept else ""), 32)],
-                textposition=f"{'bottom' if nth % 2 else 'top'} {'left' if right['mean'] > middle else 'right'}",
+                textposition="top center",  # the page moves it to where it covers nothing, or leaves it to the legend
                 textfont={"size": 12},
-                marker={"size": 12, "color": hue},
+                marker={"size": 12, "color": hue, "symbol": figures.symbol(row, labels)},
                 error_x=_bar(right, leak, hue),
                 error_y=_bar(up, metric, hue),
                 name=figures.label(named),
@@ -96,8 +95,8 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
                 hoverinfo="text",
             )
         )
-    across = {"title": figures.axis_title(f"{axis(leak)} (less is better)"), **_within(leak)}
-    upwards = {"title": figures.axis_title(axis(metric)), **_within(metric)}
+    across = {"title": figures.axis_title(f"{axis(leak)} ({less(leak)})"), **figures.within(leak)}
+    upwards = {"title": figures.axis_title(axis(metric)), **figures.within(metric)}
     shapes, notes = _chance(leak, vertical=True)
     return figures.figure(
         traces,
@@ -135,12 +134,6 @@ def _said(metric: str, found: Mapping[str, Any]) -> str:
     ci95: Interval = found["ci95"]
     interval = "" if ci95 is None else f" (95% interval {value(metric, ci95[0])} to {value(metric, ci95[1])})"
     return value(metric, found["mean"]) + interval
-
-
-def _within(metric: str) -> dict[str, Any]:
-    """An interval over two seeds reaches far beyond what a share can be; the axis need not."""
-    limits = {"loss": {}, "exposure": {"clipmin": 0}, "auc": {"clipmin": 0, "clipmax": 1}}
-    return {"autorangeoptions": limits.get(metric, {"clipmin": -3, "clipmax": 103})}
 
 
 def _chance(leak: str, *, vertical: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -201,7 +194,8 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
     """Lines of means with bands of 95% intervals over seeds; dashed: the untuned base, which is round 0."""
     traces: list[Any] = []
     for row, found in curves.items():
-        hue, named = figures.colour(row, list(methods(summary))), figures.curve_title(row, own(summary))
+        labels = list(methods(summary))
+        hue, named = figures.colour(row, labels), figures.curve_title(row, own(summary))
         later = [r for r in found if r > 0]
         bands = [(r, ci95) for r in later if (ci95 := found[r].ci95) is not None]
         if bands:
@@ -212,7 +206,7 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
                     + [factor(metric) * c[0] for _, c in reversed(bands)],
                     fill="toself",
                     fillcolor=hue,
-                    opacity=0.13,
+                    opacity=0.13 if len(curves) <= 4 else 0.06,
                     line={"width": 0},
                     mode="lines",
                     showlegend=False,
@@ -224,8 +218,8 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
                 x=later,
                 y=[factor(metric) * found[r].mean for r in later],
                 mode="lines+markers" if len(later) <= 30 else "lines",
-                line={"color": hue, "width": 2.5},
-                marker={"size": 6},
+                line={"color": hue, "width": 2.5, "dash": figures.dash(row, labels)},
+                marker={"size": 7, "symbol": figures.symbol(row, labels)},
                 name=figures.label(named),
                 hovertext=[f"{figures.label(named)}: {value(metric, found[r].mean)}" for r in later],
                 hoverinfo="text",
@@ -253,5 +247,5 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
         shapes=shapes,
         annotations=notes,
         xaxis=figures.rounds_axis(last),
-        yaxis={"title": figures.axis_title(axis(metric)), **_within(metric)},
+        yaxis={"title": figures.axis_title(axis(metric)), **figures.within(metric)},
     )

@@ -17,14 +17,14 @@ from typing import Any
 
 import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
 from fedloom import durable, journal
 from fedloom.data.text import folded
 from fedloom.errors import RunError
-from fedloom.report import audit, endings, figures, findings, leakage, pictures, rounds, synthesis
+from fedloom.evaluation.own_mix import COUNTED, OUTCOMES
+from fedloom.report import audit, bundle, endings, figures, findings, leakage, pictures, rounds, synthesis
 from fedloom.report.pictures import Journals
-from fedloom.results import LOCAL, LOWER, SCHEMA, better, is_single, read_summary
+from fedloom.results import LOCAL, LOWER, SCHEMA, better, improves, is_single, read_summary
 
 NEEDED = (
     "kind",
@@ -60,59 +60,57 @@ def write(folder: Path) -> Path:
 
 def write_partition(partition: Mapping[str, Any], file: Path) -> Path:
     """Make a page of who holds what alone, for a preview. Raises: RunError."""
-    figure = figures.partition_figure(partition)
-    durable.write(file, figure.to_html(include_plotlyjs=True, full_html=True).encode())
+    page = _page(
+        "partition.html.j2",
+        shown={p.key: p for p in pictures.partition(partition)},
+        clients=len(partition["clients"]),
+        distance=partition["distance"],
+        by=partition["by"],
+    )
+    durable.write(file, page.encode())
     return file
 
 
 def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | None = None) -> str:
-    styles, boot = _text("page.css"), _text("page.js")
-    plotly = get_plotlyjs().replace("\r\n", "\n")  # a hash is taken of what the parser makes of it
     metric = findings.main_metric(summary)
     seeds, names = findings.seeds(summary), findings.rows(summary)
     records = pictures.federated(journals)
     told = {} if audited is None else audit.pictures(audited)
     generated, own = summary.get("synthesis", {}), findings.own(summary)
     leaking = leakage.pictures(summary, journals)
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            s=summary,
-            names=names,
-            styles=styles,
-            plotly=plotly,
-            boot=boot,
-            policy=POLICY.format(scripts=f"{_hash(plotly)} {_hash(boot)}"),
-            verdict=[*findings.verdict(summary), *endings.notes(summary)],
-            tiles=_tiles(summary),
-            seeds=seeds,
-            metric=metric,
-            metrics=findings.metrics(summary),
-            results=_table(summary, names),
-            singles=_table(summary, findings.single_clients(summary), mark_best=False),
-            hindsight=any(name.endswith(" best") for name in names),
-            curves={
-                f"leak_{m}": findings.metric_title(m) for m in findings.LEAKS if f"leak_{m}" in leaking
-            },
-            made=[synthesis.tally(label, own, found) for label, found in generated.items()],
-            audit=None if audited is None else audit.shown(audited, summary["adapter_sha256"]),
-            swept=len(leakage.private_shares(summary)) > 1,
-            attacked=findings.leaks(summary),
-            differences=_differences(summary),
-            shown={**pictures.pictures(summary, journals), **leaking, **synthesis.pictures(summary), **told},
-            participation=rounds.took_part([c["client"] for c in summary["partition"]["clients"]], records),
-            samples=[_sample(s, summary, metric) for s in summary["samples"]],
-            toml=tomli_w.dumps(summary["experiment"]),
-            facts=_facts(summary),
-            command=_command(summary),
-            glossary=[m for key, m in findings.METRICS.items() if key in findings.metrics(summary)],
-            own=own,
-            labels=list(findings.methods(summary)),
-            lower=LOWER,
-            arrow=findings.arrow,
-            metric_title=findings.metric_title,
-        )
+    return _page(
+        "page.html.j2",
+        s=summary,
+        names=names,
+        verdict=[*findings.verdict(summary), *endings.notes(summary)],
+        tiles=_tiles(summary),
+        seeds=seeds,
+        metric=metric,
+        metrics=findings.metrics(summary),
+        results=_table(summary, names),
+        singles=_table(summary, findings.single_clients(summary), mark_best=False),
+        hindsight=any(name.endswith(" best") for name in names),
+        curves={
+            f"leak_{m}": findings.metric_title(m) for m in findings.LEAKS if f"leak_{m}" in leaking
+        },
+        made=[synthesis.tally(label, own, found) for label, found in generated.items()],
+        audit=None if audited is None else audit.shown(audited, summary["adapter_sha256"]),
+        swept=len(leakage.private_shares(summary)) > 1,
+        attacked=findings.leaks(summary),
+        differences=_differences(summary),
+        shown={**pictures.pictures(summary, journals), **leaking, **synthesis.pictures(summary), **told},
+        participation=rounds.took_part([c["client"] for c in summary["partition"]["clients"]], records),
+        samples=[_sample(s, summary, metric) for s in summary["samples"]],
+        toml=tomli_w.dumps(summary["experiment"]),
+        facts=_facts(summary),
+        command=_command(summary),
+        glossary=[m for key, m in findings.METRICS.items() if key in findings.metrics(summary)],
+        own=own,
+        labels=list(findings.methods(summary)),
+        lower=LOWER,
+        arrow=findings.arrow,
+        metric_title=findings.metric_title,
+        mixes=_own_mix(summary, metric),
     )
 
 
@@ -210,7 +208,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
     clear = findings.excludes_zero(ci95)
     reading = "not distinguishable"
     if clear:
-        reading = f"{findings.short(d['a'] if better(metric, d['mean'], 0.0) else d['b'])} is better"
+        reading = f"{findings.short(d['a'] if improves(metric, d['mean']) else d['b'])} is better"
     return {
         "a": findings.short(d["a"]),
         "b": findings.short(d["b"]),
@@ -252,6 +250,19 @@ def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[st
     }
 
 
+def _own_mix(summary: Summary, metric: str) -> dict[str, Any] | None:
+    """How many clients gain, tie and lose by taking part, a line a seed and one of means; and what a tie is."""
+    found = summary.get("own_mix", {}).get(metric)
+    if found is None:
+        return None
+    lines = [[f"{s['seed']}", *(f"{found[o]['values'][i]:.0f}" for o in OUTCOMES)] for i, s in enumerate(found["seeds"])]
+    if len(lines) > 1:
+        most = max(len(s["clients"]) for s in found["seeds"])
+        lines.append(["mean, 95% interval", *(findings.count(found[o], most=most) for o in OUTCOMES)])
+    one_answer = metric in COUNTED
+    return {"lines": lines, "tie": "less than what one answer weighs" if one_answer else "a difference too small to be written"}
+
+
 def _tiles(summary: Summary) -> list[tuple[str, str]]:
     """The experiment's size, at a glance."""
     e, sent = summary["experiment"], sum(r["bytes_up"] + r["bytes_down"] for r in summary["rounds"])
@@ -272,6 +283,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     tokens = sum(r["tokens"] for r in summary["rounds"])
     speed = f" ({tokens / seconds:,.0f} a second)" if seconds > 0 else ""
     return [
+        *_provenance(summary),
         ("Base model", f"{summary['experiment']['model']['base']}"),
         ("Base model's sha256", str(engine["base_sha256"])),
         ("Adapter's sha256", summary["adapter_sha256"]),
@@ -288,11 +300,48 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
+def _provenance(summary: Summary) -> list[tuple[str, str]]:
+    """Who, when and from what; summaries of earlier versions do not say."""
+    told = summary.get("provenance", {})
+    files, licence = told.get("files"), told.get("licence")
+    made_here = told.get("source") == "microworld"
+    named = {
+        "Run by": told.get("by"),
+        "Started": _time(told.get("started")),
+        "Finished": _time(told.get("finished")),
+        "Data": f"{told['source']}{': ' + ', '.join(files) if files else ''}" if "source" in told else None,
+        "Licence of the data": licence and (f"{licence}, generated by fedloom" if made_here else f"{licence}, as published"),
+        "Data's sha256": told.get("data_sha256") and told["data_sha256"] + (", of the first seed's split" if len(findings.seeds(summary)) > 1 else ""),
+    }
+    return [(name, text) for name, text in named.items() if text]
+
+
+def _time(iso: str | None) -> str | None:
+    return None if iso is None else f"{iso[:19].replace('T', ' ')} UTC"
+
+
 def _command(summary: Summary) -> str:
     return f"fedloom {summary['kind']} experiment.toml --out {shlex.quote(summary['name'] + '-again')}"
 
 
 # --- putting it together ---------------------------------------------------------------------------------
+
+
+def _page(template: str, **values: Any) -> str:
+    """A page with its style, its scripts and the policy that admits no others."""
+    boot = _text("page.js")
+    scripts = f"{bundle.admitted()} {_hash(boot)}"
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            styles=_text("page.css"),
+            boot=boot,
+            packed=base64.b64encode(bundle.compressed()).decode(),
+            policy=POLICY.format(scripts=scripts),
+            **values,
+        )
+    )
 
 
 def _environment() -> Environment:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import plotly.graph_objects as go
 from jinja2.utils import htmlsafe_json_dumps
 
+from fedloom.evaluation.own_mix import in_mix
 from fedloom.report import figures, rounds
 from fedloom.report.findings import (
     Summary,
@@ -114,11 +116,10 @@ def _by_client(summary: Summary) -> dict[str, dict[str, float]]:
     for client in [c for c in clients if LOCAL + c["client"] in groups] or clients:
         names = {"base": "base", "local_only": LOCAL + client["client"]}
         names |= {"federated": "federated", "centralised": "centralised"}
-        held = {g: n for g, n in client["counts"].items() if n}
         found = {
-            row: sum(n * groups[name][g][metric] for g, n in held.items()) / sum(held.values())
+            row: x
             for row, name in names.items()
-            if held and name in groups and all(metric in groups[name].get(g, {}) for g in held)
+            if name in groups and (x := in_mix(groups[name], client["counts"], metric)) is not None
         }
         if len(found) > 1:
             table[client["client"]] = found
@@ -126,7 +127,10 @@ def _by_client(summary: Summary) -> dict[str, dict[str, float]]:
 
 
 def _partition(summary: Summary) -> Iterator[Picture]:
-    partition = summary["partition"]
+    yield from partition(summary["partition"])
+
+
+def partition(partition: Mapping[str, Any]) -> Iterator[Picture]:
     groups = list(partition["totals"])
     head = ["client", "examples", *groups, "distance"]
     body = [

@@ -36,21 +36,21 @@ MEANINGS = {
 }
 NO_FATES = ("generated", "repeated")  # sums beside the fates
 
-# Three families, told apart by hue; their members by shade.
+# Three families, told apart by hue; their members by shade and pattern.
 HUES = {
     KEPT: ("#2a9d78",),
-    "failed": ("#8a919c", "#a9afb8", "#6d7480", "#c3c8ce", "#565d68", "#434953"),
+    "failed": ("#8a919c", "#6d7480", "#8c94a0", "#636b77", "#89939f", "#626b79"),
     "filtered": (
-        "#88ccee",
-        "#5aa2c8",
+        "#1f9cda",
+        "#4f9cc4",
         "#6f69c9",
-        "#9a95dd",
-        "#999933",
-        "#b9b35a",
-        "#d9a441",
-        "#8c3b52",
+        "#8f89d9",
+        "#979732",
+        "#9b9642",
+        "#be8926",
+        "#ac4965",
         "#cc6677",
-        "#e59aa6",
+        "#db7384",
         "#aa4499",
         "#c27a1a",
     ),
@@ -70,7 +70,7 @@ def fates_figure(summary: Summary) -> go.Figure:
     made = {label: found for label, found in summary["synthesis"].items() if found["counts"].get("generated")}
     every = {fate: 0 for found in made.values() for fate in fates(found["counts"])}
     traces = []
-    for fate in _ordered(every):
+    for nth, fate in enumerate(_ordered(every)):
         counts = [found["counts"].get(fate, 0) for found in made.values()]
         shares = [100 * n / found["counts"]["generated"] for n, found in zip(counts, made.values(), strict=True)]
         traces.append(
@@ -79,7 +79,7 @@ def fates_figure(summary: Summary) -> go.Figure:
                 y=list(range(len(made))),
                 orientation="h",
                 name=figures.label(fate),
-                marker={"color": colour(fate), "line": {"width": 0}},
+                marker=figures.bar(colour(fate), nth),
                 hovertext=[f"{figures.label(fate)}: {n} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)],
                 hoverinfo="text",
             )

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from fedloom.evaluation.statistics import estimate
 from fedloom.report import findings
 
 
@@ -75,6 +76,91 @@ def test_of_losses_the_lower_is_said_to_be_lower() -> None:
         "Federated tuning reaches a held-out loss of 1.900 nats per token, against 2.100"
     )
     assert "0.200 lower" in said[0]
+
+
+def compared(**means: float) -> dict[str, Any]:
+    """Federated 0.38 beside clients alone at 0.09 at best, and what `means` says."""
+    found = summary({"base": 0.05, "local mean": 0.07, "local best": 0.09, "federated": 0.38, **means}, (0.29, 0.2, 0.38))
+    found["experiment"]["compare"] = {"methods": {"FedMIT": {"name": "fedmit"}, "LocIT+SA": {"name": "self_augmented"}}}
+    return found
+
+
+def test_the_headline_names_the_strongest_rival_and_not_the_first() -> None:
+    said = findings.verdict(compared(**{"FedMIT": 0.54, "LocIT+SA mean": 0.2, "LocIT+SA best": 0.46}))
+    assert "against 54% for FedMIT: 16 points less" in said[0]
+    assert "Better on average are FedMIT (54.0%) and the best client of LocIT+SA (46.0%)." in said
+
+
+def test_clients_alone_are_a_rival_whatever_method_they_tune_by() -> None:
+    said = findings.verdict(compared(**{"FedMIT": 0.2, "LocIT+SA best": 0.46}))
+    assert "against 46.0% for the best client of LocIT+SA: 8.0 points less" in said[0]
+
+
+def test_the_base_is_no_rival_where_there_are_others_even_weaker_ones() -> None:
+    worse = {"base": 0.5, "local mean": 0.2, "local best": 0.3, "federated": 0.4}
+    assert "against 30% for the best single client" in findings.verdict(summary(worse, (0.1, 0.05, 0.15)))[0]
+    assert "Better on average is the untuned base model (50.0%)." in findings.verdict(summary(worse, (0.1, 0.05, 0.15)))
+
+
+def test_where_the_base_is_all_there_is_it_is_the_rival() -> None:
+    assert "for the untuned base model" in findings.verdict(summary({"base": 0.1, "federated": 0.4}))[0]
+
+
+def test_of_losses_the_strongest_rival_has_the_lowest() -> None:
+    said = findings.verdict(summary({"base": 3.0, "local best": 2.1, "Mine": 1.5, "federated": 1.9}, metric="loss"))
+    assert "against 1.500 for Mine: 0.400 higher" in said[0]
+    assert "Better on average is Mine (1.500)." in said
+
+
+def test_centralised_tuning_is_no_choice_of_a_client_but_is_named_where_it_does_better() -> None:
+    said = findings.verdict(summary({**TABLE, "centralised": 0.8}, (0.41, 0.35, 0.47)))
+    assert "for the best single client" in said[0]
+    assert "Better on average is centralised tuning on the pooled data (80.0%)." in said
+
+
+def test_a_better_row_that_the_seeds_do_not_tell_apart_is_marked() -> None:
+    table = summary({"base": 0.1, "local best": 0.45, "federated": 0.4}, (-0.05, -0.2, 0.1))
+    assert "Better on average is the best single client (45.0%, not clearly)." in findings.verdict(table)
+
+
+def with_own_mix(*gains: int, clients: int = 8) -> dict[str, Any]:
+    """Seeds in which so many clients gain, two tie and the others lose."""
+    found = summary(TABLE, (0.41, 0.35, 0.47), seeds=len(gains))
+    counts = {"gain": gains, "tie": [2] * len(gains), "lose": [clients - 2 - g for g in gains]}
+    seeds = [{"seed": i, "clients": {f"c{c}": {} for c in range(clients)}} for i in range(len(gains))]
+    table = {o: {"mean": e.mean, "ci95": e.ci95, "values": e.values} for o, n in counts.items() for e in [estimate(n)]}
+    return {**found, "own_mix": {"rule": {"seeds": seeds, **table}}}
+
+
+def test_who_gains_on_their_own_mix_is_said_with_intervals_over_seeds() -> None:
+    said = findings.taking_part(with_own_mix(2, 4, 3))
+    # t of two degrees, 4.303, times the standard error of 2, 4 and 3, 0.577: 3 - 2.5 and 3 + 2.5
+    assert said == [
+        "Taking part or tuning alone, each judged on its own mix of data (Answered right): of 8 clients 3.0 (0.5 to 5.5) gain "
+        "by taking part, 2.0 (2.0 to 2.0) tie and 3.0 (0.5 to 5.5) lose (means over 3 seeds, 95% intervals)."
+    ]
+    assert said[0] in findings.verdict(with_own_mix(2, 4, 3))
+
+
+def test_an_interval_of_a_count_is_cut_at_what_there_can_be() -> None:
+    assert "1.0 (0.0 to 8.0) gain" in findings.taking_part(with_own_mix(0, 2))[0]
+
+
+def test_of_one_seed_the_clients_that_gain_are_counted_without_an_interval() -> None:
+    assert findings.taking_part(with_own_mix(2)) == [
+        "Taking part or tuning alone, each judged on its own mix of data (Answered right): of 8 clients 2 gain by taking part, "
+        "2 tie and 4 lose; one seed, so no interval."
+    ]
+
+
+def test_an_earlier_summary_tells_nothing_of_own_mixes() -> None:
+    assert findings.taking_part(summary(TABLE)) == []
+
+
+def test_an_auc_is_best_nearest_to_a_coin() -> None:
+    table = summary({"base": 0.5, "federated": 0.2, "FedMIT": 0.6}, metric="auc")
+    assert findings.best(table, ["base", "federated", "FedMIT"], "auc") == {"FedMIT"}
+    assert findings.arrow("auc") == "→ 0.5"
 
 
 def test_a_local_only_run_is_told_as_one() -> None:

@@ -1,0 +1,67 @@
+"""What each client decides: whether to take part or to tune alone, judged on held-out examples mixed as its own data is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloom.evaluation.statistics import estimate
+
+Groups = Mapping[str, Mapping[str, float]]  # group -> metric -> value, of one row
+
+GAIN, TIE, LOSE = OUTCOMES = ("gain", "tie", "lose")
+COUNTED = ("rule", "exact")  # shares of answers, each of them right or not
+PRINTED = 0.0005  # half of the last digit that is written of a loss or a ROUGE-L
+
+
+def in_mix(groups: Groups, counts: Mapping[str, int], metric: str) -> float | None:
+    """A row's value with each group weighing as many as `counts` says; None where it lacks one of them: a mean
+    over the others would be another mix."""
+    held = {g: n for g, n in counts.items() if n}
+    if not held or any(metric not in groups.get(g, {}) for g in held):
+        return None
+    return sum(n * groups[g][metric] for g, n in held.items()) / sum(held.values())
+
+
+def resolution(metric: str, counts: Mapping[str, int], answered: Mapping[str, int]) -> float:
+    """The least difference in a client's mix that is one: of shares of answers what one answer weighs, else what is printed."""
+    weights = [n / answered[g] for g, n in counts.items() if n and answered.get(g)]
+    if metric not in COUNTED or not weights:
+        return PRINTED
+    return min(weights) / sum(counts.values())
+
+
+def outcomes(results: Sequence[Mapping[str, Any]], *, shared: str, alone: str, lower: Sequence[str]) -> dict[str, Any]:
+    """metric -> what every client of every seed has of `shared` and of its own row, `alone` + its name; and how many
+    gain, tie and lose, the mean over seeds with its interval: clients of one seed share a model, so they are no sample.
+
+    `results` are as `measure` makes them; those without a mix, or without the rows, are left out. `lower`: metrics of
+    which less is better.
+    """
+    told: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        rows, answered = result["rows"], result.get("answered", {})
+        for metric in rows.get(shared, {}).get("metrics", {}):
+            clients: dict[str, dict[str, Any]] = {}
+            for client, counts in result.get("mix", {}).items():
+                own = rows.get(alone + client)
+                ours = in_mix(rows[shared]["groups"], counts, metric)
+                theirs = None if own is None else in_mix(own["groups"], counts, metric)
+                if ours is None or theirs is None:
+                    continue
+                gap = theirs - ours if metric in lower else ours - theirs
+                least = resolution(metric, counts, answered) * (1 - 1e-9)  # one answer more is a difference
+                outcome = TIE if abs(gap) < least else GAIN if gap > 0 else LOSE
+                clients[client] = {"shared": ours, "alone": theirs, "outcome": outcome}
+            if clients:
+                told.setdefault(metric, []).append({"seed": result["seed"], "clients": clients})
+    return {metric: {"seeds": seeds, **_counts(seeds)} for metric, seeds in told.items()}
+
+
+def _counts(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """outcome -> over seeds, how many clients have it."""
+    found = {}
+    for outcome in OUTCOMES:
+        over = estimate([sum(c["outcome"] == outcome for c in seed["clients"].values()) for seed in seeds])
+        found[outcome] = {"mean": over.mean, "ci95": over.ci95, "values": over.values}
+    return found
