@@ -229,9 +229,11 @@ def _restyled(experiment: Experiment, dataset: Dataset) -> list[Example]:
 
 
 def federated_clients(experiment: Experiment, dataset: Dataset) -> dict[ClientId, Client]:
-    return {
-        c: Client(c, examples, limit=_limit(experiment, len(examples))) for c, examples in dataset.clients.items()
-    }
+    return {c: client_of(experiment, c, examples) for c, examples in dataset.clients.items()}
+
+
+def client_of(experiment: Experiment, name: ClientId, examples: Sequence[Example]) -> Client:
+    return Client(name, examples, limit=_limit(experiment, len(examples)))
 
 
 def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) -> dict[ClientId, Client]:

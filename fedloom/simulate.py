@@ -29,9 +29,10 @@ from fedloom.config import Experiment, load
 from fedloom.engine.models import base_folder
 from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
 from fedloom.errors import ConfigError, RunError
+from fedloom.evaluation.cache import Cache
 from fedloom.experiment import Machine, load_data, load_machine
 from fedloom.report import card, page
-from fedloom.results import measure, read_summary, summarise, write_json
+from fedloom.results import ANSWERS, measure, read_summary, summarise, write_json
 from fedloom.run import Listener
 from fedloom.state import AdapterState
 
@@ -53,7 +54,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         training = federated(experiment, dataset, machine, folder)
         state = training.finish(listener)
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
-        result = measure(experiment, dataset, machine, rows)
+        result = measure(experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS))
         if made := synthesis_of(training):
             result["synthesis"] = {"federated": made}
         summary = summarise(
@@ -105,7 +106,7 @@ def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Measure a finished run's adapter beside the base, on the held-out part of `experiment`'s data."""
     dataset, machine = load_data(experiment), load_machine(experiment)
     adapter = adapter_of(folder, machine)
-    result = measure(experiment, dataset, machine, {"base": None, "federated": adapter})
+    result = measure(experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS))
     write_json(folder / "evaluation.json", {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()})
     return result
 

@@ -1,20 +1,16 @@
-"""The two sides of a comparison: answers that models give, kept on disk, and answers that are stored already."""
+"""Answers that models give to questions, each kept on the disk and never generated twice."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
-from fedloom.data import records
 from fedloom.data.example import Example
-from fedloom.data.records import Field, Reading, Record
 from fedloom.data.template import Template
-from fedloom.errors import DataError
 from fedloom.evaluation.cache import Cache, key_of
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
 
-BATCH = 32  # questions answered before their answers are kept
+BATCH = 128  # questions answered before their answers are kept
 
 
 def answers_of(
@@ -48,9 +44,10 @@ def answers_of(
             for row, adapter in adapters.items()
             if open_[row]
         }
-        for row, said in (engine.answer(requests) if requests else {}).items():
-            for i, ids in zip(open_[row], said, strict=True):
-                cache.put(keys[row][i], {"answer": template.decode(ids)})
+        answered = engine.answer(requests) if requests else {}
+        cache.put_all({
+            keys[row][i]: {"answer": template.decode(ids)} for row, said in answered.items() for i, ids in zip(open_[row], said, strict=True)
+        })  # fmt: skip
     return {row: [_kept(cache, key) for key in keys[row]] for row in adapters}
 
 
@@ -58,33 +55,3 @@ def _kept(cache: Cache, key: str) -> str:
     record = cache.get(key)
     assert record is not None  # put above, or there before
     return str(record["answer"])
-
-
-def stored_answers(path: Path, questions: Sequence[Example], *, field: str = "answer") -> list[str]:
-    """One answer to each question from a file of records with "instruction", perhaps "context", and `field`.
-
-    A question is found by its instruction and context, white space folded. An answer may be blank. Raises
-    DataError where a question has none, or two that differ.
-    """
-    wanted = {"instruction": Field(), "context": Field(required=False, blank=True), field: Field(blank=True)}
-    found = records.load(records.read_records(path, wanted), lambda record: _stored(record, field), Reading())
-    answers: dict[tuple[str, str], str] = {}
-    for question, answer in found:
-        if answers.setdefault(question, answer) != answer:
-            raise DataError(f"{path} holds two different answers to one question. Expected one for each.")
-    absent = [q for q in questions if _question(q.instruction, q.context) not in answers]
-    if absent:
-        raise DataError(
-            f"{path} lacks an answer to {len(absent)} of {len(questions)} questions, first {absent[0].id or 'without id'}. "
-            'Expected a record for each, with the same "instruction" and "context" as the question.'
-        )
-    return [answers[_question(q.instruction, q.context)] for q in questions]
-
-
-def _stored(record: Record, field: str) -> tuple[tuple[str, str], str]:
-    values = record.values
-    return _question(str(values["instruction"]), str(values.get("context") or "")), str(values[field])
-
-
-def _question(instruction: str, context: str) -> tuple[str, str]:
-    return " ".join(instruction.split()), " ".join(context.split())
