@@ -107,7 +107,7 @@ def by_category(judged: Judged, own: str) -> list[Table]:
     for r in judged["rows"]:
         found = r.get("categories") or {}
         cells = ["–" if (x := found.get(name)) is None else f"{x:.2f}" if relative else f"{100 * x:.0f}%" for name in names]
-        body.append([_name(r["row"], own) + (f" against {title(r['opponent'], own)}" if several else ""), *cells])
+        body.append([_name(r["row"], own) + (f" against {_name(r['opponent'], own)}" if several else ""), *cells])
     what = "relative score" if relative else "won or tied"
     return [Table(f"By category of question: {what}", ["row", *names], body, [r["row"] == "federated" for r in judged["rows"]], [])]
 
