@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from fedloom.config import load
-from fedloom.evaluation.answers import answer
+from fedloom.evaluation.answers import answers_of
+from fedloom.evaluation.cache import Cache
 from fedloom.experiment import load_data, load_machine
 from fedloom.simulate import adapter_of, compare, run
 
@@ -35,9 +36,11 @@ def main(folder: Path, overrides: list[str]) -> None:
     machine = load_machine(experiment)
     adapter = adapter_of(folder / "run", machine)
     questions = data.test[:3]
-    said = answer(machine.engine, machine.template, questions, {"tuned": adapter}, max_new_tokens=32)
-    for question, text in zip(questions, said["tuned"], strict=True):
-        print(f"  {question.instruction} -> {text}")
+    said = answers_of(
+        machine.engine, machine.template, questions, {"tuned": adapter}, weights=machine.base_hash, max_new_tokens=32, cache=Cache()
+    )
+    for question, answer in zip(questions, said["tuned"], strict=True):
+        print(f"  {question.instruction} -> {answer.text}")
 
     # `fedloom compare`: the four rows of FedIT's table, over several seeds.
     summary = compare(experiment, folder / "compare", jobs=2)

@@ -1,6 +1,7 @@
 """Every method on the same data from one command: FedIT's four rows, and those of `compare.methods`.
 
-FedIT's rows are base, local-only clients, federated (the experiment's own algorithm) and centralised. Every row sees the same data, and every row of a seed the same held-out set and the same initial
+FedIT's rows are base, local-only clients, owners of a few categories each (`compare.local`), federated (the
+experiment's own algorithm) and centralised. Every row sees the same data, and every row of a seed the same held-out set and the same initial
 adapter. In a round of any row each of its clients takes its local epochs over its own data; local-only
 clients train in every round; centralised tuning sees as many examples a round as the cohort (budget
 "epochs") or takes as many steps as one client (budget "steps").
@@ -32,6 +33,7 @@ from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.synthetic import FATES
 from fedloom.config import Experiment, parse
 from fedloom.errors import FedloomError, RunError
+from fedloom.evaluation.cache import Cache
 from fedloom.experiment import (
     Dataset,
     Machine,
@@ -40,9 +42,10 @@ from fedloom.experiment import (
     load_data,
     load_machine,
     pooled_client,
+    specialist_client,
 )
 from fedloom.leakage import leakage
-from fedloom.results import measure, shared, write_json
+from fedloom.results import ANSWERS, local_label, measure, shared, write_json
 from fedloom.rng import numpy_stream
 from fedloom.run import Listener, Training
 from fedloom.selection import All
@@ -91,22 +94,24 @@ def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, fold
     return Training(folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), "centralised " + experiment.fingerprint())
 
 
+def specialist(number: int, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+    """FedIT's row Local-`number`: one owner of all training examples of the categories that `compare.local` names for it."""
+    label = local_label(number)
+    fingerprint = f"{label} {json.dumps(experiment.compare.local[number - 1])} {experiment.fingerprint()}"
+    clients = {label: specialist_client(experiment, dataset, number, label)}
+    return Training(folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), fingerprint)
+
+
 def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
     """Train and measure all rows for this experiment's seed; a finished seed is read, not repeated."""
     if (done := _measured(experiment, folder)) is not None:
         return done
     with checkpoint.lock(folder):
         dataset, machine = load_data(experiment, quarantine=folder / "quarantine.jsonl"), load_machine(experiment)
-        rows: dict[str, AdapterState | None] = {"base": None}
-        synthesis: dict[str, Any] = {}
-        for name, (label, made) in trainings(experiment).items():
-            training = made(experiment, dataset, machine, folder / name)
-            rows |= models_of(training, label, training.finish(listener))
-            if found := synthesis_of(training):
-                synthesis[label] = found
+        rows, synthesis = trained(experiment, dataset, machine, folder, listener)
         with measuring(folder.parent, "compare"):
             leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
-            measured = measure(experiment, dataset, machine, rows, leaks)
+            measured = measure(experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS))
         result = {**measured, "synthesis": synthesis, "engine": machine.describe(), "settings": _measuring(experiment)}
         write_json(folder / RESULT, result)
     return result
@@ -128,7 +133,7 @@ def _measuring(experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what a seed's result holds, beside those of its training."""
     tree = experiment.plain()
     return {"evaluation": tree["evaluation"], "audit": tree["audit"],
-            "methods": tree["compare"]["methods"], "leakage": tree["compare"]["leakage"]}  # fmt: skip
+            "local": tree["compare"]["local"], "methods": tree["compare"]["methods"], "leakage": tree["compare"]["leakage"]}  # fmt: skip
 
 
 def _measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
@@ -137,6 +142,20 @@ def _measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
         return None
     result = read_result(folder)
     return result if result.get("settings") == _measuring(experiment) else None
+
+
+def trained(
+    experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path, listener: Listener = Listener()
+) -> tuple[dict[str, AdapterState | None], dict[str, Any]]:
+    """Every row's model in this seed's folder, and what was generated; what is finished already is read, not repeated."""
+    rows: dict[str, AdapterState | None] = {"base": None}
+    synthesis: dict[str, Any] = {}
+    for name, (label, made) in trainings(experiment).items():
+        training = made(experiment, dataset, machine, folder / name)
+        rows |= models_of(training, label, training.finish(listener))
+        if found := synthesis_of(training):
+            synthesis[label] = found
+    return rows, synthesis
 
 
 def models_of(training: Training, label: str, state: ServerState) -> dict[str, AdapterState]:
@@ -167,9 +186,12 @@ def synthesis_of(training: Training) -> dict[str, Any] | None:
 
 def trainings(experiment: Experiment) -> dict[str, tuple[str, Callable[..., Training]]]:
     """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
+    numbers = range(1, len(experiment.compare.local) + 1)
+    locals_ = {local_label(n).lower(): (local_label(n), partial(specialist, n)) for n in numbers}
     methods = {"method-" + label.lower().replace(" ", "-"): (label, partial(method, label)) for label in experiment.compare.methods}
     return {
         "local_only": ("local", local_only),
+        **locals_,
         **methods,
         "federated": ("federated", federated),
         "centralised": ("centralised", centralised),

@@ -53,7 +53,7 @@ from fedloom.transport.codec import Bf16, Fp32, Int4, Int8
 # Settings that change no adapter, but by rounding: names, what is measured, where and how fast things are computed.
 # Where the base and the data lie is among them, since what they are is checked by their hashes (run.INPUTS).
 UNTRAINED = (
-    "name", "evaluation", "audit", "judge", "compare.seeds", "compare.methods", "compare.leakage",
+    "name", "evaluation", "audit", "judge", "compare.seeds", "compare.local", "compare.methods", "compare.leakage",
     "model.base", "model.device", "model.allow_download", "model.checkpointing", "model.tokens_per_pass", "model.path",
     "model.vllm", "data.path", "data.test_path", "transport.width",
 )  # fmt: skip
@@ -185,7 +185,7 @@ else:
 def _label(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .+=_-]{0,31}", text):
         raise ValueError("expected a name of up to 32 letters, digits, blanks and .+=_-")
-    if text.lower() in ("base", "local", "federated", "centralised"):
+    if re.fullmatch(r"base|reference|local(-\d+)?|federated|centralised", text.lower()):
         raise ValueError("this name is that of a row which is always there")
     return text
 
@@ -255,6 +255,9 @@ class Transport(Section):
 
 class Evaluation(Section):
     every: int = Field(1, gt=0)  # rounds between evaluations of held-out loss; the last round always is
+    questions: str | None = None  # a file of questions that the judge's table is made of; None: the held-out examples
+    references: str | None = None  # a file of stored answers to them, in one column or several
+    reference_columns: list[str] = []  # of that file; none: every column of text that is not part of the question
     examples: int | None = Field(None, gt=0)  # of the held-out set, drawn once; None: all
     answers: int | None = Field(None, ge=0)  # held-out instructions to answer after the last round; None: all
     max_new_tokens: int = Field(64, gt=0)
@@ -268,10 +271,69 @@ class Audit(Section):
 
 class Compare(Section):
     seeds: int = Field(5, gt=0)  # runs with seed, seed + 1, ...: everything random differs
+    local: list[Annotated[list[str], Field(min_length=1)]] = []  # FedIT's rows Local-1, Local-2, ...: the categories of each
     methods: dict[Label, AlgorithmChoice] = {}  # further rows: label -> algorithm, on the same data and settings
     leakage: bool = False  # attack every shared model, too
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
     local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all
+
+
+class ByRule(Section):
+    """The microworld's own check."""
+
+    kind: Literal["rule"] = "rule"
+
+
+class ByLikelihood(Section):
+    """How likely an answer makes the reference, under a model."""
+
+    kind: Literal["likelihood"] = "likelihood"
+    model: str | None = None  # a folder or a Hugging Face id; None: the experiment's base
+    max_length: int = Field(2048, ge=32)  # tokens of question, answer and reference
+
+
+class InWords(Section):
+    """Of a judge that is asked in words."""
+
+    rubric: Literal["aspects", "total"] = "aspects"  # FedPIT's four aspects from 1 to 5, or FedIT's total from 1 to 10
+    prompt: str | None = None  # a text file with words of your own; None: ours
+    repeats: int = Field(1, ge=1)  # ratings of each pair in each order
+    retries: int = Field(2, ge=0)  # how often a malformed reply is asked for again
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(400, ge=1)  # of a reply
+
+
+class ByModel(InWords):
+    """A model on this machine."""
+
+    kind: Literal["local"] = "local"
+    model: str  # a folder or a Hugging Face id
+    max_length: int = Field(2048, ge=32)  # tokens it reads and writes
+
+
+class ByEndpoint(InWords):
+    """An OpenAI-compatible endpoint. Nothing is sent before its cost was told and agreed to."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    url: str
+    model: str
+    key_variable: str | None = None  # the environment variable that holds the key
+    timeout: float = Field(60.0, gt=0)  # seconds
+    concurrency: int = Field(4, ge=1)  # requests at a time
+    per_minute: float | None = Field(None, gt=0)  # requests at most
+    price_in: float | None = Field(None, ge=0)  # of a million prompt tokens
+    price_out: float | None = Field(None, ge=0)  # of a million reply tokens
+
+
+JudgedBy = Annotated[ByRule | ByLikelihood | ByModel | ByEndpoint, Field(discriminator="kind")]
+
+
+class Judge(Section):
+    by: Annotated[JudgedBy, BeforeValidator(lambda raw: {"kind": raw} if isinstance(raw, str) else raw)] = ByRule()
+    table: Literal["relative", "wins"] = "relative"  # FedIT's: every row's summed scores beside the federated row's; or FedPIT's: win, tie, lose
+    against: list[str] = []  # of "wins": columns of evaluation.references, "reference", or rows; none: every column, else "reference"
+    both_orders: bool = True  # false: each pair is shown once, the baseline or the row first, as FedIT's paper is thought to have done
+    questions: int | None = Field(None, gt=0)  # how many are judged, at equal steps; None: all
 
 
 class Experiment(Section):
@@ -291,6 +353,7 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     audit: Audit = Audit()
     compare: Compare = Compare()
+    judge: Judge | None = None  # compare's models judged in pairs, too
 
     def plain(self) -> dict[str, Any]:
         """Nested dicts of TOML values, every default written out, nothing that is None."""

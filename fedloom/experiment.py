@@ -276,9 +276,24 @@ def _restyled(experiment: Experiment, dataset: Dataset) -> list[Example]:
 
 
 def federated_clients(experiment: Experiment, dataset: Dataset) -> dict[ClientId, Client]:
-    return {
-        c: Client(c, examples, limit=_limit(experiment, len(examples))) for c, examples in dataset.clients.items()
-    }
+    return {c: client_of(experiment, c, examples) for c, examples in dataset.clients.items()}
+
+
+def client_of(experiment: Experiment, name: ClientId, examples: Sequence[Example]) -> Client:
+    return Client(name, examples, limit=_limit(experiment, len(examples)))
+
+
+def specialist_client(experiment: Experiment, dataset: Dataset, number: int, name: ClientId) -> Client:
+    """One owner of all training examples in the categories that `compare.local` names for the `number`th. Raises ConfigError."""
+    categories = experiment.compare.local[number - 1]
+    everything = [e for examples in dataset.clients.values() for e in examples]
+    known = sorted({e.category for e in everything} - {""})
+    if unknown := [c for c in categories if c not in known]:
+        raise ConfigError(
+            f"compare.local names the category {unknown[0]!r}, which no training example has. "
+            + (f"Expected some of {', '.join(known)}." if known else "The examples have no categories; data.clusters makes some.")
+        )
+    return client_of(experiment, name, [e for e in everything if e.category in categories])
 
 
 def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) -> dict[ClientId, Client]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedloom import preflight, rng
+from fedloom import judging, preflight, rng
 from fedloom.config import Experiment
 from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
@@ -61,6 +61,7 @@ def plan(experiment: Experiment) -> Plan:
         clients = sorted(dataset.clients)
         disk = preflight.disk(experiment, dataset, layout.size, compared=False)
         preflight.check(experiment, [dataset], skeleton)
+        judging.check(experiment, dataset)
     except (FedloomError, OSError) as found:
         problem = str(found)
     cohorts = _cohorts(experiment, clients)

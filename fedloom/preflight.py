@@ -10,8 +10,8 @@ from fedloom import checkpoint
 from fedloom.config import Experiment
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, DataError, RunError
-from fedloom.experiment import Dataset, Skeleton, build_algorithm
-from fedloom.results import evenly
+from fedloom.experiment import Dataset, Skeleton, build_algorithm, specialist_client
+from fedloom.results import evenly, local_label
 
 NUMBER = 4  # bytes of an adapter's number on disk
 
@@ -34,6 +34,8 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
             select(round)
         for algorithm in algorithms:
             build_algorithm(algorithm, experiment, dataset, base)
+        for number in range(1, len(experiment.compare.local) + 1):
+            specialist_client(experiment, dataset, number, local_label(number))
     if any(a.takes("synthesize") for a in algorithms) and experiment.prompt.max_length > base.positions:
         raise ConfigError(
             f"Generated examples may have prompt.max_length = {experiment.prompt.max_length} tokens, and the base model "
@@ -109,7 +111,7 @@ def disk(experiment: Experiment, dataset: Dataset, numbers: int, *, compared: bo
     A committed round holds the server's adapter and what it was sent as, and of each client up to two states.
     """
     clients = len(dataset.clients)
-    rows = 3 + len(experiment.compare.methods) if compared else 1
+    rows = 3 + len(experiment.compare.local) + len(experiment.compare.methods) if compared else 1
     states = checkpoint.KEPT + 1  # one more while it is written
     remembered = 2 * clients if compared or not experiment.algorithm.shared or experiment.algorithm.takes("synthesize") else 2
     one_seed = rows * states * (2 + remembered) * numbers * NUMBER

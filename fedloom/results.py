@@ -24,7 +24,8 @@ from fedloom import durable
 from fedloom.config import Experiment
 from fedloom.data.sources import LICENCES
 from fedloom.errors import RunError
-from fedloom.evaluation.answers import answer, grade, right
+from fedloom.evaluation.answers import answers_of, grade, right
+from fedloom.evaluation.cache import Cache
 from fedloom.evaluation.loss import end_loss, held_out_loss
 from fedloom.evaluation.own_mix import outcomes
 from fedloom.evaluation.statistics import estimate, paired
@@ -34,6 +35,8 @@ from fedloom.state import AdapterState
 SCHEMA = 1
 SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
 LOCAL = "local:"  # prefix of the rows of clients that train alone
+JUDGED = "judged.json"  # of a comparison: the tables that a judge made of it
+ANSWERS = "answers.jsonl"  # of a run or a seed: what its models answered, so that nothing is generated twice
 LOWER = ("loss", "end_loss", "extraction", "exposure", "auc")  # metrics of which less is better; of an AUC its distance from 1/2
 COIN = 0.5  # the AUC of a coin
 
@@ -44,10 +47,12 @@ def measure(
     machine: Machine,
     rows: Mapping[str, AdapterState | None],
     leaks: Mapping[str, Mapping[str, float]] = {},
+    *,
+    cache: Cache,
 ) -> dict[str, Any]:
     """Every row on the same held-out examples: metrics, overall and by group, and a few answers.
 
-    `leaks` are metrics of leakage that some rows have, too (leakage.py). Raises RunError for a row that has diverged.
+    `leaks` are metrics of leakage that some rows have, too (leakage.py); answers are kept in `cache`. Raises RunError for a row that has diverged.
     """
     groups = dataset.groups()
     losses = held_out_loss(machine.engine, dataset.test, groups, rows)
@@ -59,7 +64,10 @@ def measure(
     asked = evenly(range(len(dataset.test)), experiment.evaluation.answers)
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
-    said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
+    said = (
+        answers_of(machine.engine, machine.template, questions, rows, weights=machine.base_hash, max_new_tokens=limit, cache=cache)
+        if asked else {}
+    )  # fmt: skip
     ends = end_loss(machine.engine, machine.template, questions, rows) if asked else {}
     measured: dict[str, Any] = {}
     for row in rows:
@@ -104,14 +112,24 @@ def is_single(row: str) -> bool:
     return ":" in row
 
 
+def local_label(number: int) -> str:
+    """What FedIT's table calls the `number`th owner of a few categories."""
+    return f"Local-{number}"
+
+
+def is_specialist(row: str) -> bool:
+    """Is this the model of an owner of a few categories (`compare.local`)?"""
+    return row.startswith("Local-")
+
+
 def shared(rows: Mapping[str, AdapterState | None]) -> dict[str, AdapterState | None]:
-    """Without the models of single clients, which nobody else ever sees."""
-    return {row: adapter for row, adapter in rows.items() if not is_single(row)}
+    """Without the models of single owners, which nobody else ever sees."""
+    return {row: adapter for row, adapter in rows.items() if model_of(row) != "personal"}
 
 
 def model_of(row: str) -> str:
     """Whose model a row is: "base", "global" (what all clients share), "personal", or "pooled" (of one owner of everything)."""
-    if is_single(row) or row.endswith((" mean", " best")):
+    if is_single(row) or is_specialist(row) or row.endswith((" mean", " best")):
         return "personal"
     return {"base": "base", "centralised": "pooled"}.get(row, "global")
 
@@ -121,6 +139,8 @@ def method_of(row: str, experiment: Experiment) -> str:
     label = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
     if label in experiment.compare.methods:
         return experiment.compare.methods[label].name
+    if is_specialist(row):
+        return "fedavg"
     return {"federated": experiment.algorithm.name, "local": "local_only", "centralised": "fedavg"}.get(label, label)
 
 
@@ -266,3 +286,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
+
+
+def read_judged(folder: Path) -> list[dict[str, Any]]:
+    """The tables that judges made of this comparison's models, the latest last. Raises: RunError."""
+    path = folder / JUDGED
+    try:
+        return list(json.loads(path.read_text("utf-8"))["tables"]) if path.exists() else []
+    except (ValueError, KeyError, TypeError) as damage:
+        raise RunError(f"{path} cannot be read: {type(damage).__name__}. Delete it and judge again: fedloom judge {folder}") from damage

@@ -17,7 +17,7 @@ from typing import Any
 
 import tomli_w
 
-from fedloom import checkpoint, durable, journal, preflight
+from fedloom import checkpoint, durable, journal, judging, preflight
 from fedloom.compare import (
     Progress,
     all_seeds,
@@ -36,9 +36,10 @@ from fedloom.engine.models import base_folder
 from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
 from fedloom.engine.serving import Serving, recorded_base
 from fedloom.errors import ConfigError, ModelError, RunError
+from fedloom.evaluation.cache import Cache
 from fedloom.experiment import Dataset, Machine, Skeleton, load_data, load_machine, load_skeleton
 from fedloom.report import card, endings, page
-from fedloom.results import measure, read_summary, summarise, write_json
+from fedloom.results import ANSWERS, measure, read_summary, summarise, write_json
 from fedloom.run import INPUTS, Listener
 from fedloom.state import AdapterState
 
@@ -67,7 +68,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         _save(folder / "adapter", experiment, machine, state.adapter, machine.base_sha256, conv1d, card.unmeasured(experiment))
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
         with measuring(folder, "run"):
-            result = measure(experiment, dataset, machine, rows)
+            result = measure(experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS))
         if made := synthesis_of(training):
             result["synthesis"] = {"federated": made}
         summary = summarise(
@@ -144,7 +145,7 @@ def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     preflight.check_examples(experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset))
     machine = load_machine(experiment)
     adapter = adapter_of(folder, machine)
-    result = measure(experiment, dataset, machine, {"base": None, "federated": adapter})
+    result = measure(experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS))
     write_json(folder / "evaluation.json", {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()})
     return result
 
@@ -200,6 +201,8 @@ def _checked(experiment: Experiment, folder: Path, datasets: Sequence[Dataset], 
     """What can be known before any training, then the settings in the folder: those of a run that can be finished."""
     base = load_skeleton(experiment)
     preflight.check(experiment, datasets, base)
+    for dataset in datasets:
+        judging.check(experiment, dataset)
     size = AdapterLayout.of(base.model, experiment.adapter).size
     preflight.check_disk(folder, preflight.disk(experiment, datasets[0], size, compared=compared))
     durable.write(folder / "experiment.toml", experiment.to_toml().encode())

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.arguments import Out, Overrides, Resume, What, experiment_and_folder, stop_on_terminate
+from fedloom.cli.judge import judge_and_print
 
 
 def command(
@@ -15,6 +16,7 @@ def command(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Let a judge's endpoint be asked although it costs money, or nobody knows how much.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Seeds to run at a time. Default: one for each core, one on a GPU.")] = None,
 ) -> None:
     """The table of the FedIT paper from one command: several seeds, 95% intervals, paired differences."""
@@ -28,6 +30,8 @@ def command(
     with CompareDisplay(experiment, folder) as display:
         summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show)
     print_summary(summary, folder)
+    if experiment.judge is not None:
+        judge_and_print(folder, experiment, yes)
 
 
 def _on_gpu(device: str) -> bool:

@@ -1,12 +1,14 @@
-"""fedloom judge: a run's answers against somebody else's, pair by pair, in both orders."""
+"""fedloom judge: answers against somebody else's, pair by pair: a run's, or all of a comparison's in the papers' tables."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from fedloom.cli.arguments import Overrides, RunFolder
 from fedloom.cli.console import err, out
@@ -16,10 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedloom.config import Experiment
-    from fedloom.data.example import Example
-    from fedloom.evaluation.endpoint import Estimate
     from fedloom.evaluation.pairwise import Comparison, Share
-    from fedloom.experiment import Machine
+    from fedloom.report.judged import Table as Judged
 
 
 class Kind(StrEnum):
@@ -27,6 +27,11 @@ class Kind(StrEnum):
     likelihood = "likelihood"
     local = "local"
     endpoint = "endpoint"
+
+
+class Form(StrEnum):
+    relative = "relative"
+    wins = "wins"
 
 
 class RubricName(StrEnum):
@@ -37,130 +42,150 @@ class RubricName(StrEnum):
 def command(
     run: RunFolder,
     overrides: Overrides = None,
-    against: Annotated[str, typer.Option(help="The opponent: base, reference (the held-out responses), or a JSONL file of answers.")] = "base",
+    against: Annotated[list[str] | None, typer.Option(help="The opponent. Of a run: base (default), reference (the held-out responses), or a JSONL file of answers. Of a comparison's table of wins: a column of evaluation.references, reference, or a row; may be given again.")] = None,
     field: Annotated[str, typer.Option(help="The field of that file that holds the answer.")] = "answer",
-    judge: Annotated[Kind | None, typer.Option(help="Who judges. Default: the rule where every question has one, else likelihood.")] = None,
-    rubric: Annotated[RubricName, typer.Option(help="For a judge asked in words: FedPIT's four aspects 1-5, or FedIT's total 1-10.")] = RubricName.aspects,
+    judge: Annotated[Kind | None, typer.Option(help="Who judges. Default: what the experiment says, else the rule where every question has one, else likelihood.")] = None,
+    table: Annotated[Form | None, typer.Option(help="Of a comparison: FedIT's table of relative scores, or FedPIT's of wins, ties and losses.")] = None,
+    rubric: Annotated[RubricName | None, typer.Option(help="For a judge asked in words: FedPIT's four aspects 1-5 (default), or FedIT's total 1-10.")] = None,
     prompt: Annotated[Path | None, typer.Option(help="Your own words for the judge, a text file. Default: ours.")] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="How many held-out questions. Default: all.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Ratings of each pair in each order.")] = 1,
-    retries: Annotated[int, typer.Option(min=0, help="How often a malformed reply is asked for again.")] = 2,
+    questions: Annotated[int | None, typer.Option(min=1, help="How many questions. Default: all.")] = None,
+    one_order: Annotated[bool, typer.Option("--one-order", help="Show each pair once, as FedIT's paper is thought to have done; a liking for the first place then counts as quality.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Ratings of each pair in each order. Default: 1.")] = None,
+    retries: Annotated[int | None, typer.Option(min=0, help="How often a malformed reply is asked for again. Default: 2.")] = None,
     model: Annotated[str | None, typer.Option(help="The judge's model: a folder or a Hugging Face id, or the endpoint's name for it. Default for likelihood: the run's base.")] = None,
     url: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible endpoint. Nothing is sent unless this is given.")] = None,
     key_variable: Annotated[str | None, typer.Option(help="The environment variable that holds the endpoint's key.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the judge's replies.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply of the judge.")] = 400,
-    max_length: Annotated[int, typer.Option(min=32, help="Tokens that a local judge reads and writes.")] = 2048,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 60.0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Of the judge's replies. Default: 0.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply of the judge. Default: 400.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=32, help="Tokens that a judge on this machine reads and writes. Default: 2048.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait for a reply. Default: 60.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at a time. Default: 4.")] = None,
     per_minute: Annotated[float | None, typer.Option(help="Most requests a minute. Default: no limit.")] = None,
     price_in: Annotated[float | None, typer.Option(min=0.0, help="Price of a million prompt tokens.")] = None,
     price_out: Annotated[float | None, typer.Option(min=0.0, help="Price of a million reply tokens.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Go ahead although it costs money, or nobody knows how much.")] = False,
 ) -> None:  # fmt: skip
-    """Compare a run's answers with its base's, or with stored ones: win, tie, lose, both orders averaged.
+    """Judge answers in pairs: a run's against its base's or stored ones, or all of a comparison's in the papers' tables.
 
-    Answers and verdicts are kept under RUN/judge: an interrupted evaluation goes on, a repeated one asks nothing.
+    Answers and verdicts are kept: an interrupted evaluation goes on, a repeated one asks nothing. A comparison
+    can be judged again by another judge without training.
     """
     from fedloom.config import load
-    from fedloom.evaluation.backends import (
-        RUBRICS,
-        LikelihoodJudge,
-        LocalModel,
-        PromptJudge,
-        RuleJudge,
-        load_prompt,
-        shipped_prompt,
-    )
+
+    given = {"model": model, "url": url, "key_variable": key_variable, "rubric": rubric and rubric.value, "prompt": prompt and str(prompt),
+             "repeats": repeats, "retries": retries, "temperature": temperature, "max_tokens": max_tokens, "max_length": max_length,
+             "timeout": timeout, "concurrency": concurrency, "per_minute": per_minute, "price_in": price_in, "price_out": price_out}  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {"table": table and table.value, "questions": questions, "both_orders": False if one_order else None}
+    experiment = load(run, overrides or [])
+    compared = any(run.glob("seed-*/"))
+    if compared:
+        settings["against"] = against
+    experiment = _with_judge(experiment, judge, options, {name: value for name, value in settings.items() if value is not None})
+    if compared:
+        judge_and_print(run, experiment, yes)
+    else:
+        _judge_run(run, experiment, (against or ["base"])[0], field, yes)
+
+
+def _with_judge(experiment: Experiment, kind: Kind | None, options: dict[str, Any], settings: dict[str, Any]) -> Experiment:
+    """The experiment, with its `[judge]` changed by what the command line says."""
+    from fedloom.experiment import load_data
+    from fedloom.judging import questions_of
+
+    old = experiment.plain().get("judge", {})
+    name = kind.value if kind else "endpoint" if "url" in options else old["by"]["kind"] if old else None
+    if name is None:
+        asked, _ = questions_of(experiment.with_(judge={"by": {"kind": "endpoint", "url": "http://localhost", "model": ""}}), load_data(experiment))
+        name = "rule" if all(q.rule for q in asked) else "likelihood"
+    by = {**(old["by"] if old and old["by"]["kind"] == name else {}), "kind": name, **options}
+    if (name == "endpoint") != ("url" in by):
+        raise ConfigError("--judge endpoint and --url belong together: expected both, or neither.")
+    if name in ("endpoint", "local") and "model" not in by:
+        raise ConfigError(f"--judge {name} needs --model. Expected the name of the judge's model.")
+    return experiment.with_(judge={**old, **settings, "by": by})
+
+
+def judge_and_print(folder: Path, experiment: Experiment, yes: bool) -> None:
+    from fedloom.judging import judge
+    from fedloom.report import page
+    from fedloom.results import JUDGED
+
+    if not (folder / "summary.json").exists():
+        raise RunError(f"{folder} is a comparison that is not finished. Go on with it: fedloom compare --resume --out {folder}")
+    found = judge(folder, experiment, agreed=yes, say=say)
+    print_judged(found, experiment)
+    out.print(f"Wrote {folder / JUDGED} and {page.write(folder)}", highlight=False, soft_wrap=True)
+    if not any(r["judged"] for r in found["rows"]):
+        raise RunError("No pair could be judged: the judge said nothing that could be read. Mend that and give the same command again.")
+
+
+def say(what: str) -> None:
+    err.print(f"[dim]{escape(what)}[/]", highlight=False, soft_wrap=True)
+
+
+def print_judged(judged: Mapping[str, Any], experiment: Experiment) -> None:
+    """The paper's table, as the page has it."""
+    from fedloom.report.findings import ALGORITHMS
+    from fedloom.report.judged import tables
+
+    own = ALGORITHMS.get(experiment.algorithm.name, experiment.algorithm.name)
+    for found in tables(judged, own):
+        out.print(rich_table(found))
+        for line in found.notes:
+            out.print(line, highlight=False, soft_wrap=True)
+
+
+def rich_table(found: Judged) -> Table:
+    from rich.table import Table
+
+    table = Table(title=escape(found.title), title_justify="left")
+    for i, name in enumerate(found.head):
+        table.add_column(escape(name), justify="left" if i < 2 else "right")
+    for cells, bold in zip(found.body, found.bold, strict=True):
+        table.add_row(*map(escape, cells), style="bold" if bold else "")
+    return table
+
+
+def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes: bool) -> None:
+    from fedloom.evaluation.answers import answers_of
     from fedloom.evaluation.cache import Cache
-    from fedloom.evaluation.endpoint import Endpoint, Prices, estimate_cost
-    from fedloom.evaluation.judge import Judge, compare, missing
-    from fedloom.evaluation.opponents import answers_of, stored_answers
+    from fedloom.evaluation.judge import compare
+    from fedloom.evaluation.questions import answers
     from fedloom.experiment import load_data, load_machine
-    from fedloom.results import write_json
+    from fedloom.judges import build, how, tell_cost
+    from fedloom.judging import questions_of
+    from fedloom.results import ANSWERS, write_json
     from fedloom.simulate import adapter_of
 
-    experiment = load(run, overrides or [])
-    test = _some(load_data(experiment).test, questions)
-    kind = judge or (Kind.endpoint if url else Kind.rule if all(e.rule for e in test) else Kind.likelihood)
-    if (kind is Kind.endpoint) != (url is not None):
-        raise ConfigError("--judge endpoint and --url belong together: expected both, or neither.")
-    if kind in (Kind.endpoint, Kind.local) and model is None:
-        raise ConfigError(f"--judge {kind.value} needs --model. Expected the name of the judge's model.")
+    settings = experiment.judge
+    assert settings is not None  # put there by _with_judge
+    test, _ = questions_of(experiment, load_data(experiment))
     machine = load_machine(experiment)
-
-    words = RUBRICS[rubric.value]
-    text = shipped_prompt(words) if prompt is None else load_prompt(prompt)
-    the_judge: Judge
-    match kind:
-        case Kind.rule:
-            the_judge = RuleJudge()
-        case Kind.likelihood:
-            ruler = machine if model is None else _judge_machine(experiment, model, max_length)
-            the_judge = LikelihoodJudge(ruler.engine, ruler.template, ruler.base_hash)
-        case Kind.local:
-            other = _judge_machine(experiment, str(model), max_length)
-            writer = LocalModel(other.engine, other.template, other.base_hash, max_new_tokens=max_tokens, temperature=temperature)
-            the_judge = PromptJudge(writer, words, text)
-        case Kind.endpoint:
-            endpoint = Endpoint(
-                str(url), str(model), key_variable, temperature=temperature, max_tokens=max_tokens, timeout=timeout,
-                concurrency=concurrency, per_minute=per_minute,
-            )  # fmt: skip
-            the_judge = PromptJudge(endpoint, words, text)
-
+    the_judge = build(settings.by, experiment, machine)
     rows = {"run": adapter_of(run, machine)} | ({"base": None} if against == "base" else {})
-    said = answers_of(
+    answered = answers_of(
         machine.engine, machine.template, test, rows, weights=machine.base_hash,
-        max_new_tokens=experiment.evaluation.max_new_tokens, cache=Cache(run / "judge" / "answers.jsonl"),
+        max_new_tokens=experiment.evaluation.max_new_tokens, cache=Cache(run / ANSWERS),
     )  # fmt: skip
+    said = {row: [a.text for a in its] for row, its in answered.items()}
     if against == "base":
         theirs = said["base"]
     elif against == "reference":
         theirs = [e.response for e in test]
     else:
-        theirs = stored_answers(Path(against), test, field=field)
-
+        theirs = answers(against, test, field)
     kept = Cache(run / "judge" / "verdicts.jsonl")
-    if kind is Kind.endpoint and isinstance(the_judge, PromptJudge):
-        prices = None if price_in is None or price_out is None else Prices(price_in, price_out)
-        asked = missing(the_judge, test, said["run"], theirs, cache=kept, repeats=repeats, retries=retries)
-        cost = estimate_cost([the_judge.words(s) for s in asked], max_tokens=max_tokens, retries=retries, prices=prices)
-        err.print(_cost(cost), highlight=False, soft_wrap=True)
-        if not cost.is_free and not yes:
-            raise ConfigError("Nothing was sent. Add --yes to go ahead, or tell a price of 0: --price-in 0 --price-out 0.")
-    found = compare(the_judge, test, said["run"], theirs, cache=kept, repeats=repeats, retries=retries)
+    tell_cost(settings, the_judge, [(test, said["run"], theirs)], kept, agreed=yes, say=lambda cost: err.print(cost, highlight=False, soft_wrap=True))
+    found = compare(the_judge, test, said["run"], theirs, cache=kept, **how(settings))
     identity = {name: value for name, value in the_judge.identity.items() if name != "prompt"}
     write_json(run / "judge.json", {"against": against, "judge": identity, **found.plain()})
-    out.print(_table(found, f"run against {against}, judged by {kind.value}"))
+    out.print(_table(found, f"run against {against}, judged by {settings.by.kind}"))
     for line in _notes(found):
         out.print(line, highlight=False, soft_wrap=True)
     out.print(f"Wrote {run / 'judge.json'}", highlight=False, soft_wrap=True)
     if found.judged == 0:
         raise RunError("No pair could be judged; the reasons are listed above. Mend that and give the same command again.")
-
-
-def _some(test: Any, count: int | None) -> list[Example]:
-    """At equal steps, since held-out examples lie group by group."""
-    if count is None or count >= len(test):
-        return list(test)
-    return [test[i * len(test) // count] for i in range(count)]
-
-
-def _judge_machine(experiment: Experiment, model: str, max_length: int) -> Machine:
-    from fedloom.experiment import load_machine
-
-    plain = experiment.plain()
-    return load_machine(experiment.with_(model={**plain["model"], "base": model}, prompt={"max_length": max_length}))
-
-
-def _cost(cost: Estimate) -> str:
-    if cost.calls == 0:
-        return "Every verdict is kept already: no request."
-    size = f"{cost.calls} requests, about {cost.prompt_tokens:,} tokens to send and at most {cost.reply_tokens:,} to receive"
-    if cost.cost is None:
-        return f"{size}; the cost is unknown without --price-in and --price-out."
-    return f"{size}: about {cost.cost:,.4f}, at most {cost.most:,.4f} if malformed replies are asked for again."
 
 
 def _table(found: Comparison, title: str) -> Table:

@@ -1,4 +1,4 @@
-"""What a model answers to held-out instructions, and how right that is.
+"""What models answer to questions, each answer kept on the disk and never generated twice; and how right it is.
 
 Metrics are shares in [0, 1]: "rule" is the microworld's own check, "exact" equality with the reference
 but for case, white space and how Unicode writes a letter, "rouge_l" the F-measure of the longest common subsequence of
@@ -8,17 +8,19 @@ says so far: the model would have gone on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from fedloom.data import microworld
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.data.text import folded, rouge_l
+from fedloom.evaluation.cache import Cache, key_of
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
+
+BATCH = 128  # questions answered before their answers are kept
 
 
 @dataclass(frozen=True)
@@ -27,27 +29,50 @@ class Answer:
     ended: bool  # by the model itself; else it was cut at the limit
 
 
-def answer(
+def answers_of(
     engine: Engine,
     template: Template,
-    test: Sequence[Example],
-    adapters: Mapping[Any, AdapterState | None],
+    questions: Sequence[Example],
+    adapters: Mapping[str, AdapterState | None],
     *,
+    weights: str,
     max_new_tokens: int,
-) -> dict[Any, list[Answer]]:
-    """Greedy answers of several adapters in shared batches; None is the untuned base.
+    cache: Cache,
+) -> dict[str, list[Answer]]:
+    """Greedy answers of several adapters; None is the untuned base. `weights` names the base (its sha256).
 
-    An answer of `max_new_tokens` tokens is cut by definition, even if the end would have come next.
+    Only what `cache` does not hold is generated, and kept as it comes. An answer of `max_new_tokens` tokens is cut by
+    definition, even if the end would have come next.
     """
-    prompts = [template.prompt_ids(e.instruction, e.context, room=max_new_tokens) for e in test]
-    requests = {
-        row: Generate(prompts, adapter, max_new_tokens=max_new_tokens, stop=template.stop)
+    prompts = [template.prompt_ids(q.instruction, q.context, room=max_new_tokens) for q in questions]
+    keys: dict[Hashable, list[str]] = {
+        row: [
+            key_of(weights=weights, adapter=adapter.sha256() if adapter else None, prompt=prompt,
+                   max_new_tokens=max_new_tokens, stop=sorted(template.stop))
+            for prompt in prompts
+        ]
         for row, adapter in adapters.items()
-    }
-    return {
-        row: [Answer(template.decode(ids), len(ids) < max_new_tokens) for ids in said]
-        for row, said in engine.answer(requests).items()
-    }
+    }  # fmt: skip
+    for start in range(0, len(questions), BATCH):
+        part = range(start, min(start + BATCH, len(questions)))
+        open_: dict[Hashable, list[int]] = {row: [i for i in part if _kept(cache, keys[row][i]) is None] for row in adapters}
+        requests: dict[Hashable, Generate] = {
+            row: Generate([prompts[i] for i in open_[row]], adapter, max_new_tokens=max_new_tokens, stop=template.stop)
+            for row, adapter in adapters.items()
+            if open_[row]
+        }
+        answered = engine.answer(requests) if requests else {}
+        cache.put_all({
+            keys[row][i]: {"answer": template.decode(ids), "ended": len(ids) < max_new_tokens}
+            for row, said in answered.items() for i, ids in zip(open_[row], said, strict=True)
+        })  # fmt: skip
+    return {row: [found for key in keys[row] if (found := _kept(cache, key)) is not None] for row in adapters}
+
+
+def _kept(cache: Cache, key: str) -> Answer | None:
+    """What was answered before; an older version kept answers without saying whether they ended."""
+    record = cache.get(key)
+    return None if record is None or "ended" not in record else Answer(str(record["answer"]), bool(record["ended"]))
 
 
 def grade(test: Sequence[Example], answers: Sequence[Answer]) -> dict[str, float]:

@@ -50,6 +50,11 @@ class Cache:
         return self._kept.get(key)
 
     def put(self, key: str, record: Mapping[str, Any]) -> None:
-        if self._path is not None:
-            durable.append_line(self._path, json.dumps({"key": key, **record}, allow_nan=False))
-        self._kept[key] = dict(record)
+        self.put_all({key: record})
+
+    def put_all(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Several at once, with one wait for the disk."""
+        if self._path is not None and records:
+            lines = (json.dumps({"key": key, **record}, allow_nan=False) for key, record in records.items())
+            durable.append_line(self._path, "\n".join(lines))
+        self._kept.update({key: dict(record) for key, record in records.items()})

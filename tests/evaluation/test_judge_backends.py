@@ -12,7 +12,7 @@ import pytest
 
 from fedloom.data import microworld
 from fedloom.data.example import Example
-from fedloom.errors import ConfigError, DataError
+from fedloom.errors import ConfigError
 from fedloom.evaluation.backends import (
     RUBRICS,
     LikelihoodJudge,
@@ -25,7 +25,6 @@ from fedloom.evaluation.backends import (
 )
 from fedloom.evaluation.cache import Cache
 from fedloom.evaluation.judge import Shown, compare
-from fedloom.evaluation.opponents import answers_of, stored_answers
 from fedloom.evaluation.verdicts import ASPECTS, LIKELIHOOD, RULE, TOTAL, Failed, Scores
 from fedloom.steps import Generate, Score, Scored
 
@@ -254,72 +253,6 @@ def test_the_embedded_model_mostly_prefers_the_reference_to_another_questions_an
     found = compare(LikelihoodJudge(engine, template, "embedded"), questions, right, others, cache=Cache())
     assert found.judged == 64
     assert found.win.ci95[0] > 0.5  # more often than by chance; how often is no more than this tiny model can do
-
-
-# --- the two sides ---------------------------------------------------------------------------------------
-
-
-def answers(engine: Engine, cache: Cache, *questions: str, weights: str = "w") -> dict[str, list[str]]:
-    asked = [Example(q, "") for q in questions]
-    template: Any = Letters()
-    return answers_of(engine, template, asked, {"base": None}, weights=weights, max_new_tokens=5, cache=cache)
-
-
-def test_answers_are_kept(tmp_path: Path):
-    first, again = Engine("yes"), Engine("no")
-    assert answers(first, Cache(tmp_path / "a.jsonl"), "a", "b") == {"base": ["yes", "yes"]}
-    assert answers(again, Cache(tmp_path / "a.jsonl"), "b", "c") == {"base": ["yes", "no"]}
-    [requests] = again.asked
-    assert requests["base"].prompts == [[ord("c")]]
-
-
-def test_answers_of_other_weights_are_others():
-    cache = Cache()
-    answers(Engine("yes"), cache, "a")
-    assert answers(Engine("no"), cache, "a", weights="v") == {"base": ["no"]}
-
-
-def stored(folder: Path, *rows: dict[str, str]) -> Path:
-    path = folder / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
-
-
-ASKED = [Example("What?", "", id="f:1"), Example("Why?", "", "Because of this.", id="f:2")]
-
-
-def test_stored_answers_are_found_by_instruction_and_context(tmp_path: Path):
-    path = stored(
-        tmp_path,
-        {"instruction": "Why?", "context": "Because  of this.", "answer": "So."},
-        {"instruction": "Why?", "context": "Another.", "answer": "No."},
-        {"instruction": "What?", "answer": ""},
-    )
-    assert stored_answers(path, ASKED) == ["", "So."]
-
-
-def test_stored_answers_may_have_another_name(tmp_path: Path):
-    assert stored_answers(stored(tmp_path, {"instruction": "What?", "output": "That."}), ASKED[:1], field="output") == ["That."]
-
-
-def test_a_question_without_a_stored_answer_is_named_by_its_id(tmp_path: Path):
-    with pytest.raises(DataError, match=r"1 of 2 questions, first f:2") as refused:
-        stored_answers(stored(tmp_path, {"instruction": "What?", "answer": "That."}), ASKED)
-    assert "Why?" not in str(refused.value)
-
-
-def test_two_answers_to_one_question_are_refused_without_quoting_them(tmp_path: Path):
-    path = stored(tmp_path, *({"instruction": "What?", "answer": a} for a in ("Sun.", "Moon.")))
-    with pytest.raises(DataError, match="two different answers") as refused:
-        stored_answers(path, ASKED[:1])
-    assert "Sun." not in str(refused.value)
-
-
-def test_a_damaged_file_of_answers_is_refused(tmp_path: Path):
-    path = stored(tmp_path, {"instruction": "What?", "answer": "That."})
-    path.write_text(path.read_text() + '{"instruction": "Why', "utf-8")
-    with pytest.raises(DataError):
-        stored_answers(path, ASKED[:1])
 
 
 def test_the_rubrics_are_those_of_the_papers():
