@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -54,14 +55,14 @@ class Fp32:
 
 @dataclass(frozen=True, kw_only=True)
 class Bf16:
-    """Every value to 8 significant bits: off by 1/256 of itself at most."""
+    """Every value to 8 significant bits: off by 1/256 of itself at most, or by 2^-134 where that is more."""
 
     label: ClassVar[str] = "bf16"
     error_feedback: bool = False
 
     def encode(self, state: AdapterState) -> Parts:
         nothing = torch.empty(0, dtype=torch.bfloat16)  # of no tensors, too, there is one
-        return {"values": torch.cat([nothing, *(t.flatten().to(torch.bfloat16) for t in state.values())])}
+        return {"values": torch.cat([nothing, *(_narrowed(t.flatten(), torch.bfloat16) for t in state.values())])}
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
         _expect(parts, {"values": torch.bfloat16})
@@ -83,7 +84,7 @@ class Int8:
 
     @property
     def label(self) -> str:
-        return f"int8 block={self.block} zstd={self.zstd}"
+        return f"int8 block={self.block} zstd={self.zstd} scale=2"  # the second form of scales
 
     def encode(self, state: AdapterState) -> Parts:
         return _parts(*blocks.quantise(_flat(state), bits=8, block=self.block, levels=127), zstd=self.zstd)
@@ -111,7 +112,7 @@ class Int4:
 
     @property
     def label(self) -> str:
-        return f"int4 block={self.block} zstd={self.zstd}"  # whatever the levels, it is read alike
+        return f"int4 block={self.block} zstd={self.zstd} scale=2"  # whatever the levels, it is read alike
 
     def encode(self, state: AdapterState) -> Parts:
         return _parts(*blocks.quantise(_flat(state), bits=4, block=self.block, levels=self.levels), zstd=self.zstd)
@@ -122,7 +123,7 @@ class Int4:
 
 def layout(state: AdapterState) -> str:
     """Of names and shapes: equal where one state can be decoded like the other."""
-    text = "|".join(f"{name}{tuple(t.shape)}" for name, t in state.items())
+    text = json.dumps([[name, *t.shape] for name, t in state.items()])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -137,7 +138,15 @@ def _flat(state: AdapterState) -> list[Tensor]:
 
 def _shaped(flat: Tensor, like: AdapterState) -> AdapterState:
     pieces = flat.split([t.numel() for t in like.values()])
-    return AdapterState({name: p.view(t.shape).to(t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)})
+    return AdapterState({name: _narrowed(p.view(t.shape), t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)})
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another precision; what is finite stays so, for the largest numbers would be rounded to infinity."""
+    y, largest = x.to(dtype), torch.finfo(dtype).max
+    if largest >= torch.finfo(x.dtype).max or not y.numel() or all(end.isfinite() for end in y.aminmax()):
+        return y
+    return torch.where(x.isfinite(), y.clamp(-largest, largest), y)
 
 
 def _parts(codes: blocks.Codes, scales: blocks.Scales, *, zstd: bool) -> Parts:
