@@ -74,7 +74,7 @@ def check(codec: Codec, bound: float, sent: AdapterState, got: AdapterState) -> 
     block = getattr(codec, "block", 1)
     for name, t in sent.items():
         rows, off = t.reshape(-1, block), (got[name] - t).reshape(-1, block).abs().amax(1)
-        allowed = bound * (1 + 2**-8) * (1 + 2**-14) * rows.abs().amax(1)
+        allowed = bound * (1 + 2**-16) * rows.abs().amax(1)
         assert bool((off <= allowed).all()), f"{codec.label}: {name} is off by more than half a step"
 
 

@@ -1,7 +1,9 @@
 """Rounding in blocks: so many values share a scale and become small whole numbers.
 
-A value is off by half a step at most, a step being the largest of its block over `levels`. No block spans two
-tensors; the last of a tensor may be short. NaN and infinity make the scale, and so the block, no number.
+A value is off by half a step at most, a step being the largest of its block over `levels`, or `SMALLEST` where that
+is more. Scales are cut off, never rounded up, so that a step is no longer than that; they keep so many digits that the
+largest is still within half a step of the last code. No block spans two tensors; the last of a tensor may be short. NaN and infinity
+make the scale, and so the block, no number; what is finite stays finite.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Codes = NDArray[np.uint8]  # 8 or 4 bits a value, zero in the middle of their range
-Scales = NDArray[np.uint16]  # a step for each block: the bits of a bfloat16, for which numpy has no name
+Scales = NDArray[np.uint16]  # a step for each block: a float32's exponent and the first 8 binary places, no sign
 
-SMALLEST = 2.0**-126  # a smaller step has too few digits for half a step to be kept; such a block is zeros
+SMALLEST = 2.0**-126  # step; a smaller one has too few digits for half a step to be kept
+LARGEST = torch.finfo(torch.float32).max
+CUT = 15  # bits of a float32 that a scale lacks; a step is short by less than 2^-8, and so 127 of them by less than half a step
 CHUNK = 1 << 16  # values worked on at a time: what stays in the cache is ten times as fast
 
 
@@ -35,27 +39,33 @@ def quantise(tensors: Sequence[Tensor], *, bits: int, block: int, levels: int) -
     for i, start, n, _, row in _pieces(sizes, bits, block):
         x = _rows(tensors[i][start : start + n], block)
         torch.amax(torch.abs(x, out=work[: len(x)]), 1, out=largest[row : row + len(x)])
-    scales = largest.div_(levels).to(torch.bfloat16)
-    scales[scales < SMALLEST] = 0
-    sound = bool(scales.isfinite().all())
-    inverse = torch.where((scales > 0) & scales.isfinite(), scales.float().reciprocal(), 0.0)[:, None]
+    largest.div_(levels)
+    largest[(largest > 0) & (largest < SMALLEST)] = SMALLEST
+    scales = (largest.numpy().view(np.uint32) >> CUT).astype(np.uint16)
+    if bits == 4:  # for few levels 6 places are enough, and leave zstd more to find
+        scales &= 0xFFFC
+    steps = _steps(scales)
+    sound = bool(steps.isfinite().all())
+    steps = torch.where((steps > 0) & steps.isfinite(), steps, torch.inf)[:, None]
     for i, start, n, byte, row in _pieces(sizes, bits, block):
         x = _rows(tensors[i][start : start + n], block)
         w, q = work[: len(x)], whole[: len(x)]
-        torch.mul(x, inverse[row : row + len(x)], out=w).add_(half + 0.5)
+        torch.div(x, steps[row : row + len(x)], out=w).round_()
         if not sound:
-            w.nan_to_num_(nan=half)
-        np.copyto(q, w.numpy(), casting="unsafe")  # cuts off, which after adding a half is rounding
+            w.nan_to_num_(nan=0.0)
+        np.copyto(q, w.add_(half).numpy(), casting="unsafe")
         packed = q.reshape(-1) if bits == 8 else _packed(q)
         size = -(-n * bits // 8)
         codes[byte : byte + size] = packed[:size]
-    return codes, scales.view(torch.uint16).numpy()
+    return codes, scales
 
 
 def restore(codes: Codes, scales: Scales, sizes: Sequence[int], *, bits: int, block: int) -> Tensor:
     """All tensors end to end, float32."""
     flat = torch.empty(sum(sizes))
-    steps = torch.from_numpy(scales).view(torch.bfloat16).float()[:, None]
+    half, steps = 1 << (bits - 1), _steps(scales)[:, None]
+    steps = torch.where(steps.isfinite(), steps, torch.nan)
+    huge = bool((steps > LARGEST / half).any())
     work = _buffer(sizes, block)
     done = 0
     for _, _, n, byte, row in _pieces(sizes, bits, block):
@@ -63,10 +73,16 @@ def restore(codes: Codes, scales: Scales, sizes: Sequence[int], *, bits: int, bl
         values = part if bits == 8 else _unpacked(part)
         w = work[: -(-n // block)]
         np.copyto(w.view(-1).numpy()[:n], values[:n])
-        w.sub_(1 << (bits - 1)).mul_(steps[row : row + len(w)])
+        w.sub_(half).mul_(steps[row : row + len(w)])
+        if huge:
+            w.clamp_(-LARGEST, LARGEST)  # NaN stays
         flat[done : done + n] = w.view(-1)[:n]
         done += n
     return flat
+
+
+def _steps(scales: Scales) -> Tensor:
+    return torch.from_numpy((scales.astype(np.uint32) << CUT).view(np.float32))
 
 
 def _buffer(sizes: Sequence[int], block: int) -> Tensor:

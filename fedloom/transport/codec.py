@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -57,7 +58,7 @@ class Fp32:
 
 @dataclass(frozen=True, kw_only=True)
 class Bf16:
-    """Every value to 8 significant bits: off by 1/256 of itself at most."""
+    """Every value to 8 significant bits: off by 1/256 of itself at most, or by 2^-134 where that is more."""
 
     label: ClassVar[str] = "bf16"
     error_feedback: bool = False
@@ -66,7 +67,7 @@ class Bf16:
         import torch
 
         nothing = torch.empty(0, dtype=torch.bfloat16)  # of no tensors, too, there is one
-        return {"values": torch.cat([nothing, *(t.flatten().to(torch.bfloat16) for t in state.values())])}
+        return {"values": torch.cat([nothing, *(_narrowed(t.flatten(), torch.bfloat16) for t in state.values())])}
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
         import torch
@@ -90,7 +91,7 @@ class Int8:
 
     @property
     def label(self) -> str:
-        return f"int8 block={self.block} zstd={self.zstd}"
+        return f"int8 block={self.block} zstd={self.zstd} scale=2"  # the second form of scales
 
     def encode(self, state: AdapterState) -> Parts:
         from fedloom.transport import blocks
@@ -120,7 +121,7 @@ class Int4:
 
     @property
     def label(self) -> str:
-        return f"int4 block={self.block} zstd={self.zstd}"  # whatever the levels, it is read alike
+        return f"int4 block={self.block} zstd={self.zstd} scale=2"  # whatever the levels, it is read alike
 
     def encode(self, state: AdapterState) -> Parts:
         from fedloom.transport import blocks
@@ -133,7 +134,7 @@ class Int4:
 
 def layout(state: AdapterState) -> str:
     """Of names and shapes: equal where one state can be decoded like the other."""
-    text = "|".join(f"{name}{tuple(t.shape)}" for name, t in state.items())
+    text = json.dumps([[name, *t.shape] for name, t in state.items()])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -148,7 +149,15 @@ def _flat(state: AdapterState) -> list[Tensor]:
 
 def _shaped(flat: Tensor, like: AdapterState) -> AdapterState:
     pieces = flat.split([t.numel() for t in like.values()])
-    return AdapterState({name: p.view(t.shape).to(t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)})
+    return AdapterState({name: _narrowed(p.view(t.shape), t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)})
+
+
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another precision; what is finite stays so, for the largest numbers would be rounded to infinity."""
+    y, largest = x.to(dtype), torch.finfo(dtype).max
+    if largest >= torch.finfo(x.dtype).max or not y.numel() or all(end.isfinite() for end in y.aminmax()):
+        return y
+    return torch.where(x.isfinite(), y.clamp(-largest, largest), y)
 
 
 def _parts(codes: blocks.Codes, scales: blocks.Scales, *, zstd: bool) -> Parts:
