@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedloom.data.example import Example
-from fedloom.evaluation.answers import answer, grade, rouge_l
+from fedloom.evaluation.answers import Answer, answer, grade, rouge_l
 from fedloom.steps import Generate
 from tests.fakes import state
 
@@ -38,30 +38,46 @@ def example(response: str, rule: str = "") -> Example:
     return Example("Do it.", response, rule=rule)
 
 
+def ended(*texts: str) -> list[Answer]:
+    return [Answer(text, ended=True) for text in texts]
+
+
 def test_exact_folds_case_and_white_space_and_nothing_else() -> None:
     test = [example("The  fox.")] * 4
-    assert grade(test, ["the fox.", "The\nFOX. ", "the fox", "a fox."])["exact"] == 0.5
+    assert grade(test, ended("the fox.", "The\nFOX. ", "the fox", "a fox."))["exact"] == 0.5
 
 
 def test_metrics_are_means_over_the_examples() -> None:
-    found = grade([example("a b"), example("c d")], ["a b", "c"])
+    found = grade([example("a b"), example("c d")], ended("a b", "c"))
     assert found["exact"] == 0.5
     assert found["rouge_l"] == pytest.approx((1 + 2 / 3) / 2)  # 2 * 1 / (2 + 1)
 
 
 def test_the_rule_is_asked_only_where_every_example_has_one() -> None:
-    assert list(grade([example("It is May.", "exact")], ["it is may."])) == ["rule", "exact", "rouge_l"]
-    assert "rule" not in grade([example("It is May.", "exact"), example("x")], ["", ""])
+    assert list(grade([example("It is May.", "exact")], ended("it is may."))) == ["rule", "exact", "rouge_l", "ended"]
+    assert "rule" not in grade([example("It is May.", "exact"), example("x")], ended("", ""))
 
 
 def test_the_rule_is_stricter_than_exact() -> None:
-    found = grade([example("It is May.", "exact")], ["it is may."])
+    found = grade([example("It is May.", "exact")], ended("it is may."))
     assert (found["rule"], found["exact"]) == (0.0, 1.0)
 
 
 def test_an_answer_too_few_is_not_passed_over() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        grade([example("a"), example("b")], ["a"])
+        grade([example("a"), example("b")], ended("a"))
+
+
+def test_an_answer_that_was_cut_is_neither_exact_nor_right() -> None:
+    test = [example("It is May.", "exact")] * 2
+    found = grade(test, [Answer("It is May.", ended=True), Answer("It is May.", ended=False)])
+    assert (found["rule"], found["exact"], found["rouge_l"], found["ended"]) == (0.5, 0.5, 1.0, 0.5)
+
+
+def test_an_answer_as_long_as_the_limit_is_cut() -> None:
+    words = Words()
+    said = answer(words, words, [Example("abc", "x"), Example("ab", "x")], {"base": None}, max_new_tokens=3)  # type: ignore[arg-type]
+    assert [a.ended for a in said["base"]] == [False, True]
 
 
 class Words:
@@ -84,7 +100,7 @@ def test_every_row_is_asked_the_same_questions_in_one_call() -> None:
     words, adapter = Words(), state(1.0)
     test = [Example("ab", "x"), Example("cd", "y", context="e")]
     said = answer(words, words, test, {"base": None, "tuned": adapter}, max_new_tokens=8)  # type: ignore[arg-type]
-    assert said == {"base": ["ab", "cde"], "tuned": ["ab", "cde"]}
+    assert said == {"base": ended("ab", "cde"), "tuned": ended("ab", "cde")}
     base, tuned = words.asked["base"], words.asked["tuned"]
     assert isinstance(base, Generate)
     assert (base.adapter, tuned.adapter) == (None, adapter)
