@@ -93,6 +93,8 @@ def audit(
     saved = load(run)
     experiment = _same_training(saved, load(run, overrides))
     limits.check(experiment.audit.references)
+    if limits.exposure is not None and experiment.data.canaries is None:
+        raise ConfigError(f"--max-exposure has nothing to measure: {NO_CANARIES}.")
     if not experiment.algorithm.shared:
         raise RunError(f'algorithm = "{experiment.algorithm.name}" shares no model: nothing of this run is released.')
     home = run if (run / "state").exists() else run / f"seed-{saved.seed}" / "federated"

@@ -124,6 +124,6 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed:
         raise RunError(
-            f"The disk of {there} has {free / 1e9:,.2f} GB free, and this may take {needed / 1e9:,.2f} GB. "
+            f"The disk of {there} has {free / 1e6:,.1f} MB free, and this may take {needed / 1e6:,.1f} MB. "
             "Free some space, choose another --out, or a lower adapter.rank."
         )

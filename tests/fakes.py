@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fedloom.client import Client
 from fedloom.config import Experiment
 from fedloom.data.example import Example
 from fedloom.data.partition import partition_table
-from fedloom.experiment import Dataset, Machine
+from fedloom.experiment import Dataset, Machine, Skeleton, load_skeleton
 from fedloom.run import Training
 from fedloom.selection import All
 from fedloom.state import AdapterState
@@ -112,6 +113,18 @@ def dataset(clients: Mapping[str, Iterable[float]], test: Iterable[float] = (1.0
 
 def machine(engine: ToyEngine | None = None) -> Machine:
     return Machine(engine or ToyEngine(), ToyTemplate(), None, "0" * 64, "0" * 64)  # type: ignore[arg-type]
+
+
+@cache
+def skeleton() -> Skeleton:
+    """That of the base which `experiment` names, loaded once."""
+    return load_skeleton(experiment())
+
+
+class NoFiles:
+    """What is exported beside a toy's weights: it has no tokenizer."""
+
+    def save(self, folder: Path) -> None: ...
 
 
 class ToyTemplate:

@@ -82,7 +82,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert {"experiment.toml", "metrics.jsonl", "summary.json", "report.html", "adapter", "state"} <= names
-    assert {p.name for p in (finished / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert {p.name for p in (finished / "adapter").iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json", "README.md",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "fedloom.json",
+    }  # fmt: skip
     assert not list(finished.rglob("*.partial"))
 
 
@@ -288,7 +291,7 @@ def test_resuming_without_saying_what() -> None:
 
 
 def test_resuming_with_other_settings(finished: Path) -> None:
-    assert "'rounds=9' cannot change them" in refused("run", finished, "rounds=9", "--resume")
+    assert "of another training: rounds differs" in refused("run", finished, "rounds=9", "--resume")
 
 
 def test_export_into_a_folder_that_exists(finished: Path, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_writing_and_reading_changes_no_fingerprint(changes: list[str]) -> None:
     assert tomli_w.dumps(again.plain()) == again.to_toml()
 
 
-@pytest.mark.parametrize("change", ["seed=1", "rounds=11", "local.epochs=2", "data.partition.kind=iid", "model.base=x"])
+@pytest.mark.parametrize("change", ["seed=1", "rounds=11", "local.epochs=2", "data.partition.kind=iid", "model.dtype=bfloat16", "prompt.max_length=64"])
 def test_another_setting_is_another_fingerprint(change: str) -> None:
     base = read("data.partition.kind=dirichlet")
     assert read("data.partition.kind=dirichlet", change).fingerprint() != base.fingerprint()

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from fedloom import checkpoint, durable, results, simulate
+from fedloom import checkpoint, durable, preflight, results, simulate
 from fedloom.config import load
 from fedloom.errors import RunError
 from fedloom.report import card, page
 from fedloom.run import Listener
-from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, training
+from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton, training
 from tests.faulty_disk import FaultyDisk, Killed, Mode
 
 TOY = experiment(
@@ -32,6 +32,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole runs in milliseconds: everything but the model, the data, what people read and fsync is real."""
     monkeypatch.setattr(simulate, "load_data", lambda *_, **__: dataset(FOUR))
     monkeypatch.setattr(simulate, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(simulate, "_serving", lambda *_: NoFiles())
+    monkeypatch.setattr(simulate, "load_skeleton", lambda _: skeleton())
     monkeypatch.setattr(page, "write", lambda folder: durable.write(folder / "report.html", b"a page"))
     monkeypatch.setattr(card, "model_card", lambda summary: "a card")
     monkeypatch.setattr(results, "environment", dict)
@@ -121,7 +123,10 @@ def test_every_second_boundary_may_fail_on_the_way_back(expected: dict[str, Any]
     assert outcome(folder) == expected
 
 
-def test_a_disk_that_is_really_full_leaves_a_run_to_go_on_with(expected: dict[str, Any], tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full_leaves_a_run_to_go_on_with(
+    expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)  # it fills up later
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=28k", "tmpfs", str(small)]
@@ -205,5 +210,5 @@ def test_other_data_or_another_base_do_not_go_on_with_a_run(tmp_path: Path) -> N
     with pytest.raises(RunError, match="data are not what this run began with"):
         replace(begun, dataset=other).finish(Listener())
     with pytest.raises(RunError, match="base model is not what this run began with"):
-        replace(begun, machine=replace(begun.machine, base_hash="1" * 64)).finish(Listener())
+        replace(begun, machine=replace(begun.machine, base_hash="1" * 64, base_sha256="1" * 64)).finish(Listener())
     training(tmp_path).finish(Listener())  # the same again is welcome

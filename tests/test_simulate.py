@@ -17,7 +17,7 @@ from fedloom.experiment import load_machine
 from fedloom.federation import Round
 from fedloom.report import card, page
 from fedloom.run import Listener
-from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine
+from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton
 
 TOY = experiment(adapter={"rank": 1})
 
@@ -26,8 +26,10 @@ TOY = experiment(adapter={"rank": 1})
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "load_data", lambda *_, **__: dataset(FOUR))
     monkeypatch.setattr(simulate, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(simulate, "load_skeleton", lambda _: skeleton())
+    monkeypatch.setattr(simulate, "_serving", lambda *_: NoFiles())
     monkeypatch.setattr(page, "write", lambda folder: (folder / "report.html").write_text("a page"))
-    monkeypatch.setattr(card, "model_card", lambda summary: "a card")
+    monkeypatch.setattr(card, "model_card", lambda summary, **_: "a card")
     monkeypatch.setattr(results, "environment", dict)
 
 
