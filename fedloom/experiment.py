@@ -20,7 +20,7 @@ from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.engine import models
 from fedloom.engine.embedding import embed
-from fedloom.engine.generation import generate_all
+from fedloom.engine.generation import generate_all, positions
 from fedloom.engine.lora_engine import Generation, LoraEngine
 from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError
@@ -108,7 +108,7 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
         features = tfidf(texts)
     else:
         model, tokenizer = _load_base(experiment)
-        template = load_template(experiment, tokenizer)
+        template = load_template(experiment, model, tokenizer)
         features = standardized(embed(model, [template.document_ids(text) for text in texts]))
     return clustered(examples, features, count=wanted.count, seed=experiment.seed)
 
@@ -131,9 +131,12 @@ def _read(experiment: Experiment, quarantine: Path | None) -> tuple[list[Example
     return examples, read
 
 
-def load_template(experiment: Experiment, tokenizer: Any) -> Template:
-    p = experiment.prompt
-    return Template(tokenizer, format=p.format, max_length=p.max_length, loss_on=p.loss_on, system=p.system)
+def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Template:
+    """The prompt format, with what this base model reads; one without weights does, too."""
+    p, most = experiment.prompt, positions(model) or sys.maxsize
+    return Template(
+        tokenizer, format=p.format, max_length=p.max_length, positions=most, loss_on=p.loss_on, system=p.system
+    )
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Machine:
     @property
     def positions(self) -> int:
         """Tokens that the base model reads; many, where nothing limits it."""
-        return getattr(self.engine.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        return self.template.positions
 
     def describe(self) -> dict[str, Any]:
         """How it computes: for the record, and for whoever wonders about the speed."""
@@ -161,7 +164,7 @@ class Machine:
 def load_machine(experiment: Experiment) -> Machine:
     m = experiment.model
     model, tokenizer = _load_base(experiment)
-    template = load_template(experiment, tokenizer)
+    template = load_template(experiment, model, tokenizer)
     base_hash = models.base_hash(model)
     engine = LoraEngine.build(
         model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
@@ -194,7 +197,7 @@ def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, ma
         "synthesize": lambda: _synthesizer(experiment, dataset, machine),
         "contrast": lambda: template.contrast,
         "relabel": lambda: PseudoLabels(
-            prompt=lambda e: template.prompt_ids(e.instruction, e.context, room=experiment.evaluation.max_new_tokens),
+            prompt=lambda e: template.prompt_ids(e, room=experiment.evaluation.max_new_tokens),
             decode=template.decode, stop=template.stop, response_tokens=experiment.evaluation.max_new_tokens,
         ),
     }  # fmt: skip

@@ -48,13 +48,16 @@ def plan(experiment: Experiment) -> Plan:
     base = models.count_parameters(model)
     try:
         dataset = load_data(experiment)
-        template = load_template(experiment, tokenizer)
+        template = load_template(experiment, model, tokenizer)
         examples = [e for own in dataset.clients.values() for e in own]
         sample = examples[:: max(1, len(examples) // 2000)]
         data = [
             f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
             f"in {len(sample):,} of them: " + ", ".join(f"{k.replace('_', ' ')} {v:,.4g}" for k, v in template.measure(sample).items() if k != "examples"),
         ]
+        room = experiment.evaluation.max_new_tokens
+        if cut := sum(template.prompt_cut(e, room=room) != "none" for e in dataset.test):
+            data.append(f"{cut:,} held-out prompts are cut: the base model reads {template.positions:,} tokens, {room:,} of them for an answer")
         clients = sorted(dataset.clients)
     except (DataError, OSError) as unread:
         data, clients = [f"not read: {unread}"], [f"client-{i:03d}" for i in range(experiment.data.clients or 1)]

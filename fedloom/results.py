@@ -54,6 +54,7 @@ def measure(
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
     said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
+    cut = sum(machine.template.prompt_cut(q, room=limit) != "none" for q in questions)
     measured: dict[str, Any] = {}
     for row in rows:
         overall = {"loss": losses[row].loss}
@@ -76,7 +77,7 @@ def measure(
         }
         for j in _evenly(range(len(asked)), SAMPLES)
     ]
-    return {"seed": experiment.seed, "rows": measured, "samples": samples}
+    return {"seed": experiment.seed, "rows": measured, "samples": samples, "prompts_cut": cut}
 
 
 def _evenly(items: Sequence[int], count: int | None) -> list[int]:
@@ -152,6 +153,7 @@ def summarise(
         "differences": _differences(tables, metrics),
         "groups": {row: part["groups"] for row, part in results[0]["rows"].items()},
         "samples": results[0]["samples"],
+        "prompts_cut": sum(r.get("prompts_cut", 0) for r in results),  # questions that models saw a part of, over all seeds
         "synthesis": results[0].get("synthesis", {}),
         "rounds": [{k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records],
         "adapter_sha256": adapter_sha256,

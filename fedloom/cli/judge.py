@@ -97,7 +97,7 @@ def command(
             the_judge = RuleJudge()
         case Kind.likelihood:
             ruler = machine if model is None else _judge_machine(experiment, model, max_length)
-            the_judge = LikelihoodJudge(ruler.engine, ruler.template, ruler.base_hash)
+            the_judge = LikelihoodJudge(ruler.engine, ruler.template.reading_all(), ruler.base_hash)
         case Kind.local:
             other = _judge_machine(experiment, str(model), max_length)
             writer = LocalModel(other.engine, other.template, other.base_hash, max_new_tokens=max_tokens, temperature=temperature)

@@ -27,7 +27,7 @@ def answer(
     max_new_tokens: int,
 ) -> dict[Any, list[str]]:
     """Greedy answers of several adapters in shared batches; None is the untuned base."""
-    prompts = [template.prompt_ids(e.instruction, e.context, room=max_new_tokens) for e in test]
+    prompts = [template.prompt_ids(e, room=max_new_tokens) for e in test]
     requests = {
         row: Generate(prompts, adapter, max_new_tokens=max_new_tokens, stop=template.stop)
         for row, adapter in adapters.items()

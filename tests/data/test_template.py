@@ -319,8 +319,48 @@ def test_a_format_that_leaves_no_room_is_refused_without_quoting_the_example():
 
 
 def test_a_prompt_leaves_the_room_asked_for():
-    template = Template(byte_level(), format="plain", max_length=100)
+    template = Template(byte_level(), format="plain", max_length=50, positions=100)
     assert 60 < len(template.prompt_ids(LONG.instruction, LONG.context, room=30)) <= 70
+    assert template.prompt_cut(LONG.instruction, LONG.context, room=30) == "context"
+
+
+@pytest.mark.parametrize("room", [0, 64, 256, 10_000])
+def test_the_limit_on_training_cuts_no_prompt_that_is_to_be_answered(room):
+    whole = Template(byte_level(), format="plain", max_length=10_000).prompt_ids(LONG)
+    short = Template(byte_level(), format="plain", max_length=64)
+    assert short.prompt_ids(LONG, room=room) == short.prompt_ids(LONG.instruction, LONG.context) == whole
+    assert short.prompt_cut(LONG, room=room) == "none"
+
+
+@pytest.mark.parametrize("length", [64, 100, 200, 400])
+@pytest.mark.parametrize("room", [1, 32, 150, 400])
+@pytest.mark.parametrize("response", ["Red.", "", "green " * 12])
+def test_a_prompt_is_never_cut_below_what_training_shows(length, room, response):
+    template = Template(byte_level(), format="plain", max_length=length, positions=min(length, 256))
+    for context, words in ((0, 5), (30, 5), (200, 5), (0, 60), (0, 500)):
+        example = Example("Do it now. " * words, response, context="red green blue " * context)
+        tokens, _ = template.contrast(example)
+        shown = min(tokens.labelled.index(True), template.positions)
+        given = template.prompt_ids(example, room=room)
+        assert len(given) >= shown
+        assert len(given) <= max(shown, template.positions - room)
+        if template.truncation(example) == "none" and shown < template.positions:
+            assert given == list(tokens.ids[:shown])
+
+
+def test_a_prompt_is_cut_where_the_model_ends_however_long_the_answer_may_be():
+    template = Template(byte_level(), format="plain", max_length=512, positions=512)
+    assert template.prompt_ids("Do it.", room=512) == template.prompt_ids("Do it.")
+    long = "red green blue " * 400
+    assert len(template.prompt_ids("Do it.", long, room=512)) == 512 - 16
+    assert template.prompt_cut("Do it.", long, room=512) == "context"
+
+
+def test_measuring_may_read_as_much_as_the_model_does():
+    template = Template(byte_level(), format="plain", max_length=60, positions=4000)
+    assert template.truncation(LONG) == "response"
+    assert template.reading_all().truncation(LONG) == "none"
+    assert template.max_length == 60
 
 
 def test_measure_counts_what_is_cut():
