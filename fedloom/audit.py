@@ -154,11 +154,13 @@ def _same_training(saved: Experiment, wanted: Experiment) -> Experiment:
 def _same_inputs(path: Path, dataset: Dataset, machine: Machine) -> None:
     """Members that never were trained on would make any model look harmless."""
     try:
-        then = json.loads(path.read_bytes())
+        # The prompt was not always recorded.
+        then = {"prompt_sha256": machine.template.sha256(), **json.loads(path.read_bytes())}
     except (OSError, ValueError) as damaged:
         raise RunError(f"{path} is missing or damaged, so nobody can tell what the run was trained on.") from damaged
     for key, now, what in (
         ("data_sha256", dataset.sha256(), "data are"), ("base_sha256", machine.base_hash, "base model is"),
+        ("prompt_sha256", machine.template.sha256(), "prompts' format is"),
     ):  # fmt: skip
         if then.get(key) != now:
             raise RunError(f"The {what} not what this run was trained with ({path}). Put the old back, then audit.")

@@ -1,7 +1,7 @@
 """A run in a folder: started, killed, resumed, finished; and what it leaves there.
 
     experiment.toml   what was asked for, every default written out
-    inputs.json       what the data and the base model were: a resumed run goes on with no others
+    inputs.json       what the data, the base model and the prompts were: a resumed run goes on with no others
     metrics.jsonl     one line a round
     state/            the last two committed rounds (checkpoint.py)
     adapter/          the tuned adapter in PEFT's format, with a model card
@@ -100,16 +100,20 @@ class Training:
         return federation.run(state, self.experiment.rounds)
 
     def _inputs(self) -> dict[str, str]:
-        return {"data_sha256": self.dataset.sha256(), "base_sha256": self.machine.base_hash}
+        machine = self.machine
+        return {
+            "data_sha256": self.dataset.sha256(), "base_sha256": machine.base_hash, "prompt_sha256": machine.template.sha256(),
+        }  # fmt: skip
 
     def _check_inputs(self) -> None:
         """Refuse to go on with other data or another base model than the run began with."""
         saved, now = self.folder / INPUTS, self._inputs()
         try:
-            then = json.loads(saved.read_bytes())
+            # The prompt was not always recorded.
+            then = {"prompt_sha256": now["prompt_sha256"], **json.loads(saved.read_bytes())}
         except (OSError, ValueError) as damaged:
             raise RunError(f"{saved} is missing or damaged; start again with another --out.") from damaged
-        for name, what in (("data_sha256", "data are"), ("base_sha256", "base model is")):
+        for name, what in (("data_sha256", "data are"), ("base_sha256", "base model is"), ("prompt_sha256", "prompts' format is")):
             if then.get(name) != now[name]:
                 raise RunError(
                     f"The {what} not what this run began with ({saved}). Put the old back, or start a new run in another --out."

@@ -12,6 +12,8 @@ given when it answers, and the mask is known without searching for a marker.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -188,6 +190,11 @@ class Template:
             "tokens_max": max(lengths, default=0),
             "labelled_share": labelled / max(total, 1),
         }
+
+    def sha256(self) -> str:
+        """Of all that the format puts around a user's words: other prompts have another."""
+        parts = [self._opening, self._parts[False], self._parts[True], self.system, self._lead, self._tail, self.end]
+        return hashlib.sha256(json.dumps([*parts, self._trim]).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer as text: up to the first stop token, without special tokens and surrounding blanks."""

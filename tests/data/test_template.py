@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 
@@ -379,6 +380,70 @@ def test_a_tokenizer_without_any_end_is_refused():
 def test_chat_without_a_chat_template_is_refused():
     with pytest.raises(ModelError, match="chat template"):
         Template(byte_level(), format="chat")
+
+
+CLOCK = "<|im_start|>system\nToday is {{ CALL }}.<|im_end|>\n" + CHATML.replace("Be kind.", "")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("strftime_now('%d %b %Y')", "26 Jul 2024"),
+        ("strftime_now('%Y-%m-%dT%H:%M:%S')", "2024-07-26T00:00:00"),
+        ("strftime_now(format='%A, %-d %B %y, %F %j')", "Friday, 26 July 24, 2024-07-26 208"),
+        ("(strftime_now('%m') | int + 1) ~ strftime_now('%p').lower()", "8am"),
+        ("strftime_now is defined and strftime_now('%Y') is string", "True"),
+        ("date_string | default(strftime_now('%d %b %Y'))", "26 Jul 2024"),
+    ],
+)
+def test_the_clock_of_a_chat_template_stands_still(call, says):
+    assert f"Today is {says}." in Template(byte_level(CLOCK.replace("CALL", call))).prompt("Hi")
+
+
+def test_a_clock_that_stands_still_changes_nothing_else_that_is_rendered():
+    template = "\n  {%- if strftime_now is defined %}\n  {% set d = strftime_now('%Y') %}\n  x{{ d }}\n{% endif %}\n" + CHATML
+    tokenizer = byte_level(template)
+    year = f"{datetime.now():%Y}"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert Template(tokenizer).prompt("Hi") == rendered.replace(f"x{year}", "x2024")
+
+
+@pytest.mark.parametrize("call", ["['a', 'b'] | random", "[1,2]|random", "lipsum(n=1)", "lipsum()[:3]"])
+def test_a_chat_template_that_draws_at_random_is_refused(call):
+    with pytest.raises(ModelError, match="draws at random"):
+        Template(byte_level(CLOCK.replace("CALL", call)))
+
+
+@pytest.mark.parametrize("text", ["| random", "'random' ~ 'lipsum'"])
+def test_words_of_a_chat_template_are_no_draws(text):
+    shown = text if text.startswith("|") else "{{ " + text + " }}"
+    assert "random" in Template(byte_level(shown + CHATML)).prompt("Hi")
+
+
+@pytest.mark.parametrize("call", ["now()", "datetime.now()", "messages[0].content + 1", "undefined.thing"])
+def test_a_chat_template_that_cannot_be_rendered_is_refused_in_words(call):
+    with pytest.raises(ModelError, match="chat template"):
+        Template(byte_level(CLOCK.replace("CALL", call)))
+
+
+def test_a_chat_template_that_is_no_jinja_is_refused_in_words():
+    with pytest.raises(ModelError, match="no valid Jinja"):
+        Template(byte_level("{% for m in messages %}{{ m.content"))
+
+
+def test_other_prompts_have_another_sha256():
+    built = [
+        Template(byte_level(CHATML)),
+        Template(byte_level(CHATML.replace("kind", "rude"))),
+        Template(byte_level(CHATML), system="Be brief."),
+        Template(byte_level(CHATML), system="Be long."),
+        Template(byte_level(CHATML), format="alpaca"),
+        Template(byte_level(CHATML), format="plain"),
+        Template(byte_level(CHATML.replace("<|im_end|>", "<|endoftext|>"))),
+        Template(byte_level(CLOCK.replace("CALL", "strftime_now('%Y')"))),
+    ]
+    assert len({template.sha256() for template in built}) == len(built)
+    assert Template(byte_level(CHATML)).sha256() == built[0].sha256()
 
 
 def test_a_chat_template_that_hides_messages_is_refused():
