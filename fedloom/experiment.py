@@ -108,7 +108,7 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
         from fedloom.engine.embedding import embed
 
         model, tokenizer = _load_base(experiment)
-        template = load_template(experiment, tokenizer)
+        template = load_template(experiment, model, tokenizer)
         features = standardized(embed(model, [template.document_ids(text) for text in texts]))
     return clustered(examples, features, count=wanted.count, seed=experiment.seed)
 
@@ -131,9 +131,14 @@ def _read(experiment: Experiment, quarantine: Path | None) -> tuple[list[Example
     return examples, read
 
 
-def load_template(experiment: Experiment, tokenizer: Any) -> Template:
-    p = experiment.prompt
-    return Template(tokenizer, format=p.format, max_length=p.max_length, loss_on=p.loss_on, system=p.system)
+def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Template:
+    """The prompt format, with what this base model reads; one without weights does, too."""
+    from fedloom.engine.generation import positions
+
+    p, most = experiment.prompt, positions(model) or sys.maxsize
+    return Template(
+        tokenizer, format=p.format, max_length=p.max_length, positions=most, loss_on=p.loss_on, system=p.system
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ class Skeleton:
 
     @property
     def positions(self) -> int:
-        return _positions(self.model)
+        return self.template.positions
 
     @property
     def vocabulary(self) -> int:
@@ -159,11 +164,7 @@ def load_skeleton(experiment: Experiment) -> Skeleton:
 
     m = experiment.model
     model, tokenizer = models.skeleton(m.base, allow_download=m.allow_download)
-    return Skeleton(model, load_template(experiment, tokenizer), tokenizer)
-
-
-def _positions(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return Skeleton(model, load_template(experiment, model, tokenizer), tokenizer)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Machine:
     @property
     def positions(self) -> int:
         """Tokens that the base model reads; many, where nothing limits it."""
-        return _positions(self.engine.model)
+        return self.template.positions
 
     def is_base(self, sha256: str) -> bool:
         """Is this the base that was recorded so? Version 0.1.0 recorded the weights as it computed with them."""
@@ -201,7 +202,7 @@ def load_machine(experiment: Experiment) -> Machine:
 
     m = experiment.model
     model, tokenizer = _load_base(experiment)
-    template = load_template(experiment, tokenizer)
+    template = load_template(experiment, model, tokenizer)
     base_hash, base_sha256 = models.base_hash(model), models.identity(m.base, allow_download=m.allow_download)
     end_reachable = reachable(model, template.end)
     engine = LoraEngine.build(
@@ -241,7 +242,7 @@ def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, ma
         "synthesize": lambda: _synthesizer(experiment, dataset, machine),
         "contrast": lambda: template.contrast,
         "relabel": lambda: PseudoLabels(
-            prompt=lambda e: template.prompt_ids(e.instruction, e.context, room=experiment.evaluation.max_new_tokens),
+            prompt=lambda e: template.prompt_ids(e, room=experiment.evaluation.max_new_tokens),
             decode=template.decode, stop=template.stop, response_tokens=experiment.evaluation.max_new_tokens,
         ),
     }  # fmt: skip

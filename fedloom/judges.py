@@ -31,7 +31,7 @@ def build(by: JudgedBy, experiment: Experiment, machine: Machine) -> Judge:
         return RuleJudge()
     if isinstance(by, ByLikelihood):
         ruler = machine if by.model is None else _machine(experiment, by.model, by.max_length)
-        return LikelihoodJudge(ruler.engine, ruler.template, ruler.base_hash)
+        return LikelihoodJudge(ruler.engine, ruler.template.reading_all(), ruler.base_hash)
     rubric = RUBRICS[by.rubric]
     text = shipped_prompt(rubric) if by.prompt is None else load_prompt(Path(by.prompt))
     if isinstance(by, ByEndpoint):

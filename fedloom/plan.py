@@ -58,6 +58,9 @@ def plan(experiment: Experiment) -> Plan:
             f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
             f"in {len(sample):,} of them: " + ", ".join(f"{k.replace('_', ' ')} {v:,.4g}" for k, v in template.measure(sample).items() if k != "examples"),
         ]
+        room = experiment.evaluation.max_new_tokens
+        if cut := sum(template.prompt_cut(e, room=room) != "none" for e in dataset.test):
+            data.append(f"{cut:,} held-out prompts are cut: the base model reads {template.positions:,} tokens, {room:,} of them for an answer")
         clients = sorted(dataset.clients)
         disk = preflight.disk(experiment, dataset, layout.size, compared=False)
         preflight.check(experiment, [dataset], skeleton)

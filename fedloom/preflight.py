@@ -88,7 +88,7 @@ def _leave_room(experiment: Experiment, base: Skeleton, questions: Iterable[Exam
     for question in questions:
         advice = "Lower evaluation.max_new_tokens, or raise prompt.max_length where the base model reads more."
         try:
-            prompt = len(base.template.prompt_ids(question.instruction, question.context, room=room))
+            prompt = len(base.template.prompt_ids(question, room=room))
         except DataError as why:
             raise ConfigError(
                 f"evaluation.max_new_tokens = {room} leaves no room for the question {_name(question)}: {why} {advice}"

@@ -69,6 +69,7 @@ def measure(
         if asked else {}
     )  # fmt: skip
     ends = end_loss(machine.engine, machine.template, questions, rows) if asked else {}
+    cut = sum(machine.template.prompt_cut(q, room=limit) != "none" for q in questions)
     measured: dict[str, Any] = {}
     for row in rows:
         overall = {"loss": losses[row].loss} | ({"end_loss": ends[row]} if row in ends else {})
@@ -95,6 +96,7 @@ def measure(
         "seed": experiment.seed,
         "rows": measured,
         "samples": samples,
+        "prompts_cut": cut,
         "mix": {c.client: dict(c.counts) for c in dataset.table.clients},
         "answered": dict(Counter(groups[i] for i in asked)),
     }
@@ -190,6 +192,7 @@ def summarise(
         "own_mix": outcomes(results, shared="federated", alone=LOCAL, lower=LOWER),
         "groups": {row: part["groups"] for row, part in results[0]["rows"].items()},
         "samples": results[0]["samples"],
+        "prompts_cut": sum(r.get("prompts_cut", 0) for r in results),  # questions that models saw a part of, over all seeds
         "synthesis": results[0].get("synthesis", {}),
         "rounds": [{k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records],
         "adapter_sha256": adapter_sha256,

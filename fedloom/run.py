@@ -1,7 +1,7 @@
 """A run in a folder: started, killed, resumed, finished; and what it leaves there.
 
     experiment.toml   what was asked for, every default written out
-    inputs.json       what the data and the base model were: a resumed run goes on with no others
+    inputs.json       what the data, the base model and the prompts were: a resumed run goes on with no others
     metrics.jsonl     one line a round
     state/            the last two committed rounds (checkpoint.py)
     adapter/          the tuned adapter in PEFT's format, with a model card
@@ -100,7 +100,10 @@ class Training:
         return federation.run(state, self.experiment.rounds)
 
     def _inputs(self) -> dict[str, str]:
-        return {"data_sha256": self.dataset.sha256(), "base_sha256": self.machine.base_sha256}
+        machine = self.machine
+        return {
+            "data_sha256": self.dataset.sha256(), "base_sha256": machine.base_sha256, "prompt_sha256": machine.template.sha256(),
+        }  # fmt: skip
 
     def _check_inputs(self) -> None:
         """Refuse to go on with other data or another base model than the run began with."""
@@ -160,11 +163,14 @@ class Training:
 
 
 def other_inputs(saved: Path, dataset: Dataset, machine: Machine) -> str | None:
-    """What is not as `saved` (INPUTS) has it: "data are" or "base model is"; None: nothing. Raises OSError, ValueError."""
-    then = json.loads(saved.read_bytes())
+    """What is not as `saved` (INPUTS) has it: "data are", say; None: nothing. Raises OSError, ValueError."""
+    prompts = machine.template.sha256()
+    then = {"prompt_sha256": prompts, **json.loads(saved.read_bytes())}  # version 0.1.0 did not record the prompts
     if then.get("data_sha256") != dataset.sha256():
         return "data are"
-    return None if machine.is_base(then.get("base_sha256", "")) else "base model is"
+    if not machine.is_base(then.get("base_sha256", "")):
+        return "base model is"
+    return None if then["prompt_sha256"] == prompts else "prompts' format is"
 
 
 def held_out_part(experiment: Experiment, dataset: Dataset) -> tuple[Sequence[Any], list[str]]:

@@ -131,6 +131,9 @@ class ToyTemplate:
     format = "plain"
     end_text = "</s>"
 
+    def sha256(self) -> str:
+        return "0" * 64
+
 
 FOUR = {"a": (1.0, 2.0, 3.0), "b": (4.0, 5.0), "c": (6.0,), "d": (7.0, 8.0, 9.0, 10.0)}
 

@@ -194,6 +194,14 @@ def test_chat_answers_until_an_empty_line(finished: Path) -> None:
     assert len(done.out.splitlines()) >= 2
 
 
+def test_chat_reads_a_question_longer_than_a_training_sequence_and_says_what_it_cannot_read(finished: Path) -> None:
+    long, too_long = "What is red? " * 60, "What is red? || " + "A fox. " * 2000  # training sequences have 512 tokens, the model reads 1,024
+    done = type_in("chat", finished, "--max-new-tokens", "3", stdin=f"{long}\n{too_long}\n\n")
+    assert done.code == 0
+    assert done.err.count("is left out") == 1
+    assert "the end of the context is left out: the base model reads 1,024 tokens." in done.err
+
+
 def test_help_names_every_command() -> None:
     done = type_in("--help")
     assert done.code == 0

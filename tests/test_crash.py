@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,4 +212,10 @@ def test_other_data_or_another_base_do_not_go_on_with_a_run(tmp_path: Path) -> N
         replace(begun, dataset=other).finish(Listener())
     with pytest.raises(RunError, match="base model is not what this run began with"):
         replace(begun, machine=replace(begun.machine, base_hash="1" * 64, base_sha256="1" * 64)).finish(Listener())
+    clock = SimpleNamespace(sha256=lambda: "2" * 64)  # a chat template that tells the time, say
+    with pytest.raises(RunError, match="prompts' format is not what this run began with"):
+        replace(begun, machine=replace(begun.machine, template=clock)).finish(Listener())  # type: ignore[arg-type]
+    saved = tmp_path / "inputs.json"
+    old = {k: v for k, v in json.loads(saved.read_text()).items() if k != "prompt_sha256"}
+    saved.write_text(json.dumps(old))  # as runs were begun before prompts were recorded
     training(tmp_path).finish(Listener())  # the same again is welcome

@@ -35,6 +35,11 @@ def row(found: dict[str, Any], name: str, metric: str) -> dict[str, Any]:
     return one
 
 
+def test_questions_on_a_cut_prompt_are_counted_over_all_seeds() -> None:
+    assert summary([{**TWO[0], "prompts_cut": 3}, {**TWO[1], "prompts_cut": 1}])["prompts_cut"] == 4
+    assert summary()["prompts_cut"] == 0  # results from before they were counted
+
+
 def test_rows_come_in_the_order_of_the_paper() -> None:
     names = list(dict.fromkeys(r["row"] for r in summary()["rows"]))
     assert names == ["base", "local mean", "local best", "federated", "local:a", "local:b"]

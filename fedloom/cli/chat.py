@@ -32,6 +32,8 @@ def command(
     while said := _ask():
         instruction, _, context = (part.strip() for part in said.partition("||"))
         ids = machine.template.prompt_ids(instruction, context, room=max_new_tokens)
+        if (cut := machine.template.prompt_cut(instruction, context, room=max_new_tokens)) != "none":
+            err.print(f"[dim]the end of the {cut} is left out: the base model reads {machine.positions:,} tokens.[/]")
         turn += 1
         shown = ""
         answer: list[int] = []

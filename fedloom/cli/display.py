@@ -154,8 +154,16 @@ def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
         out.print(f"[yellow]warning:[/] {escape(line)}", highlight=False, soft_wrap=True)
     for line in [*differences(summary), *findings.taking_part(summary)]:
         out.print(escape(line), highlight=False, soft_wrap=True)
+    if cut := summary.get("prompts_cut"):
+        out.print(prompts_cut(cut), highlight=False, soft_wrap=True)
     out.print(f"Report:  {folder / 'report.html'}", highlight=False, soft_wrap=True)
     out.print(f"Adapter: {folder / 'adapter'}  (try: fedloom chat {folder})", highlight=False, soft_wrap=True)
+
+
+def prompts_cut(count: int) -> str:
+    """What to know about answers whose question the model saw a part of."""
+    questions = "1 question was" if count == 1 else f"{count} questions were"
+    return f"{questions} answered on a cut prompt: the base model reads no more. A smaller evaluation.max_new_tokens leaves more to it."
 
 
 def results_table(summary: Mapping[str, Any], width: int) -> Table:

@@ -11,11 +11,13 @@ def command(run: RunFolder, overrides: Overrides = None) -> None:
 
     Settings may be changed, for other data say: fedloom evaluate RUN seed=1 evaluation.answers=200
     """
-    from fedloom.cli.display import metrics_table
+    from fedloom.cli.display import metrics_table, prompts_cut
     from fedloom.config import load
     from fedloom.simulate import evaluate
 
     experiment = load(run, overrides or [])
     result = evaluate(experiment, run)
     out.print(metrics_table({row: found["metrics"] for row, found in result["rows"].items()}))
+    if cut := result["prompts_cut"]:
+        out.print(prompts_cut(cut), highlight=False, soft_wrap=True)
     out.print(f"Wrote {run / 'evaluation.json'}", highlight=False, soft_wrap=True)

@@ -11,7 +11,11 @@ given when it answers, and the mask is known without searching for a marker.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -46,7 +50,9 @@ class Template:
 
     `format="auto"` is the tokenizer's own chat template where it has one, else Alpaca's wording. `system`
     is said before the instruction; a chat template that knows no system role gets it as part of the
-    user's turn. `loss_on="all"` also learns the prompt. `max_length` counts prompt, response and end.
+    user's turn. `loss_on="all"` also learns the prompt. `max_length` is the most tokens of a training
+    sequence: prompt, response and end. `positions` is what the model reads at once, which bounds a prompt
+    that is to be answered.
 
     `stop` holds every token that ends an answer: the tokenizer's end of text and the chat template's end
     of turn. The latter (the former without a chat template) closes every response and is learnt.
@@ -58,6 +64,7 @@ class Template:
         *,
         format: Format = "auto",
         max_length: int = 512,
+        positions: int = sys.maxsize,
         loss_on: Literal["response", "all"] = "response",
         system: str = "",
     ):
@@ -70,6 +77,7 @@ class Template:
             )
         self.format: str = format
         self.max_length = max_length
+        self.positions = positions
         self.loss_on = loss_on
         self.system = system
         self._tokenizer = tokenizer
@@ -117,13 +125,24 @@ class Template:
             for part in (*self._opening, *self._parts[bool(context)])
         )
 
-    def prompt_ids(self, instruction: str, context: str = "", *, room: int = 0) -> list[int]:
-        """What a model is given to answer: exactly what `encode` puts before the response.
+    def prompt_ids(self, example: Example | str, context: str = "", *, room: int = 0) -> list[int]:
+        """What a model is given to answer: what `encode` puts before the response.
 
-        At most `max_length - room` tokens; the end of the context, then of the instruction, is cut to get there.
+        Whole, where that leaves `room` tokens of the model's positions for the answer; else the end of the
+        context, then of the instruction, is cut, but never to less than training shows of the same example
+        (of an instruction alone: to less than `max_length` but for 16 tokens).
         """
-        ids, _ = self._fit_prompt(instruction, context, self.max_length - room)
-        return ids
+        return self._given(example, context, room)[0]
+
+    def prompt_cut(self, example: Example | str, context: str = "", *, room: int = 0) -> Cut:
+        """What `prompt_ids` cuts off."""
+        return self._given(example, context, room)[1]
+
+    def reading_all(self) -> Template:
+        """The same format for sequences as long as the model reads: for measuring, not for training."""
+        other = copy.copy(self)
+        other.max_length = self.positions
+        return other
 
     @property
     def end_text(self) -> str:
@@ -182,6 +201,11 @@ class Template:
             "labelled_share": labelled / max(total, 1),
         }
 
+    def sha256(self) -> str:
+        """Of all that the format puts around a user's words: other prompts have another."""
+        parts = [self._opening, self._parts[False], self._parts[True], self.system, self._lead, self._tail, self.end]
+        return hashlib.sha256(json.dumps([*parts, self._trim]).encode()).hexdigest()
+
     def decode(self, ids: Sequence[int]) -> str:
         """The answer as text: up to the first stop token, without special tokens and surrounding blanks."""
         kept = []
@@ -197,6 +221,19 @@ class Template:
         if self.loss_on == "all":
             return _labelled(prompt[:1], [*prompt[1:], *answer]), cut
         return _labelled(prompt, answer), cut
+
+    def _given(self, example: Example | str, context: str, room: int) -> tuple[list[int], Cut]:
+        instruction = example if isinstance(example, str) else example.instruction
+        context = context if isinstance(example, str) else example.context
+        ids = self._prompt_ids(instruction, context)
+        if len(ids) <= self.positions - room:
+            return ids, "none"
+        trained = (
+            min(self.max_length, self.positions) - SHORTEST_CUT
+            if isinstance(example, str)
+            else min(len(self._pieces(example)[0]), self.positions)
+        )
+        return self._fit_prompt(instruction, context, max(self.positions - room, trained))
 
     def _pieces(self, example: Example) -> tuple[list[int], list[int], Cut]:
         """Prompt, response with its end, and what was cut to make both fit."""
@@ -231,8 +268,8 @@ class Template:
             ids, cut = self._prompt_ids(instruction, context), "instruction"
         if len(ids) > limit:
             raise DataError(
-                f"too-long: the prompt format alone takes {len(ids)} tokens and max_length={self.max_length} "
-                f"leaves {max(limit, 0)}; raise prompt.max_length."
+                f"too-long: the prompt format alone takes {len(ids)} tokens and has room for {max(limit, 0)} of "
+                f"prompt.max_length={self.max_length}; raise that, or choose a model that reads more."
             )
         return ids, cut
 

@@ -55,7 +55,7 @@ def generate_all(
 
     Raises ModelError for a prompt that is empty or longer than the model reads.
     """
-    longest = _positions(engine.model)
+    longest = positions(engine.model)
     answers: dict[Hashable, list[list[int]]] = {
         key: [[] for _ in request.prompts] for key, request in requests.items()
     }
@@ -86,7 +86,7 @@ def stream(
     """
     request = Generate([prompt_ids], adapter, max_new_tokens, stop, temperature)
     with engine.rows({id(adapter): adapter}) as rows:
-        prompts = _prompts("", request, rows, _positions(engine.model))
+        prompts = _prompts("", request, rows, positions(engine.model))
     if prompts:
         for tokens in _continued(engine, rows, prompts, seed):
             yield from (token for _, token in tokens)
@@ -276,6 +276,6 @@ def _tokens_per_batch(model: Any) -> int:
     return max(TOKENS_PER_BATCH, int(CACHE_SHARE * memory) // token)
 
 
-def _positions(model: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """How many tokens the model reads; None where nothing limits it."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -44,7 +44,7 @@ def answers_of(
     Only what `cache` does not hold is generated, and kept as it comes. An answer of `max_new_tokens` tokens is cut by
     definition, even if the end would have come next.
     """
-    prompts = [template.prompt_ids(q.instruction, q.context, room=max_new_tokens) for q in questions]
+    prompts = [template.prompt_ids(q, room=max_new_tokens) for q in questions]
     keys: dict[Hashable, list[str]] = {
         row: [
             key_of(weights=weights, adapter=adapter.sha256() if adapter else None, prompt=prompt,

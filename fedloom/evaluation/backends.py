@@ -168,7 +168,8 @@ class LocalModel:
     def _ids(self, prompt: str) -> list[int] | None:
         ids = self.template.prompt_ids(prompt)
         whole = self.template.truncation(Example(prompt, "")) == "none"
-        return ids if whole and len(ids) + self.max_new_tokens <= self.template.max_length else None
+        most = min(self.template.max_length, self.template.positions)
+        return ids if whole and len(ids) + self.max_new_tokens <= most else None
 
 
 # --- without words ---------------------------------------------------------------------------------------
@@ -212,8 +213,8 @@ class LikelihoodJudge:
     know. Both sides have to be measured by one model, best a third one. There is no zero, so no relative
     score.
 
-    Where question, answer and reference do not fit max_length together, the rating fails; nothing is cut.
-    `engine` must have been built with `template.encode`.
+    Where question, answer and reference together are longer than the template's max_length, the rating fails;
+    nothing is cut. `template.reading_all()` goes up to what the model reads.
     """
 
     engine: Engine
@@ -255,7 +256,8 @@ class LikelihoodJudge:
         examples = [_after(question, answer) for question, answer in answers]
         problems = [self._problem(example) for example in examples]
         usable = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
-        scored = iter(self.engine.answer({"judge": Score(usable, self.adapter)})["judge"] if usable else ())
+        tokens = [self.template.encode(e) for e in usable]
+        scored = iter(self.engine.answer({"judge": Score(tokens, self.adapter)})["judge"] if usable else ())
         return [problem or _mean(next(scored)) for problem in problems]
 
     def _problem(self, example: Example) -> Failed | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 
@@ -319,8 +320,48 @@ def test_a_format_that_leaves_no_room_is_refused_without_quoting_the_example():
 
 
 def test_a_prompt_leaves_the_room_asked_for():
-    template = Template(byte_level(), format="plain", max_length=100)
+    template = Template(byte_level(), format="plain", max_length=50, positions=100)
     assert 60 < len(template.prompt_ids(LONG.instruction, LONG.context, room=30)) <= 70
+    assert template.prompt_cut(LONG.instruction, LONG.context, room=30) == "context"
+
+
+@pytest.mark.parametrize("room", [0, 64, 256, 10_000])
+def test_the_limit_on_training_cuts_no_prompt_that_is_to_be_answered(room):
+    whole = Template(byte_level(), format="plain", max_length=10_000).prompt_ids(LONG)
+    short = Template(byte_level(), format="plain", max_length=64)
+    assert short.prompt_ids(LONG, room=room) == short.prompt_ids(LONG.instruction, LONG.context) == whole
+    assert short.prompt_cut(LONG, room=room) == "none"
+
+
+@pytest.mark.parametrize("length", [64, 100, 200, 400])
+@pytest.mark.parametrize("room", [1, 32, 150, 400])
+@pytest.mark.parametrize("response", ["Red.", "", "green " * 12])
+def test_a_prompt_is_never_cut_below_what_training_shows(length, room, response):
+    template = Template(byte_level(), format="plain", max_length=length, positions=min(length, 256))
+    for context, words in ((0, 5), (30, 5), (200, 5), (0, 60), (0, 500)):
+        example = Example("Do it now. " * words, response, context="red green blue " * context)
+        tokens, _ = template.contrast(example)
+        shown = min(tokens.labelled.index(True), template.positions)
+        given = template.prompt_ids(example, room=room)
+        assert len(given) >= shown
+        assert len(given) <= max(shown, template.positions - room)
+        if template.truncation(example) == "none" and shown < template.positions:
+            assert given == list(tokens.ids[:shown])
+
+
+def test_a_prompt_is_cut_where_the_model_ends_however_long_the_answer_may_be():
+    template = Template(byte_level(), format="plain", max_length=512, positions=512)
+    assert template.prompt_ids("Do it.", room=512) == template.prompt_ids("Do it.")
+    long = "red green blue " * 400
+    assert len(template.prompt_ids("Do it.", long, room=512)) == 512 - 16
+    assert template.prompt_cut("Do it.", long, room=512) == "context"
+
+
+def test_measuring_may_read_as_much_as_the_model_does():
+    template = Template(byte_level(), format="plain", max_length=60, positions=4000)
+    assert template.truncation(LONG) == "response"
+    assert template.reading_all().truncation(LONG) == "none"
+    assert template.max_length == 60
 
 
 def test_measure_counts_what_is_cut():
@@ -339,6 +380,70 @@ def test_a_tokenizer_without_any_end_is_refused():
 def test_chat_without_a_chat_template_is_refused():
     with pytest.raises(ModelError, match="chat template"):
         Template(byte_level(), format="chat")
+
+
+CLOCK = "<|im_start|>system\nToday is {{ CALL }}.<|im_end|>\n" + CHATML.replace("Be kind.", "")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ("strftime_now('%d %b %Y')", "26 Jul 2024"),
+        ("strftime_now('%Y-%m-%dT%H:%M:%S')", "2024-07-26T00:00:00"),
+        ("strftime_now(format='%A, %-d %B %y, %F %j')", "Friday, 26 July 24, 2024-07-26 208"),
+        ("(strftime_now('%m') | int + 1) ~ strftime_now('%p').lower()", "8am"),
+        ("strftime_now is defined and strftime_now('%Y') is string", "True"),
+        ("date_string | default(strftime_now('%d %b %Y'))", "26 Jul 2024"),
+    ],
+)
+def test_the_clock_of_a_chat_template_stands_still(call, says):
+    assert f"Today is {says}." in Template(byte_level(CLOCK.replace("CALL", call))).prompt("Hi")
+
+
+def test_a_clock_that_stands_still_changes_nothing_else_that_is_rendered():
+    template = "\n  {%- if strftime_now is defined %}\n  {% set d = strftime_now('%Y') %}\n  x{{ d }}\n{% endif %}\n" + CHATML
+    tokenizer = byte_level(template)
+    year = f"{datetime.now():%Y}"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert Template(tokenizer).prompt("Hi") == rendered.replace(f"x{year}", "x2024")
+
+
+@pytest.mark.parametrize("call", ["['a', 'b'] | random", "[1,2]|random", "lipsum(n=1)", "lipsum()[:3]"])
+def test_a_chat_template_that_draws_at_random_is_refused(call):
+    with pytest.raises(ModelError, match="draws at random"):
+        Template(byte_level(CLOCK.replace("CALL", call)))
+
+
+@pytest.mark.parametrize("text", ["| random", "'random' ~ 'lipsum'"])
+def test_words_of_a_chat_template_are_no_draws(text):
+    shown = text if text.startswith("|") else "{{ " + text + " }}"
+    assert "random" in Template(byte_level(shown + CHATML)).prompt("Hi")
+
+
+@pytest.mark.parametrize("call", ["now()", "datetime.now()", "messages[0].content + 1", "undefined.thing"])
+def test_a_chat_template_that_cannot_be_rendered_is_refused_in_words(call):
+    with pytest.raises(ModelError, match="chat template"):
+        Template(byte_level(CLOCK.replace("CALL", call)))
+
+
+def test_a_chat_template_that_is_no_jinja_is_refused_in_words():
+    with pytest.raises(ModelError, match="no valid Jinja"):
+        Template(byte_level("{% for m in messages %}{{ m.content"))
+
+
+def test_other_prompts_have_another_sha256():
+    built = [
+        Template(byte_level(CHATML)),
+        Template(byte_level(CHATML.replace("kind", "rude"))),
+        Template(byte_level(CHATML), system="Be brief."),
+        Template(byte_level(CHATML), system="Be long."),
+        Template(byte_level(CHATML), format="alpaca"),
+        Template(byte_level(CHATML), format="plain"),
+        Template(byte_level(CHATML.replace("<|im_end|>", "<|endoftext|>"))),
+        Template(byte_level(CLOCK.replace("CALL", "strftime_now('%Y')"))),
+    ]
+    assert len({template.sha256() for template in built}) == len(built)
+    assert Template(byte_level(CHATML)).sha256() == built[0].sha256()
 
 
 def test_a_chat_template_that_hides_messages_is_refused():

@@ -90,8 +90,8 @@ class Words:
 
     stop = frozenset({0})
 
-    def prompt_ids(self, instruction: str, context: str = "", *, room: int) -> list[int]:
-        return [ord(c) for c in f"{instruction}{context}"][:room]
+    def prompt_ids(self, example: Example, *, room: int) -> list[int]:
+        return [ord(c) for c in f"{example.instruction}{example.context}"][:room]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))

@@ -34,13 +34,18 @@ class Letters:
     """A template for which every character is a token."""
 
     max_length: int = 200
+    positions: int = 10_000
     format: str = "plain"
     system: str = ""
     loss_on: str = "response"
     stop: frozenset[int] = frozenset({0})
 
-    def prompt_ids(self, instruction: str, context: str = "", *, room: int = 0) -> list[int]:
-        return [ord(c) for c in instruction + context][: self.max_length - room]
+    def prompt_ids(self, example: Example | str, *, room: int = 0) -> list[int]:
+        text = example if isinstance(example, str) else example.instruction + example.context
+        return [ord(c) for c in text][: self.max_length - room]
+
+    def encode(self, example: Example) -> Example:
+        return example
 
     def truncation(self, example: Example) -> str:
         whole = len(example.instruction + example.context + example.response) + 1 <= self.max_length

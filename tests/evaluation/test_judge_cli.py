@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fedloom.cli import judge
 from fedloom.config import load
+from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment import Machine, load_data
 from tests.evaluation.endpoint_server import SECRET, serve
@@ -30,8 +31,11 @@ class Letters:
     max_length: int = 512
     stop: frozenset[int] = frozenset({0})
 
-    def prompt_ids(self, instruction: str, context: str = "", *, room: int = 0) -> list[int]:
-        return [ord(c) for c in instruction]
+    def prompt_ids(self, example: Example, *, room: int = 0) -> list[int]:
+        return [ord(c) for c in example.instruction]
+
+    def reading_all(self) -> Letters:
+        return self
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
