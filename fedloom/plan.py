@@ -13,7 +13,7 @@ from fedloom import rng
 from fedloom.config import Experiment
 from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
-from fedloom.errors import DataError
+from fedloom.errors import ConfigError, DataError
 from fedloom.experiment import load_data, load_template
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
@@ -35,6 +35,7 @@ class Plan:
     tokens_per_pass: int
     memory: float  # bytes, an estimate
     data: list[str]
+    unread: str  # why the data could not be read; "": they could
 
 
 def plan(experiment: Experiment) -> Plan:
@@ -45,7 +46,7 @@ def plan(experiment: Experiment) -> Plan:
     noise = rng.stream(experiment.seed, "plan")
     delta = adapter.map(lambda t: 1e-3 * torch.randn(t.shape, generator=noise, dtype=t.dtype))
     up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
-    base = models.count_parameters(model)
+    base, unread = models.count_parameters(model), ""
     try:
         dataset = load_data(experiment)
         template = load_template(experiment, tokenizer)
@@ -56,15 +57,16 @@ def plan(experiment: Experiment) -> Plan:
             f"in {len(sample):,} of them: " + ", ".join(f"{k.replace('_', ' ')} {v:,.4g}" for k, v in template.measure(sample).items() if k != "examples"),
         ]
         clients = sorted(dataset.clients)
-    except (DataError, OSError) as unread:
-        data, clients = [f"not read: {unread}"], [f"client-{i:03d}" for i in range(experiment.data.clients or 1)]
+    except (ConfigError, DataError, OSError) as failed:
+        unread = str(failed)
+        data, clients = [], [f"client-{i:03d}" for i in range(experiment.data.clients or 1)]
     select = experiment.cohort.build(clients=clients, seed=experiment.seed)
     cohorts = [select(r) for r in range(experiment.rounds)]
     cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
     width = min(experiment.transport.width, max(1, round(cohort)))
     return Plan(
         base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
-        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data,
+        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data, unread,
     )  # fmt: skip
 
 

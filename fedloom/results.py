@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +38,15 @@ def measure(
     machine: Machine,
     rows: Mapping[str, AdapterState | None],
     leaks: Mapping[str, Mapping[str, float]] = {},
+    *,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Every row on the same held-out examples: metrics, overall and by group, and a few answers.
 
-    `leaks` are metrics of leakage that some rows have, too (leakage.py). Raises RunError for a row that has diverged.
+    `leaks` are metrics of leakage that some rows have, too (leakage.py). `say` hears what begins. Raises RunError for a row that has diverged.
     """
     groups = dataset.groups()
+    say("measuring held-out loss")
     losses = held_out_loss(machine.engine, dataset.test, groups, rows)
     if diverged := [row for row in rows if not math.isfinite(losses[row].loss)]:
         raise RunError(
@@ -53,6 +56,7 @@ def measure(
     asked = _evenly(range(len(dataset.test)), experiment.evaluation.answers)
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
+    say(f"answering {len(asked)} question{'s' if len(asked) != 1 else ''} by {len(rows)} models")
     said = answer(machine.engine, machine.template, questions, rows, max_new_tokens=limit) if asked else {}
     measured: dict[str, Any] = {}
     for row in rows:

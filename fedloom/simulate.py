@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedloom import checkpoint, durable, journal
+from fedloom import checkpoint, durable, folders, journal
 from fedloom.compare import (
     Progress,
     all_seeds,
@@ -46,14 +46,15 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         finished = _finished(folder)
         if finished is not None:
             return finished
-        if any(folder.glob("seed-*/")):
-            raise RunError(f"{folder} holds a comparison. Go on with it: fedloom compare --resume --out {folder}")
+        folders.expect_kind(folder, "run")
+        listener.phase("reading the data")
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        listener.phase("loading the base model")
         machine = load_machine(experiment)
         training = federated(experiment, dataset, machine, folder)
         state = training.finish(listener)
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
-        result = measure(experiment, dataset, machine, rows)
+        result = measure(experiment, dataset, machine, rows, say=listener.phase)
         if made := synthesis_of(training):
             result["synthesis"] = {"federated": made}
         summary = summarise(
@@ -77,12 +78,13 @@ def compare(
             f'algorithm = "{experiment.algorithm.name}" trains no shared model to compare with others. '
             "Choose one that does, and give this one a row: compare.methods."
         )
+    if jobs < 1:
+        raise ConfigError(f"Expected at least 1 seed at a time, got jobs={jobs}.")
     with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder)
         if finished is not None:
             return finished
-        if (folder / "state").exists():
-            raise RunError(f"{folder} holds a run. Go on with it: fedloom run --resume --out {folder}")
+        folders.expect_kind(folder, "compare")
         on_progress(progress(experiment, folder))
         for state in all_seeds(experiment, folder, jobs=jobs):
             on_progress(state)
@@ -126,10 +128,23 @@ def export(run: Path, folder: Path, *, merged: bool) -> None:
         raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
     machine = load_machine(experiment)
     adapter = adapter_of(run, machine)
-    if merged:
-        export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder)
-    else:
-        shutil.copytree(run / "adapter", folder)
+    with _whole(folder) as unfinished:
+        if merged:
+            export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, unfinished)
+        else:
+            shutil.copytree(run / "adapter", unfinished)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A place to write a folder that appears whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -147,19 +162,37 @@ def _base_name(experiment: Experiment) -> str:
 
 @contextmanager
 def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
-    """Hold the folder against other processes, for this experiment and no other."""
+    """Hold the folder against other processes, for this experiment and no other.
+
+    Where nothing is committed in the end, what was made here is taken away again.
+    """
     saved = folder / "experiment.toml"
     if resume and not saved.exists():
         raise RunError(f"Nothing to resume: there is no {saved}.")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with checkpoint.lock(folder):
-        if not resume:
-            # A run that ended before its first round, say for want of its data, may be started over.
-            if saved.exists() and any(folder.rglob("metrics.jsonl")):
-                raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
-            durable.write(saved, experiment.to_toml().encode())
-        elif load(saved).fingerprint() != experiment.fingerprint():
-            raise RunError(f"{folder} holds another experiment: {saved} differs. Resume that one, or choose another --out.")
-        yield
+        try:
+            if not resume:
+                folders.expect_room(folder)  # a run that ended before its first round may be started over
+                durable.write(saved, experiment.to_toml().encode())
+            elif load(saved).fingerprint() != experiment.fingerprint():
+                raise RunError(f"{folder} holds another experiment: {saved} differs. Resume that one, or choose another --out.")
+            yield
+        except BaseException:
+            if missing and not folders.begun(folder) and not _quarantined(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                _remove_empty(missing[1:])
+            raise
+
+
+def _quarantined(folder: Path) -> bool:
+    return any(file.stat().st_size for file in folder.rglob("quarantine.jsonl"))
+
+
+def _remove_empty(places: Sequence[Path]) -> None:
+    with suppress(OSError):  # somebody else has put something there
+        for place in places:
+            place.rmdir()
 
 
 def _export(folder: Path, experiment: Experiment, adapter: AdapterState, summary: Mapping[str, Any]) -> None:

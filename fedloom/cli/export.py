@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.arguments import RunFolder
-from fedloom.cli.console import out
+from fedloom.cli.arguments import RunFolder, load_finished
+from fedloom.cli.console import say
+from fedloom.errors import RunError
 
 
 class Form(StrEnum):
@@ -24,11 +25,14 @@ def command(
     where: Annotated[Path | None, typer.Option("--out", help="Folder to write. Default: RUN/export-FORM.")] = None,
 ) -> None:
     """Write the tuned model for PEFT and vLLM, as a plain transformers model, or the curves for TensorBoard."""
+    folder = where or run / f"export-{to.value}"
+    load_finished(run)
+    if to is not Form.tensorboard and folder.exists():
+        raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
     from fedloom import simulate, tensorboard
 
-    folder = where or run / f"export-{to.value}"
     if to is Form.tensorboard:
         tensorboard.export(run, folder)
     else:
         simulate.export(run, folder, merged=to is Form.merged)
-    out.print(f"Wrote {folder}", highlight=False, soft_wrap=True)
+    say(f"Wrote {folder}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloom.cli.arguments import Overrides, RunFolder
+from fedloom.cli.arguments import Overrides, RunFolder, load_finished
 from fedloom.cli.console import err, out
 from fedloom.errors import ConfigError, RunError
 
@@ -62,7 +62,7 @@ def command(
 
     Answers and verdicts are kept under RUN/judge: an interrupted evaluation goes on, a repeated one asks nothing.
     """
-    from fedloom.config import load
+    experiment = load_finished(run, overrides)
     from fedloom.evaluation.backends import (
         RUBRICS,
         LikelihoodJudge,
@@ -80,7 +80,6 @@ def command(
     from fedloom.results import write_json
     from fedloom.simulate import adapter_of
 
-    experiment = load(run, overrides or [])
     test = _some(load_data(experiment).test, questions)
     kind = judge or (Kind.endpoint if url else Kind.rule if all(e.rule for e in test) else Kind.likelihood)
     if (kind is Kind.endpoint) != (url is not None):
