@@ -13,10 +13,11 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -44,8 +45,10 @@ from fedloom.experiment import (
     pooled_client,
     specialist_client,
 )
+from fedloom.federation import Round
 from fedloom.leakage import leakage
-from fedloom.results import ANSWERS, local_label, measure, shared, write_json
+from fedloom.messages import ClientId
+from fedloom.results import ANSWERS, measure, shared, write_json
 from fedloom.rng import numpy_stream
 from fedloom.run import Listener, Training
 from fedloom.selection import All
@@ -94,11 +97,11 @@ def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, fold
     return Training(folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), "centralised " + experiment.fingerprint())
 
 
-def specialist(number: int, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
-    """FedIT's row Local-`number`: one owner of all training examples of the categories that `compare.local` names for it."""
-    label = local_label(number)
-    fingerprint = f"{label} {json.dumps(experiment.compare.local[number - 1])} {experiment.fingerprint()}"
-    clients = {label: specialist_client(experiment, dataset, number, label)}
+def specialist(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+    """A row of FedIT's table: one owner of all training examples of the categories that `compare.local` names for it."""
+    categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
+    fingerprint = f"{label} {json.dumps(categories)} {experiment.fingerprint()}"
+    clients = {label: specialist_client(experiment, dataset, label)}
     return Training(folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), fingerprint)
 
 
@@ -107,11 +110,16 @@ def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener
     if (done := _measured(experiment, folder)) is not None:
         return done
     with checkpoint.lock(folder):
-        dataset, machine = load_data(experiment, quarantine=folder / "quarantine.jsonl"), load_machine(experiment)
+        listener.phase("reading the data")
+        dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        listener.phase("loading the base model")
+        machine = load_machine(experiment)
         rows, synthesis = trained(experiment, dataset, machine, folder, listener)
         with measuring(folder.parent, "compare"):
+            if experiment.compare.leakage:
+                listener.phase("measuring leakage")
             leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
-            measured = measure(experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS))
+            measured = measure(experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS), say=listener.phase)
         result = {**measured, "synthesis": synthesis, "engine": machine.describe(), "settings": _measuring(experiment)}
         write_json(folder / RESULT, result)
     return result
@@ -151,6 +159,7 @@ def trained(
     rows: dict[str, AdapterState | None] = {"base": None}
     synthesis: dict[str, Any] = {}
     for name, (label, made) in trainings(experiment).items():
+        listener.row(label)
         training = made(experiment, dataset, machine, folder / name)
         rows |= models_of(training, label, training.finish(listener))
         if found := synthesis_of(training):
@@ -186,12 +195,11 @@ def synthesis_of(training: Training) -> dict[str, Any] | None:
 
 def trainings(experiment: Experiment) -> dict[str, tuple[str, Callable[..., Training]]]:
     """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
-    numbers = range(1, len(experiment.compare.local) + 1)
-    locals_ = {local_label(n).lower(): (local_label(n), partial(specialist, n)) for n in numbers}
+    owners = {label.lower(): (label, partial(specialist, label)) for label in experiment.compare.local_labels}
     methods = {"method-" + label.lower().replace(" ", "-"): (label, partial(method, label)) for label in experiment.compare.methods}
     return {
         "local_only": ("local", local_only),
-        **locals_,
+        **owners,
         **methods,
         "federated": ("federated", federated),
         "centralised": ("centralised", centralised),
@@ -203,13 +211,23 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Doing:
+    """What the process of one seed is about."""
+
+    phase: str = "loading the base model"  # as a Listener hears it
+    row: str = ""  # whose training it is
+    round: int = 0  # that is trained now, from 1
+    part: float = 0.0  # of that round's clients that have answered
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Rounds completed so far, over all seeds and rows."""
+    """Rounds completed so far, over all seeds and rows, and what goes on."""
 
     rounds: int
     total: int
     finished: int  # seeds
-    latest: str
+    doing: Mapping[int, Doing]  # of the seeds that have a process now
 
 
 def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Progress]:
@@ -222,6 +240,7 @@ def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Pr
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting = list(seed_folders(experiment, folder).items())
     running: dict[Path, tuple[BaseProcess, Connection]] = {}
+    doing: dict[Path, Doing] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -230,26 +249,30 @@ def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Pr
                 process: BaseProcess = context.Process(target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True)
                 process.start()
                 there.close()
-                running[seed] = (process, here)
+                running[seed], doing[seed] = (process, here), Doing()
             connection.wait([p.sentinel for p, _ in running.values()], timeout=POLL)
-            for seed in [seed for seed, (process, _) in running.items() if process.exitcode is not None]:
-                process, here = running.pop(seed)
-                _check(seed, process, here)
-            yield progress(experiment, folder)
+            for seed, (process, here) in list(running.items()):
+                ended = process.exitcode is not None  # before it is listened to, so that its last words are heard
+                for said in _said(here):
+                    if isinstance(said, str):
+                        raise RunError(said)
+                    doing[seed] = said
+                if ended:
+                    del running[seed], doing[seed]
+                    if process.exitcode != 0:
+                        raise RunError(f"The process of {seed.name} ended with exit code {process.exitcode}; go on with --resume.")
+            yield progress(experiment, folder, doing)
     finally:
         for process, _ in running.values():
             process.terminate()
             process.join()
 
 
-def _check(seed: Path, process: BaseProcess, here: Connection) -> None:
-    if process.exitcode == 0:
-        return
-    try:
-        said = here.recv() if here.poll() else ""
-    except EOFError:
-        said = ""
-    raise RunError(said or f"The process of {seed.name} ended with exit code {process.exitcode}; go on with --resume.")
+def _said(here: Connection) -> Iterator[Doing | str]:
+    """What a process has said since, and why it failed if it did."""
+    with suppress(EOFError, OSError):
+        while here.poll():
+            yield here.recv()
 
 
 def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experiment]:
@@ -260,32 +283,54 @@ def _names(experiment: Experiment, folder: Path) -> dict[Path, int]:
     return {folder / f"seed-{seed}": seed for seed in range(experiment.seed, experiment.seed + experiment.compare.seeds)}
 
 
-def progress(experiment: Experiment, folder: Path) -> Progress:
-    rounds, finished, latest = 0, 0, ""
-    rows = list(trainings(experiment))
-    for seed in _names(experiment, folder):
+def progress(experiment: Experiment, folder: Path, doing: Mapping[Path, Doing] = {}) -> Progress:
+    rounds, finished = 0, 0
+    rows, names = list(trainings(experiment)), _names(experiment, folder)
+    for seed in names:
         finished += _measured(experiment, seed) is not None
         for row in rows:
-            done = len(journal.read(seed / row / "metrics.jsonl"))
-            rounds += max(0, done - 1)
-            if 0 < done <= experiment.rounds:
-                latest = f"{seed.name} {row} round {done}"
-    return Progress(rounds, len(rows) * experiment.rounds * experiment.compare.seeds, finished, latest)
+            rounds += max(0, len(journal.read(seed / row / "metrics.jsonl")) - 1)
+    total = len(rows) * experiment.rounds * experiment.compare.seeds
+    return Progress(rounds, total, finished, {names[seed]: what for seed, what in doing.items()})
 
 
-class _WithParent(Listener):
-    """Ends the worker when the process that wanted its result is gone."""
+class _Telling(Listener):
+    """Tells the parent what this process is about, and ends the process when nobody listens any more."""
+
+    def __init__(self, there: Connection):
+        self._there = there
+        self._doing = Doing()
+        self._told = 0.0
+
+    def _tell(self, **news: Any) -> None:
+        self._doing = replace(self._doing, **news)
+        self._told = time.monotonic()
+        try:
+            self._there.send(self._doing)
+        except OSError as gone:
+            raise KeyboardInterrupt from gone
+
+    def phase(self, what: str) -> None:
+        self._tell(phase=what, round=0, part=0.0)
+
+    def row(self, label: str) -> None:
+        self._doing = replace(self._doing, row=label)
+
+    def started(self, *, rounds: int, completed: int, cohort: float) -> None:
+        self._tell(round=completed + 1)
+
+    def updated(self, round: Round, client: ClientId) -> None:
+        if time.monotonic() - self._told > POLL / 4:  # nobody looks more often
+            self._tell(part=(len(round.updates) + len(round.refused)) / max(1, len(round.cohort)))
 
     def committed(self, record: Mapping[str, Any]) -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():
-            raise KeyboardInterrupt
+        self._tell(round=record["round"] + 1, part=0.0)
 
 
 def _work(there: Connection, threads: int, toml: str, folder: str) -> None:
     torch.set_num_threads(threads)
     try:
-        one_seed(parse(toml, "experiment.toml"), Path(folder), _WithParent())
+        one_seed(parse(toml, "experiment.toml"), Path(folder), _Telling(there))
     except FedloomError as error:
         there.send(str(error))
         sys.exit(2)

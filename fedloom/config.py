@@ -116,7 +116,7 @@ def choice(
         options = {tag: raw} if isinstance(raw, str) else dict(raw) if isinstance(raw, Mapping) else {}
         name = options.pop(tag, next(iter(table)))
         if name not in table:
-            raise ValueError(f"expected {tag} = one of {', '.join(table)}; got {name!r}{_did_you_mean(str(name), table)}")
+            raise ValueError(f"expected {tag} = one of {', '.join(table)}; got {name!r}{did_you_mean(str(name), table)}")
         known = {f.name: f for f in fields(table[name]) if f.name not in given}
         hints = typing.get_type_hints(table[name])
         schema = create_model(name, __config__=STRICT, **{
@@ -180,6 +180,15 @@ else:
     CodecChoice = choice("name", CODECS)
     CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
     PartitionChoice = choice("kind", partition.PARTITIONS)
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w .+=-]{0,59}(?<![ .])", text):  # it names a folder
+        raise ValueError(f"expected up to 60 letters, digits, blanks and .+=_-, a letter or digit first and no blank or dot last; got {text[:80]!r}")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
 
 
 def _label(text: str) -> str:
@@ -277,6 +286,11 @@ class Compare(Section):
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
     local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all
 
+    @property
+    def local_labels(self) -> list[str]:
+        """What the rows of `local` are called, as in FedIT's table."""
+        return [f"Local-{number}" for number in range(1, len(self.local) + 1)]
+
 
 class ByRule(Section):
     """The microworld's own check."""
@@ -337,7 +351,7 @@ class Judge(Section):
 
 
 class Experiment(Section):
-    name: str = "experiment"
+    name: Name = "experiment"  # of the run, and of its folder
     rounds: int = Field(10, ge=1)
     seed: int = Field(0, ge=0)
     model: Model = Model()
@@ -463,17 +477,18 @@ def _read(what: str) -> tuple[str, str]:
     if what in shipped:
         return f"recipe {what}", shipped[what]
     path = Path(what)
-    if path.is_dir():
-        path = path / "experiment.toml"
     try:
+        if path.is_dir():
+            path = path / "experiment.toml"
         return str(path), path.read_text("utf-8")
-    except FileNotFoundError as missing:
-        hint = _did_you_mean(what, shipped)
-        raise ConfigError(
-            f"Expected a recipe ({', '.join(shipped)}) or a TOML file; there is no {what!r}{hint}"
-        ) from missing
-    except (OSError, UnicodeDecodeError) as failed:
-        raise ConfigError(f"Could not read {path}: {failed}") from failed
+    except (FileNotFoundError, NotADirectoryError) as missing:
+        hint = did_you_mean(what, shipped)
+        raise ConfigError(f"Expected a recipe ({', '.join(shipped)}) or a TOML file; there is no {str(path)!r}{hint}") from missing
+    except UnicodeDecodeError as foreign:
+        line = foreign.object.count(b"\n", 0, foreign.start) + 1
+        raise ConfigError(f"{path}:{line} is not UTF-8. Expected a TOML file, which always is: save it as UTF-8.") from foreign
+    except OSError as failed:
+        raise ConfigError(f"Could not read {path}: {failed.strerror or failed}.") from failed
 
 
 def _override(tree: dict[str, Any], item: str) -> None:
@@ -501,8 +516,11 @@ def _override(tree: dict[str, Any], item: str) -> None:
 def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
     if "rounds" in tree.get("local", {}):
         raise ConfigError(f"{name}: local.rounds is not a setting; rounds belongs at the top of the file.")
-    if endless := list(_not_finite(tree)):
-        raise ConfigError(f"{name}: {endless[0]} is no finite number.")
+    for where, value in _leaves(tree):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: {where} is no finite number.")
+        if isinstance(value, str) and (foreign := re.search("[\0\ud800-\udfff]", value)):
+            raise ConfigError(f"{name}: {where} holds {foreign[0]!r}, which is no text. Expected UTF-8.")
     try:
         experiment = Experiment.model_validate(tree)
         local = {**tree.get("local", {}), "rounds": experiment.rounds}
@@ -511,19 +529,23 @@ def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
         raise ConfigError("\n".join([f"{name} cannot be used:", *(f"  {_explain(e)}" for e in bad.errors())])) from bad
 
 
-def _not_finite(value: Any, where: str = "") -> Iterator[str]:
+def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value, in lists too."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _not_finite(inner, f"{where}.{key}" if where else str(key))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield where
+            yield from _leaves(inner, str(key) if where == "file" else f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, where)
+    else:
+        yield where, value
 
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "str", "tuple["))) or "file"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         *section, key = [str(p) for p in error["loc"]]
-        return f"{where}: there is no such key{_did_you_mean(key, _keys(section))}"
+        return f"{where}: there is no such key{did_you_mean(key, _keys(section))}"
     got = error.get("input")
     shown = "" if isinstance(got, dict | Choice) or error["type"] == "value_error" else f", got {got!r}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
@@ -538,6 +560,6 @@ def _keys(section: Sequence[str]) -> list[str]:
     return [f.name for f in fields(schema)] if is_dataclass(schema) and schema is not Choice else []
 
 
-def _did_you_mean(word: str, known: Any) -> str:
+def did_you_mean(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."

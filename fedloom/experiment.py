@@ -284,9 +284,9 @@ def client_of(experiment: Experiment, name: ClientId, examples: Sequence[Example
     return Client(name, examples, limit=_limit(experiment, len(examples)))
 
 
-def specialist_client(experiment: Experiment, dataset: Dataset, number: int, name: ClientId) -> Client:
-    """One owner of all training examples in the categories that `compare.local` names for the `number`th. Raises ConfigError."""
-    categories = experiment.compare.local[number - 1]
+def specialist_client(experiment: Experiment, dataset: Dataset, label: str) -> Client:
+    """The owner of all training examples in the categories that `compare.local` has for this label. Raises ConfigError."""
+    categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
     everything = [e for examples in dataset.clients.values() for e in examples]
     known = sorted({e.category for e in everything} - {""})
     if unknown := [c for c in categories if c not in known]:
@@ -294,7 +294,7 @@ def specialist_client(experiment: Experiment, dataset: Dataset, number: int, nam
             f"compare.local names the category {unknown[0]!r}, which no training example has. "
             + (f"Expected some of {', '.join(known)}." if known else "The examples have no categories; data.clusters makes some.")
         )
-    return client_of(experiment, name, [e for e in everything if e.category in categories])
+    return client_of(experiment, label, [e for e in everything if e.category in categories])
 
 
 def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) -> dict[ClientId, Client]:

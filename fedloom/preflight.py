@@ -11,7 +11,7 @@ from fedloom.config import Experiment
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, DataError, RunError
 from fedloom.experiment import Dataset, Skeleton, build_algorithm, specialist_client
-from fedloom.results import evenly, local_label
+from fedloom.results import evenly
 
 NUMBER = 4  # bytes of an adapter's number on disk
 
@@ -34,8 +34,8 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
             select(round)
         for algorithm in algorithms:
             build_algorithm(algorithm, experiment, dataset, base)
-        for number in range(1, len(experiment.compare.local) + 1):
-            specialist_client(experiment, dataset, number, local_label(number))
+        for label in experiment.compare.local_labels:
+            specialist_client(experiment, dataset, label)
     if any(a.takes("synthesize") for a in algorithms) and experiment.prompt.max_length > base.positions:
         raise ConfigError(
             f"Generated examples may have prompt.max_length = {experiment.prompt.max_length} tokens, and the base model "

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -49,12 +49,14 @@ def measure(
     leaks: Mapping[str, Mapping[str, float]] = {},
     *,
     cache: Cache,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Every row on the same held-out examples: metrics, overall and by group, and a few answers.
 
-    `leaks` are metrics of leakage that some rows have, too (leakage.py); answers are kept in `cache`. Raises RunError for a row that has diverged.
+    `leaks` are metrics of leakage that some rows have, too (leakage.py); answers are kept in `cache`. `say` hears what begins. Raises RunError for a row that has diverged.
     """
     groups = dataset.groups()
+    say("measuring held-out loss")
     losses = held_out_loss(machine.engine, dataset.test, groups, rows)
     if diverged := [row for row in rows if not math.isfinite(losses[row].loss)]:
         raise RunError(
@@ -64,6 +66,7 @@ def measure(
     asked = evenly(range(len(dataset.test)), experiment.evaluation.answers)
     questions = [dataset.test[i] for i in asked]
     limit = experiment.evaluation.max_new_tokens
+    say(f"answering {len(asked)} question{'s' if len(asked) != 1 else ''} by {len(rows)} models")
     said = (
         answers_of(machine.engine, machine.template, questions, rows, weights=machine.base_hash, max_new_tokens=limit, cache=cache)
         if asked else {}
@@ -112,11 +115,6 @@ def evenly(items: Sequence[int], count: int | None) -> list[int]:
 def is_single(row: str) -> bool:
     """Is this the model of a single client?"""
     return ":" in row
-
-
-def local_label(number: int) -> str:
-    """What FedIT's table calls the `number`th owner of a few categories."""
-    return f"Local-{number}"
 
 
 def is_specialist(row: str) -> bool:

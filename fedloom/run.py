@@ -30,20 +30,12 @@ from fedloom.evaluation.loss import held_out_loss
 from fedloom.experiment import Dataset, Machine
 from fedloom.federation import Federation, Round
 from fedloom.leakage import leakage
+from fedloom.listener import Listener
 from fedloom.messages import ClientId
 from fedloom.transport.downlink import Downlink
 from fedloom.transport.in_process import InProcess
 
 INPUTS = "inputs.json"
-
-
-class Listener:
-    """What a display may want to know while a run goes on; this one ignores it all."""
-
-    def started(self, *, rounds: int, completed: int, cohort: float) -> None: ...
-    def updated(self, round: Round, client: ClientId) -> None: ...
-    def committed(self, record: Mapping[str, Any]) -> None: ...
-    def warned(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,7 @@ class Training:
             if lost := journal.align(metrics, record):
                 listener.warned(f"{metrics} was damaged and lacks round {', '.join(map(str, lost))}; the result is not affected")
         sizes = [len(self.select(r)) for r in range(self.experiment.rounds)]
+        listener.phase("training")
         listener.started(rounds=self.experiment.rounds, completed=state.round, cohort=fmean(sizes))
         clock = time.monotonic()
 

@@ -9,15 +9,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from fedloom import checkpoint, durable, journal, judging, preflight
+from fedloom import checkpoint, durable, folders, journal, judging, preflight
 from fedloom.compare import (
     Progress,
     all_seeds,
@@ -55,10 +56,11 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         finished = _finished(folder, experiment)
         if finished is not None:
             return finished
-        if any(folder.glob("seed-*/")):
-            raise RunError(f"{folder} holds a comparison. Go on with it: fedloom compare --resume --out {folder}")
+        folders.expect_kind(folder, "run")
+        listener.phase("reading the data")
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
         _checked(experiment, folder, [dataset], compared=False)
+        listener.phase("loading the base model")
         machine = load_machine(experiment)
         if not machine.end_reachable:
             listener.warned(endings.unreachable(machine.template.end_text))
@@ -68,7 +70,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         _save(folder / "adapter", experiment, machine, state.adapter, machine.base_sha256, conv1d, card.unmeasured(experiment))
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
         with measuring(folder, "run"):
-            result = measure(experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS))
+            result = measure(experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase)
         if made := synthesis_of(training):
             result["synthesis"] = {"federated": made}
         summary = summarise(
@@ -93,14 +95,13 @@ def compare(
             "Choose one that does, and give this one a row: compare.methods."
         )
     if jobs < 1:
-        raise ConfigError(f"Expected --jobs of at least 1, got {jobs}.")
+        raise ConfigError(f"Expected at least 1 seed at a time, got jobs={jobs}.")
     experiment = experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder, experiment)
         if finished is not None:
             return finished
-        if (folder / "state").exists():
-            raise RunError(f"{folder} holds a run. Go on with it: fedloom run --resume --out {folder}")
+        folders.expect_kind(folder, "compare")
         seeds = seed_folders(experiment, folder)
         datasets = [load_data(its) for its in seeds.values()]
         base = _checked(experiment, folder, datasets, compared=True)
@@ -234,19 +235,37 @@ def _base_name(experiment: Experiment) -> str:
 
 @contextmanager
 def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
-    """Hold the folder against other processes, for this experiment and no other."""
+    """Hold the folder against other processes, for this experiment and no other.
+
+    Where nothing is committed in the end, what was made here is taken away again.
+    """
     saved = folder / "experiment.toml"
     if resume and not saved.exists():
         raise RunError(f"Nothing to resume: there is no {saved}.")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with checkpoint.lock(folder):
-        if resume:
-            _same_training(load(saved), experiment, saved)
-        else:
-            # A run that ended before its first round, say for want of its data, may be started over.
-            if saved.exists() and any(folder.rglob("metrics.jsonl")):
-                raise RunError(f"{folder} already holds a run. Go on with it by --resume, or choose another --out.")
-            durable.write(saved, experiment.to_toml().encode())
-        yield
+        try:
+            if resume:
+                _same_training(load(saved), experiment, saved)
+            else:
+                folders.expect_room(folder)  # a run that ended before its first round may be started over
+                durable.write(saved, experiment.to_toml().encode())
+            yield
+        except BaseException:
+            if missing and not folders.begun(folder) and not _quarantined(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                _remove_empty(missing[1:])
+            raise
+
+
+def _quarantined(folder: Path) -> bool:
+    return any(file.stat().st_size for file in folder.rglob("quarantine.jsonl"))
+
+
+def _remove_empty(places: Sequence[Path]) -> None:
+    with suppress(OSError):  # somebody else has put something there
+        for place in places:
+            place.rmdir()
 
 
 def _same_training(saved: Experiment, wanted: Experiment, path: Path) -> None:

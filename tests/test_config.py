@@ -213,7 +213,7 @@ def test_a_name_that_is_nowhere_lists_the_recipes_and_guesses() -> None:
 
 def test_bytes_that_are_no_text_are_said_plainly(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="Could not read"):
+    with pytest.raises(ConfigError, match=r"x.toml:1 is not UTF-8"):
         load(tmp_path / "x.toml")
 
 
@@ -233,7 +233,7 @@ overrides = st.lists(
             'adapter.targets=["q_proj", "o_proj"]', "data.path=some where.jsonl", 'data.path=["a", "b"]', "data.examples=99",
             "data.columns.instruction=q", "cohort.kind=poisson", "cohort.kind=fixed", "data.partition.kind=dirichlet",
             "algorithm.name=local_only", "algorithm.server_optimizer.lr=0.25", "evaluation.examples=5", "compare.local_clients=2",
-            "prompt.system=Say \"hi\"\\n", "name=ä ☃", "synthesis.temperature=0.5", "synthesis.filters.shortest=2", "synthesis=spare",
+            "prompt.system=Say \"hi\"\\n", "name=ä b", "synthesis.temperature=0.5", "synthesis.filters.shortest=2", "synthesis=spare",
             "compare.methods.FedIT=fedavg", 'compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}',
             "data.canaries.copies=[1, 4]", "data.clusters.count=9", "data.pool=16", "audit.every=2",
         ]

@@ -1,8 +1,10 @@
-"""Arguments that several commands share, and what they mean."""
+"""Arguments that several commands share, what they mean, and what is checked before anything slow begins."""
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,44 +14,116 @@ from fedloom.errors import RunError
 
 if TYPE_CHECKING:
     from fedloom.config import Experiment
+    from fedloom.folders import Kind
+
+
+def complete_what(incomplete: str) -> Iterator[str]:
+    """What a shell offers: recipes, TOML files, runs."""
+    yield from complete_recipe(incomplete)
+    yield from _paths(incomplete, files=True)
+
+
+def complete_recipe(incomplete: str) -> Iterator[str]:
+    from fedloom.config import recipes
+
+    yield from (name for name in recipes() if name.startswith(incomplete))
+
+
+def complete_run(incomplete: str) -> Iterator[str]:
+    from fedloom.folders import RUNS
+
+    if RUNS.name.startswith(incomplete):
+        yield from _paths(f"{RUNS}{os.sep}", files=False)
+    yield from _paths(incomplete, files=False)
+
+
+def _paths(incomplete: str, *, files: bool) -> Iterator[str]:
+    place, _, start = incomplete.rpartition(os.sep)
+    folder = Path(place or (os.sep if incomplete.startswith(os.sep) else "."))
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(start) and (path.is_dir() or (files and path.suffix == ".toml")) and (start or path.name[0] != "."):
+            yield str(path)
+
 
 What = Annotated[
-    str, typer.Argument(help="A recipe's name, a TOML file, or a run folder.", metavar="[RECIPE|FILE]", show_default=True)
+    str, typer.Argument(help="A recipe's name, a TOML file, or a run folder.", metavar="[RECIPE|FILE]", show_default=True, autocompletion=complete_what)
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, like rounds=5 data.path=FILE.", metavar="[KEY=VALUE]...")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: a new one under runs/.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last committed round.")]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN", autocompletion=complete_run)]
 
 
-def experiment_and_folder(what: str, overrides: list[str] | None, out: Path | None, resume: bool) -> tuple[Experiment, Path]:
-    """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
-    from fedloom.config import load
+def load_what(what: str, overrides: list[str] | None) -> Experiment:
+    """The experiment of a recipe, a file or a run, with its settings changed."""
+    from fedloom import config, folders
 
     what, overrides = first_is_override(what, overrides)
+    if what not in config.recipes() and Path(what).is_dir():
+        folders.expect_run(Path(what))
+    return config.load(what, overrides)
+
+
+def load_finished(run: Path, overrides: list[str] | None = None) -> Experiment:
+    """The experiment of a run whose training has ended, with its settings changed."""
+    from fedloom import config, folders
+
+    folders.expect_finished(run)
+    return config.load(run / folders.EXPERIMENT, overrides or [])
+
+
+def experiment_and_folder(
+    what: str, overrides: list[str] | None, out: Path | None, resume: bool, *, kind: Kind
+) -> tuple[Experiment, Path]:
+    """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
+    from fedloom import config, folders
+
     if not resume:
-        experiment = load(what, overrides)
-        return experiment, out or fresh_folder(experiment.name)
-    folder = out or (Path(what) if Path(what).is_dir() else None)
+        experiment = load_what(what, overrides)
+        place = out or fresh_folder(experiment.name)
+        folders.expect_room(place)
+        folders.expect_kind(place, kind)
+        look_at_data(experiment)
+        return experiment, place
+    what, overrides = first_is_override(what, overrides)
+    named = Path(what)
+    folder = out or (named if named.is_dir() else None)
     if folder is None:
         raise RunError("Expected the run to resume: --resume --out FOLDER.")
-    if not (folder / "experiment.toml").exists():
-        raise RunError(f"Nothing to resume: there is no {folder / 'experiment.toml'}.")
-    return load(folder / "experiment.toml", overrides), folder
+    try:
+        folders.expect_run(folder)
+    except RunError as why:
+        raise RunError(f"Nothing to resume. {why}") from why
+    folders.expect_kind(folder, kind)
+    return config.load(folder / folders.EXPERIMENT, overrides), folder
+
+
+def look_at_data(experiment: Experiment) -> None:
+    """Read the data once for the mistakes in them, of which nobody should wait to hear until torch is there.
+
+    Groups of alike texts take long to find and are left to the run, as is what the library `datasets` reads.
+    """
+    from fedloom.experiment import load_data
+
+    data = experiment.data
+    if data.source != "hub" and data.clusters is None:
+        load_data(experiment)
 
 
 def first_is_override(what: str, overrides: list[str] | None) -> tuple[str, list[str]]:
     """`fedloom run rounds=2` means the default recipe with an override."""
-    if "=" in what and not Path(what).exists():
+    if "=" in what and not os.path.exists(what):
         return "quickstart", [what, *(overrides or [])]
     return what, overrides or []
 
 
 def fresh_folder(name: str) -> Path:
+    from fedloom.folders import RUNS
+
     number = 1
-    while (folder := Path("runs") / f"{name}-{number}").exists():
+    while (folder := RUNS / f"{name}-{number}").exists():
         number += 1
     return folder
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedloom.cli.arguments import Overrides, RunFolder
+from fedloom.cli.arguments import Overrides, RunFolder, load_finished
 from fedloom.cli.console import complain, err, out
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def command(
     Every figure stands beside what the untuned base or unseen secrets give. Exits with 1 where a limit is
     exceeded, or could not be measured. Needs the data the run was trained on.
     """
+    load_finished(run)
     from fedloom.audit import AUDIT, FULL, SAMPLES, Limits, audit
     from fedloom.report import page
 

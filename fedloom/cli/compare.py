@@ -17,17 +17,20 @@ def command(
     out: Out = None,
     resume: Resume = False,
     yes: Annotated[bool, typer.Option("--yes", help="Let a judge's endpoint be asked although it costs money, or nobody knows how much.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Seeds to run at a time. Default: one for each core, one on a GPU.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Seeds to run at a time. Default: one for each core, one on a GPU.")] = None,
 ) -> None:
     """The table of the FedIT paper from one command: several seeds, 95% intervals, paired differences."""
-    experiment, folder = experiment_and_folder(what, overrides, out, resume)
+    experiment, folder = experiment_and_folder(what, overrides, out, resume, kind="compare")
     stop_on_terminate()
-    from fedloom.cli.display import CompareDisplay, print_summary
-    from fedloom.simulate import compare
+    from fedloom.cli.progress import CompareDisplay, Screen
 
-    if jobs is None:
-        jobs = 1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
-    with CompareDisplay(experiment, folder) as display:
+    with Screen(folder) as screen:
+        display = CompareDisplay(experiment, screen)
+        from fedloom.cli.display import print_summary  # only now, since torch comes with it
+        from fedloom.simulate import compare
+
+        if jobs is None:
+            jobs = 1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
         summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show)
     print_summary(summary, folder)
     if experiment.judge is not None:

@@ -5,24 +5,44 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-out = Console()
-err = Console(stderr=True)
+# No markup and no emoji codes in results: a path or an answer may hold "[b]" or ":cat:" and means it.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, emoji=False, highlight=False)
+
+
+def say(line: str) -> None:
+    """A line of the result, never broken: it may be a path."""
+    out.print(line, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """A line about what goes on, in rich's markup."""
+    err.print(line, soft_wrap=True)
 
 
 def complain(message: str) -> None:
-    err.print(f"[bold red]fedloom:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    note(f"[bold red]fedloom:[/] {escape(message)}")
+
+
+def warn(message: str) -> None:
+    note(f"[yellow]warning:[/] {escape(message)}")
 
 
 def size(count: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+            break
         count /= 1000
-    raise AssertionError(count)
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
 
 
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 seed", "2 seeds"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

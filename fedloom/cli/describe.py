@@ -2,42 +2,89 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
-from fedloom.cli.arguments import Overrides, What, first_is_override
-from fedloom.cli.console import complain, out, size
+from fedloom.cli.arguments import Overrides, What, first_is_override, load_what, look_at_data
+from fedloom.cli.console import complain, counted, out, say, size
+from fedloom.errors import FedloomError
+
+if TYPE_CHECKING:
+    from fedloom.config import Experiment
+    from fedloom.plan import Plan
 
 
-def command(what: What = "quickstart", overrides: Overrides = None) -> None:
-    """Show the resolved experiment, its parameters, bytes per round and memory. Trains nothing.
+def command(
+    what: What = "quickstart",
+    overrides: Overrides = None,
+    all: Annotated[bool, typer.Option("--all", help="Every setting with its default, too, as a TOML file.")] = False,
+) -> None:
+    """Tell what would happen, in ten lines: who trains what, how long, what travels, memory. Trains nothing.
 
-    Ends with 2 and the reason where a run of it could not be finished.
+    Exits with 2 and the reason where a run of it could not be finished; what is known is told all the same.
     """
     from rich.syntax import Syntax
     from rich.table import Table
 
-    from fedloom.config import load
+    experiment = load_what(what, overrides)
+    told = False
+    try:
+        look_at_data(experiment)
+    except (FedloomError, OSError) as unread:
+        complain(str(unread))  # at once; the rest takes seconds
+        told = True
     from fedloom.plan import plan
 
-    what, changes = first_is_override(what, overrides)
-    experiment = load(what, changes)
     p = plan(experiment)
-    out.print(Syntax(experiment.to_toml(), "toml", background_color="default", word_wrap=True))
+    if p.problem is not None and not told:
+        complain(p.problem)
+    say(_headline(experiment, p))
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    table.add_row("base model", f"{p.base_parameters:,}", "parameters, frozen")
-    table.add_row("adapter", f"{p.adapter_parameters:,}", f"trained parameters in {p.targets} layers")
-    table.add_row("up, each client", size(p.bytes_up), "what a client sends in a round: its delta and a few numbers")
-    table.add_row("down, each client", size(p.bytes_down), "what a client receives in a round")
-    table.add_row("traffic of a run", size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down)), f"{p.rounds} rounds of {p.cohort:g} clients")
-    table.add_row("memory", f"about {size(p.memory)}", f"{p.width} clients in one batch, {p.tokens_per_pass:,} tokens in a pass")
-    if p.disk:
-        table.add_row("disk", f"up to {size(p.disk)}", "the rounds that are kept, and the adapter")
-    for line in p.data:
-        table.add_row("data", "", line)
+    table.add_column()
+    for name, line in _lines(experiment, p):
+        table.add_row(name, line)
     out.print(table)
+    if all:
+        out.print(Syntax(experiment.to_toml(), "toml", background_color="default", word_wrap=True))
+    else:
+        what, changes = first_is_override(what, overrides)
+        say(f"Every setting and its default: {shlex.join(['fedloom', 'describe', what, *changes, '--all'])}")
     if p.problem is not None:
-        complain(p.problem)
         raise typer.Exit(2)
+
+
+def _headline(experiment: Experiment, p: Plan) -> str:
+    clients = experiment.data.clients
+    who = counted(clients, "client") if clients else "the clients"
+    return (
+        f"{experiment.name}: {who} tune {experiment.model.base} by {experiment.algorithm.name}, "
+        f"in {counted(experiment.rounds, 'round')} of {p.cohort:g}; seed {experiment.seed}"
+    )
+
+
+def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
+    local, adapter, evaluation, data = experiment.local, experiment.adapter, experiment.evaluation, experiment.data
+    yield "base model", f"{p.base_parameters:,} parameters, frozen"
+    yield "adapter", f"LoRA of rank {adapter.rank} on {p.targets} layers: {p.adapter_parameters:,} parameters to train"
+    much = f"{experiment.examples_per_round:,} examples" if experiment.examples_per_round else counted(local.epochs, "epoch")
+    yield "a round", f"{much} with each client, in batches of {local.batch_size}, {local.optimizer} at {local.learning_rate:g} ({local.schedule})"
+    yield "split", f"{data.source}, {_named(data.partition.plain())}"
+    for line in p.data or ["could not be read"]:
+        yield "data", line
+    yield "travels", f"{size(p.bytes_up)} up, {size(p.bytes_down)} down for a client in a round; {size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down))} in a run"
+    if p.disk:
+        yield "disk", f"up to {size(p.disk)} for the rounds that are kept, and the adapter"
+    yield "memory", f"about {size(p.memory)}, with {counted(p.width, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass"
+    questions = "all held-out questions" if evaluation.answers is None else counted(evaluation.answers, "held-out question")
+    yield "in the end", f"{questions} answered in up to {counted(evaluation.max_new_tokens, 'token')}" if evaluation.answers != 0 else "held-out loss, no answers"
+    rows = ["local-only", *experiment.compare.local_labels, *experiment.compare.methods, "federated", "centralised"]
+    yield "compare", f"fedloom compare: {', '.join(rows)} over {counted(experiment.compare.seeds, 'seed')}"
+
+
+def _named(choice: dict[str, Any]) -> str:
+    kind, *options = choice.items()
+    return ", ".join([str(kind[1]), *(f"{key} = {value}" for key, value in options)])

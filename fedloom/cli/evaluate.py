@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedloom.cli.arguments import Overrides, RunFolder
-from fedloom.cli.console import out
+from fedloom.cli.arguments import Overrides, RunFolder, load_finished, look_at_data
+from fedloom.cli.console import out, say
 
 
 def command(run: RunFolder, overrides: Overrides = None) -> None:
@@ -11,13 +11,13 @@ def command(run: RunFolder, overrides: Overrides = None) -> None:
 
     Settings may be changed, for other data say: fedloom evaluate RUN seed=1 evaluation.answers=200
     """
+    experiment = load_finished(run, overrides)
+    look_at_data(experiment)
     from fedloom.cli.display import metrics_table, prompts_cut
-    from fedloom.config import load
     from fedloom.simulate import evaluate
 
-    experiment = load(run, overrides or [])
     result = evaluate(experiment, run)
     out.print(metrics_table({row: found["metrics"] for row, found in result["rows"].items()}))
     if cut := result["prompts_cut"]:
-        out.print(prompts_cut(cut), highlight=False, soft_wrap=True)
-    out.print(f"Wrote {run / 'evaluation.json'}", highlight=False, soft_wrap=True)
+        say(prompts_cut(cut))
+    say(f"Wrote {run / 'evaluation.json'}")

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.arguments import Overrides, RunFolder
-from fedloom.cli.console import out
+from fedloom.cli.arguments import Overrides, RunFolder, load_finished
+from fedloom.cli.console import say
+from fedloom.errors import RunError
 
 
 class Form(StrEnum):
@@ -29,11 +30,14 @@ def command(
     Tokenizer, chat template and stop tokens come with it. Settings that decide no training may be changed:
     fedloom export RUN --to merged model.base=FOLDER
     """
+    folder = where or run / f"export-{to.value}"
+    load_finished(run, overrides)
+    if to is not Form.tensorboard and folder.exists():
+        raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
     from fedloom import simulate, tensorboard
 
-    folder = where or run / f"export-{to.value}"
     if to is Form.tensorboard:
         tensorboard.export(run, folder)
     else:
         simulate.export(run, folder, merged=to is Form.merged, overrides=overrides or [])
-    out.print(f"Wrote {folder}", highlight=False, soft_wrap=True)
+    say(f"Wrote {folder}")

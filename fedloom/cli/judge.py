@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from fedloom.cli.arguments import Overrides, RunFolder
-from fedloom.cli.console import err, out
+from fedloom.cli.arguments import Overrides, RunFolder, load_finished
+from fedloom.cli.console import note, out, say
 from fedloom.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -70,14 +70,12 @@ def command(
     Answers and verdicts are kept: an interrupted evaluation goes on, a repeated one asks nothing. A comparison
     can be judged again by another judge without training.
     """
-    from fedloom.config import load
-
     given = {"model": model, "url": url, "key_variable": key_variable, "rubric": rubric and rubric.value, "prompt": prompt and str(prompt),
              "repeats": repeats, "retries": retries, "temperature": temperature, "max_tokens": max_tokens, "max_length": max_length,
              "timeout": timeout, "concurrency": concurrency, "per_minute": per_minute, "price_in": price_in, "price_out": price_out}  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     settings: dict[str, Any] = {"table": table and table.value, "questions": questions, "both_orders": False if one_order else None}
-    experiment = load(run, overrides or [])
+    experiment = load_finished(run, overrides)
     compared = any(run.glob("seed-*/"))
     if compared:
         settings["against"] = against
@@ -113,15 +111,11 @@ def judge_and_print(folder: Path, experiment: Experiment, yes: bool) -> None:
 
     if not (folder / "summary.json").exists():
         raise RunError(f"{folder} is a comparison that is not finished. Go on with it: fedloom compare --resume --out {folder}")
-    found = judge(folder, experiment, agreed=yes, say=say)
+    found = judge(folder, experiment, agreed=yes, say=lambda what: note(f"[dim]{escape(what)}[/]"))
     print_judged(found, experiment)
-    out.print(f"Wrote {folder / JUDGED} and {page.write(folder)}", highlight=False, soft_wrap=True)
+    say(f"Wrote {folder / JUDGED} and {page.write(folder)}")
     if not any(r["judged"] for r in found["rows"]):
         raise RunError("No pair could be judged: the judge said nothing that could be read. Mend that and give the same command again.")
-
-
-def say(what: str) -> None:
-    err.print(f"[dim]{escape(what)}[/]", highlight=False, soft_wrap=True)
 
 
 def print_judged(judged: Mapping[str, Any], experiment: Experiment) -> None:
@@ -133,17 +127,17 @@ def print_judged(judged: Mapping[str, Any], experiment: Experiment) -> None:
     for found in tables(judged, own):
         out.print(rich_table(found))
         for line in found.notes:
-            out.print(line, highlight=False, soft_wrap=True)
+            say(line)
 
 
 def rich_table(found: Judged) -> Table:
     from rich.table import Table
 
-    table = Table(title=escape(found.title), title_justify="left")
+    table = Table(title=found.title, title_justify="left")
     for i, name in enumerate(found.head):
-        table.add_column(escape(name), justify="left" if i < 2 else "right")
+        table.add_column(name, justify="left" if i < 2 else "right")
     for cells, bold in zip(found.body, found.bold, strict=True):
-        table.add_row(*map(escape, cells), style="bold" if bold else "")
+        table.add_row(*cells, style="bold" if bold else "")
     return table
 
 
@@ -176,14 +170,14 @@ def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes:
     else:
         theirs = answers(against, test, field)
     kept = Cache(run / "judge" / "verdicts.jsonl")
-    tell_cost(settings, the_judge, [(test, said["run"], theirs)], kept, agreed=yes, say=lambda cost: err.print(cost, highlight=False, soft_wrap=True))
+    tell_cost(settings, the_judge, [(test, said["run"], theirs)], kept, agreed=yes, say=lambda cost: note(escape(cost)))
     found = compare(the_judge, test, said["run"], theirs, cache=kept, **how(settings))
     identity = {name: value for name, value in the_judge.identity.items() if name != "prompt"}
     write_json(run / "judge.json", {"against": against, "judge": identity, **found.plain()})
     out.print(_table(found, f"run against {against}, judged by {settings.by.kind}"))
     for line in _notes(found):
-        out.print(line, highlight=False, soft_wrap=True)
-    out.print(f"Wrote {run / 'judge.json'}", highlight=False, soft_wrap=True)
+        say(line)
+    say(f"Wrote {run / 'judge.json'}")
     if found.judged == 0:
         raise RunError("No pair could be judged; the reasons are listed above. Mend that and give the same command again.")
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import os
+import platform
 import sys
 import traceback
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
-from fedloom.cli import audit, chat, compare, copy, describe, evaluate, export, judge, partition, report, run
-from fedloom.cli.console import complain
+from fedloom.cli import (
+    audit,
+    chat,
+    compare,
+    copy,
+    describe,
+    evaluate,
+    export,
+    judge,
+    partition,
+    recipes,
+    report,
+    run,
+)
+from fedloom.cli.console import complain, say
 from fedloom.errors import FedloomError
 
 INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
@@ -20,12 +37,21 @@ app = typer.Typer(
     "and exchange only small LoRA adapters.",
     epilog="First time here?  fedloom compare quickstart",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, describe, partition, copy, evaluate, judge, audit, chat, export, report):
+for command in (run, compare, recipes, describe, partition, copy, evaluate, judge, audit, chat, export, report):
     app.command(name=command.__name__.rpartition(".")[2])(command.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"fedloom {version('fedloom')} (Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(_: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell the version and exit.")] = False) -> None: ...
 
 
 def main() -> None:
@@ -33,6 +59,9 @@ def main() -> None:
     # Idle OpenMP threads spin by default, which slows everything on shared cores up to twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     try:
         app()
     except FedloomError as error:
@@ -40,9 +69,10 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            complain("Interrupted. Every committed round is safe; go on with --resume --out and the same folder.")
+            complain("Interrupted.")
         raise
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush complains, too
         sys.exit(141)
     except OSError as failed:  # a full disk, a missing permission: nothing that a traceback would explain
         complain(f"{failed}. What a run committed before is intact; mend this and go on with --resume.")

@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.cli.arguments import Overrides, What, first_is_override
-from fedloom.cli.console import out
+from fedloom.cli.arguments import Overrides, What, load_what
+from fedloom.cli.console import out, say
 
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green", "bright_yellow", "bright_magenta")
 BAR = 40  # characters for the largest client
@@ -24,11 +24,9 @@ def command(
     to: Annotated[Path | None, typer.Option("--out", help="Also write the picture as a page, FILE.html.")] = None,
 ) -> None:
     """Preview the split: a table and a picture of how many examples of each kind every client holds."""
-    from fedloom.config import load
     from fedloom.experiment import load_data
 
-    what, changes = first_is_override(what, overrides)
-    dataset = load_data(load(what, changes))
+    dataset = load_data(load_what(what, overrides))
     shown = asdict(dataset.table)
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(shown["totals"])}
     legend = Text("  ").join(Text(f"█ {group} {count:,}", style=colours[group]) for group, count in shown["totals"].items())
@@ -42,15 +40,14 @@ def command(
     for client in shown["clients"]:
         table.add_row(client["client"], f"{client['size']:,}", f"{client['distance']:.2f}", _bar(client["counts"], largest, colours))
     out.print(table)
-    out.print(
+    say(
         f"{sum(shown['totals'].values()):,} training examples, {len(dataset.test):,} held out. Skew is the distance of a "
-        f"client's mix from everybody's, 0 the same and 1 disjoint; {dataset.table.distance:.2f} on average.",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"client's mix from everybody's, 0 the same and 1 disjoint; {dataset.table.distance:.2f} on average."
+    )
     if to is not None:
         from fedloom.report.page import write_partition
 
-        out.print(f"Picture: {write_partition({'by': dataset.by, 'distance': dataset.table.distance, **shown}, to)}", highlight=False, soft_wrap=True)
+        say(f"Picture: {write_partition({'by': dataset.by, 'distance': dataset.table.distance, **shown}, to)}")
 
 
 def _bar(counts: Mapping[str, Any], largest: int, colours: Mapping[str, str]) -> Text:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from fedloom.cli.arguments import RunFolder
-from fedloom.cli.console import out
+from fedloom.cli.arguments import RunFolder, load_finished
+from fedloom.cli.console import say
 
 
 def command(run: RunFolder) -> None:
     """Write report.html of a finished run or comparison again."""
+    load_finished(run)
     from fedloom.report import page
 
-    out.print(f"Report: {page.write(run)}", highlight=False, soft_wrap=True)
+    say(f"Report: {page.write(run)}")

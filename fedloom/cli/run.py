@@ -10,11 +10,14 @@ def command(what: What = "quickstart", overrides: Overrides = None, out: Out = N
 
     Ends with the adapter in PEFT's format, summary.json and report.html in the run's folder.
     """
-    experiment, folder = experiment_and_folder(what, overrides, out, resume)
+    experiment, folder = experiment_and_folder(what, overrides, out, resume, kind="run")
     stop_on_terminate()
-    from fedloom.cli.display import RunDisplay, print_summary
-    from fedloom.simulate import run
+    from fedloom.cli.progress import RunDisplay, Screen
 
-    with RunDisplay(experiment, folder) as display:
+    with Screen(folder) as screen:
+        display = RunDisplay(experiment, screen)
+        from fedloom.cli.display import print_summary  # only now, since torch comes with it
+        from fedloom.simulate import run
+
         summary = run(experiment, folder, resume=resume, listener=display)
     print_summary(summary, folder)
