@@ -35,6 +35,7 @@ class Plan:
     tokens_per_pass: int
     memory: float  # bytes, an estimate
     data: list[str]
+    notes: Sequence[str] = ()  # what the data's reader has to say
 
 
 def plan(experiment: Experiment) -> Plan:
@@ -46,8 +47,10 @@ def plan(experiment: Experiment) -> Plan:
     delta = adapter.map(lambda t: 1e-3 * torch.randn(t.shape, generator=noise, dtype=t.dtype))
     up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
     base = models.count_parameters(model)
+    notes: Sequence[str] = ()
     try:
         dataset = load_data(experiment)
+        notes = dataset.notes
         template = load_template(experiment, tokenizer)
         examples = [e for own in dataset.clients.values() for e in own]
         sample = examples[:: max(1, len(examples) // 2000)]
@@ -64,7 +67,7 @@ def plan(experiment: Experiment) -> Plan:
     width = min(experiment.transport.width, max(1, round(cohort)))
     return Plan(
         base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
-        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data,
+        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), data, notes,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         if any(folder.glob("seed-*/")):
             raise RunError(f"{folder} holds a comparison. Go on with it: fedloom compare --resume --out {folder}")
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        listener.noted(dataset.notes)
         machine = load_machine(experiment)
         training = federated(experiment, dataset, machine, folder)
         state = training.finish(listener)
@@ -66,7 +67,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
 
 def compare(
     experiment: Experiment, folder: Path, *, jobs: int = 1, resume: bool = False,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None, on_notes: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
 
@@ -83,12 +84,14 @@ def compare(
             return finished
         if (folder / "state").exists():
             raise RunError(f"{folder} holds a run. Go on with it: fedloom run --resume --out {folder}")
+        dataset = load_data(experiment)  # before any seed: what is wrong with the data is told at once
+        on_notes(dataset.notes)
         on_progress(progress(experiment, folder))
         for state in all_seeds(experiment, folder, jobs=jobs):
             on_progress(state)
         seeds = seed_folders(experiment, folder)
         results = [read_result(seed) for seed in seeds]
-        first, dataset = next(iter(seeds)), load_data(experiment)
+        first = next(iter(seeds))
         found = checkpoint.newest(first / "federated" / "state", fingerprint=seeds[first].fingerprint()).checkpoint
         if found is None:
             raise RunError(f"{first / 'federated'} holds no committed round any more; start again with another --out.")

@@ -20,13 +20,14 @@ def command(
     """The table of the FedIT paper from one command: several seeds, 95% intervals, paired differences."""
     experiment, folder = experiment_and_folder(what, overrides, out, resume)
     stop_on_terminate()
+    from fedloom.cli.console import note
     from fedloom.cli.display import CompareDisplay, print_summary
     from fedloom.simulate import compare
 
     if jobs is None:
         jobs = 1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
     with CompareDisplay(experiment, folder) as display:
-        summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show)
+        summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show, on_notes=note)
     print_summary(summary, folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 
@@ -11,6 +13,12 @@ err = Console(stderr=True)
 
 def complain(message: str) -> None:
     err.print(f"[bold red]fedloom:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def note(messages: Sequence[str]) -> None:
+    """What the data's reader has to say, a line each."""
+    for message in messages:
+        err.print(f"[yellow]data:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def size(count: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedloom.cli.arguments import Overrides, What, first_is_override
-from fedloom.cli.console import out, size
+from fedloom.cli.console import note, out, size
 
 
 def command(what: What = "quickstart", overrides: Overrides = None) -> None:
@@ -17,6 +17,7 @@ def command(what: What = "quickstart", overrides: Overrides = None) -> None:
     what, changes = first_is_override(what, overrides)
     experiment = load(what, changes)
     p = plan(experiment)
+    note(p.notes)
     out.print(Syntax(experiment.to_toml(), "toml", background_color="default", word_wrap=True))
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fedloom.cli.console import duration, err, out, size
+from fedloom.cli.console import duration, err, note, out, size
 from fedloom.config import Experiment
 from fedloom.federation import Round
 from fedloom.messages import ClientId
@@ -101,6 +101,9 @@ class RunDisplay(Listener):
         err.print(" · ".join(parts), highlight=False, soft_wrap=True)
         for client, code in record["refused"].items():
             self.warned(f"round {record['round']}: {client} was refused ({code})")
+
+    def noted(self, messages: Sequence[str]) -> None:
+        note(messages)
 
     def warned(self, message: str) -> None:
         err.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.arguments import Overrides, What, first_is_override
-from fedloom.cli.console import out
+from fedloom.cli.console import note, out
 
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green", "bright_yellow", "bright_magenta")
 BAR = 40  # characters for the largest client
@@ -29,6 +29,7 @@ def command(
 
     what, changes = first_is_override(what, overrides)
     dataset = load_data(load(what, changes))
+    note(dataset.notes)
     shown = asdict(dataset.table)
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(shown["totals"])}
     legend = Text("  ").join(Text(f"█ {group} {count:,}", style=colours[group]) for group, count in shown["totals"].items())
