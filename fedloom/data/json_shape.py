@@ -99,12 +99,13 @@ class _Outline:
     values: int = 0
     members: int = 0
     others: int = 0  # members that are no objects
+    keyless: int | None = None  # the line of the first member that has no key
     parts: list[_Part] = field(default_factory=list)  # the first members
 
 
 def _outline(stream: BinaryIO) -> _Outline:
     found = _Outline()
-    depth, part = 0, _Part("", b"")
+    depth, part, line = 0, _Part("", b""), 1
     before = bytearray()  # what stands before a mark, on the same floor
     for text, mark in marks(stream):
         opens, closes = mark in (b"[", b"{"), mark in (b"]", b"}")
@@ -114,7 +115,9 @@ def _outline(stream: BinaryIO) -> _Outline:
                 if depth == 2:
                     part.children[mark if opens else b""] += 1
                 elif found.values == 0:
-                    part = _Part(key_of(bytes(before)) or "", mark if opens else b"")
+                    if (key := key_of(bytes(before))) is None and found.keyless is None:
+                        found.keyless = line
+                    part = _Part(key or "", mark if opens else b"")
                     found.members += 1
                     found.others += part.opener != b"{"
                     if len(found.parts) < KEPT:
@@ -122,6 +125,7 @@ def _outline(stream: BinaryIO) -> _Outline:
             if opens or closes or mark == b",":
                 before.clear()
         depth = max(0, depth + opens - closes)
+        line += mark == b"\n"
         if closes and depth == 0:
             found.values += 1
     return found
@@ -130,24 +134,26 @@ def _outline(stream: BinaryIO) -> _Outline:
 def _of_object(outline: _Outline, name: str, required: Sequence[str], wanted: str | None, *, one_line: bool) -> Shape:
     if outline.values > 1:
         return Shape("values", said="read as objects that follow one another")
+    if outline.keyless is not None:
+        refuse(name, outline.keyless, "json", "not JSON: a key was expected before this; comments, too, JSON does not have")
     parts = {p.key: p for p in outline.parts}
     if wanted is not None:
         if wanted not in parts or not parts[wanted].opener:
             raise DataError(f'{name}: data.field = "{wanted}" names no list or object in it; its keys are {_some(list(parts))} (field).')
         return Shape("elements", wanted, f"read as the records under {wanted!r}")
     ours = [parts[k] for k in required if k in parts]
-    if any(p.opener for p in ours) or {"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}:
+    if (len(ours) == len(required) and all(p.opener for p in ours)) or {"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}:
         raise DataError(
             f"{name}: holds columns where records were expected (shape). Save it record by record; in pandas: "
             'to_json(path, orient="records", lines=True).'
         )
     if ours:
         return Shape("values", said="" if one_line else "read as one object over several lines")
-    holding = [p for p in outline.parts if p.holds_records]
+    holding = [p for p in outline.parts if p.holds_records or (p.opener == b"[" and not p.children)]
     if len(holding) > 1 and (any(p.opener == b"[" for p in holding) or len(holding) == outline.members):
         raise DataError(
             f"{name}: several keys hold records (shape): {_some(list(map(str, holding)))}. "
-            f'Say which is meant, such as data.field = "{holding[0].key}".'
+            f'Say which is meant, such as data.field = "{max(holding, key=lambda p: p.children.total()).key}".'
         )
     if len(holding) == 1 and (holding[0].opener == b"[" or outline.members - outline.others == 1):
         rest = [p.key for p in outline.parts if p is not holding[0]]
