@@ -89,8 +89,7 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
         notes.append(f"data.examples = {data.examples}: {data.examples:,} of {len(examples):,} examples, drawn at random.")
         examples = told([examples[i] for i in sorted(chosen)], f"data.examples = {data.examples}")
     if data.clusters is not None:
-        both = _clustered(experiment, [*examples, *test], data.clusters)
-        examples, test = both[: len(examples)], both[len(examples) :]
+        examples = _clustered(experiment, examples, data.clusters)  # a test set of one's own has no say in them
     if (along := data.partition.options.get("by")) is not None:
         partition.check_labels(examples, along, f'data.partition.kind = "{data.partition.name}"')
     if data.test_path is None:

@@ -27,6 +27,8 @@ NEEDED = ("instruction", "response")
 def nearest(found: Sequence[str]) -> dict[str, str]:
     """ours -> theirs, for as many of ours as have a likely one; each of theirs is used once."""
     mapping: dict[str, str] = {}
+    if len(several := answers(found)) > 1 and not {"response", "output", "answer"} & set(found):
+        mapping["response"] = several[0]
     for close in (False, True):  # names that are common first, then those that look like one
         for ours, names in COMMON.items():
             left = [name for name in found if name not in mapping.values()]
@@ -34,7 +36,7 @@ def nearest(found: Sequence[str]) -> dict[str, str]:
                 continue
             if name := _likely(names, left, close=close):
                 mapping[ours] = name
-    if "response" not in mapping and (several := answers(found)):
+    if "response" not in mapping and several:
         mapping["response"] = several[0]
     return {ours: mapping[ours] for ours in COMMON if ours in mapping}
 
