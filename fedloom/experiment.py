@@ -77,17 +77,17 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     notes = list(read.pop("notes", ()))
     owners = {e.owner for e in examples} if data.partition.make is partition.ByOwner else set[str]()
 
-    def told(kept: Sequence[Example], by: str) -> Sequence[Example]:
+    def tell_lost(kept: Sequence[Example], by: str) -> None:
         """Who takes examples away says whose last ones these were."""
         if lost := sorted(owners - {e.owner for e in kept}):
             notes.append(f"{len(lost)} of {len(owners)} owners have no example left after {by}, and are no clients: {_some(lost)}.")
             owners.difference_update(lost)
-        return kept
 
     if data.examples is not None and data.examples < len(examples) and data.source != "microworld":
-        chosen = numpy_stream(seed, "data", "examples").permutation(len(examples))[: data.examples]
+        drawn = numpy_stream(seed, "data", "examples").permutation(len(examples))[: data.examples].tolist()
         notes.append(f"data.examples = {data.examples}: {data.examples:,} of {len(examples):,} examples, drawn at random.")
-        examples = told([examples[i] for i in sorted(chosen)], f"data.examples = {data.examples}")
+        examples = [examples[i] for i in sorted(drawn)]
+        tell_lost(examples, f"data.examples = {data.examples}")
     if data.clusters is not None:
         examples = _clustered(experiment, examples, data.clusters)  # a test set of one's own has no say in them
     if (along := data.partition.options.get("by")) is not None:
@@ -103,7 +103,7 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
         pool = held_out.apart(examples, test)
         if twins := len(examples) - len(pool):
             notes.append(f"{twins:,} of {len(examples):,} training examples ask what the test set asks, and are left out of training.")
-        told(pool, "leaving those out")
+        tell_lost(pool, "leaving those out")
     if not test or not pool:
         raise ConfigError(
             f"{len(examples)} examples leave {len(pool)} to train on and {len(test)} to test on. "
@@ -114,7 +114,7 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     if data.pool is not None:
         chosen, rest = partition.draw_evenly(pool, data.pool, seed=seed)
         pool, spare = [pool[i] for i in chosen], [pool[i] for i in rest]
-        told(pool, f"data.pool = {data.pool}")
+        tell_lost(pool, f"data.pool = {data.pool}")
     parts = data.partition.build()(pool, data.clients, seed)
     clients = {client: [pool[i] for i in part] for client, part in parts.items()}
     table = partition.partition_table(pool, parts, by=data.hold_out_by)

@@ -36,7 +36,7 @@ def recognise(stream: BinaryIO, suffix: str, required: Sequence[str], delimiter:
         first = more.rstrip(b"\r\n")
     if delimiter is not None:
         return Dialect(as_byte(delimiter), skipped)
-    if declared and 32 <= declared[1][0] < 127 or declared and declared[1] == b"\t":
+    if (declared and 32 <= declared[1][0] < 127) or (declared and declared[1] == b"\t"):
         return Dialect(declared[1], skipped, f'read with columns separated by {_named(declared[1])}, as "sep=" says')
     wanted = [name.encode() for name in required]
     made = {mark: frames.cells(first, mark) or [] for mark in (usual, *(m for m in KNOWN if m != usual))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedloom.data.records import BadRecord, Field, Place, Reading, Record, check_row, shown
 from fedloom.errors import ConfigError, DataError

@@ -140,9 +140,10 @@ class Dirichlet:
             if not mix.sum() > 0:  # all this client asks for has run out
                 mix = left
             cumulative = mix.cumsum()
-            label = int(cumulative.searchsorted(draw * cumulative[-1], side="right"))
-            parts[client].append(pools[label].pop())
-            left[label] -= 1
+            # A mix of denormal numbers may round the draw up to the whole sum: then it is the last label there is.
+            drawn = min(int(cumulative.searchsorted(draw * cumulative[-1], side="right")), int(mix.nonzero()[0][-1]))
+            parts[client].append(pools[drawn].pop())
+            left[drawn] -= 1
         return _numbered(parts)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 from fedloom.data import columns as names
 from fedloom.data import parquet, records
 from fedloom.data.example import Example
-from fedloom.data.opening import ARCHIVES
 from fedloom.data.records import FORMATS, BadRecord, Field, Loaded, Place, Reading, Record
 from fedloom.errors import ConfigError, DataError
 

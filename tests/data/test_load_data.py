@@ -108,7 +108,7 @@ def test_a_column_called_file_is_a_column(tmp_path):
 
 
 def test_an_owner_of_which_no_use_is_made_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match='set data.partition.kind = "by_owner"'):
+    with pytest.raises(ConfigError, match=r'set data\.partition\.kind = "by_owner"'):
         data_of(f'data.path="{write(tmp_path / "d.json", tasks(0, 9))}"', "data.owner=file", "data.clients=2")
 
 
@@ -152,7 +152,7 @@ def test_the_answers_of_several_models_are_named_where_the_source_is_the_wrong_o
 def test_one_of_several_answers_may_be_the_test_sets_response(tmp_path):
     path, test = write(tmp_path / "d.json", tasks(0, 20)), write(tmp_path / "MedInstruct-test.json", MED)
     settings = ['data.source="alpacare"', f'data.path="{path}"', f'data.test_path="{test}"', "data.clients=2"]
-    with pytest.raises(DataError, match="data.test_columns"):
+    with pytest.raises(DataError, match=r"data\.test_columns"):
         data_of(*settings)
     data = data_of(*settings, 'data.test_columns={response="claude-2"}')
     assert [(e.response, e.context) for e in data.test] == [(f"answer {i}", "") for i in range(9)]

@@ -323,6 +323,46 @@ def test_hub_reads_a_local_folder_of_parquet(tmp_path, monkeypatch):
     assert [(e.context, e.id) for e in examples] == [("Long.", "pq:1"), ("", "pq:2")]
 
 
+# -- Parquet by path --------------------------------------------------------------------------------------
+
+
+def test_parquet_is_read_by_path_and_its_rows_meet_the_same_demands(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"q": "a", "r": "b", "m": {"k": [1]}}, {"q": None, "r": "d", "m": None}, {"q": "c", "r": "d", "m": None}]
+    for name in ("x/p.parquet", "y/p.parquet"):
+        (tmp_path / name).parent.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    columns = {"instruction": "q", "response": "r"}
+    for path in (f"{tmp_path}/*/p.parquet", [f"{tmp_path}/x", f"{tmp_path}/y"]):
+        examples, report = sources.load("table", path, columns=columns, on_bad="skip", owner="file")
+        assert [(e.instruction, e.owner) for e in examples] == [("a", "x/p"), ("c", "x/p"), ("a", "y/p"), ("c", "y/p")]
+        assert report["bad"] == {"null": 2}
+    with pytest.raises(DataError, match=r"x/p\.parquet:2  null: 'q' is null \(2 records"):
+        sources.table(f"{tmp_path}/*/p.parquet", columns)
+    with pytest.raises(DataError, match=r"no column 'instruction' .* They are: q, r, m"):
+        sources.table(tmp_path / "x" / "p.parquet")
+    with pytest.raises(DataError, match=r"'m' is a object, not text|'m' is an object, not text"):
+        sources.table(tmp_path / "x" / "p.parquet", {"instruction": "m", "response": "r"})
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="no Parquet file, or a damaged one"):
+        sources.table(tmp_path / "bad.parquet", columns)
+
+
+def test_parquet_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r'pip install "fedloom\[data\]"'):
+        sources.table(tmp_path / "p.parquet")
+
+
+def test_what_is_not_read_in_a_folder_is_said(tmp_path):
+    for name in ("a.jsonl", ".a.jsonl", "notes.txt", "inner/c.jsonl"):
+        write(tmp_path / name, ROW)
+    examples, report = sources.load("table", str(tmp_path))
+    assert len(examples) == 1
+    assert report["notes"] == ["not read in that folder: inner/, notes.txt"]
+
+
 # -- the published files ----------------------------------------------------------------------------------
 
 
