@@ -234,8 +234,14 @@ class Clusters(Section):
 
 class Data(Section):
     source: Literal["microworld", "dolly", "alpaca", "alpacare", "medquad", "table", "hub"] = "microworld"
-    path: str | list[str] | None = None  # a file, or for "table" also a folder or several; for "hub" the id
+    path: str | list[str] | None = None  # a file, a folder, a pattern or several; for "hub" the id
     columns: dict[str, str] = {}  # ours -> theirs, for "table" and "hub"
+    owner: Literal["file"] | None = None  # "file": each file's examples are one owner's; None: as the data say
+    test_path: str | list[str] | None = None  # a test set of one's own, read like `path`; nothing is held out then
+    test_columns: dict[str, str] | None = None  # ours -> theirs, where the test set names them otherwise
+    field: str | None = None  # JSON: the key whose list or object holds the records, where that is in doubt
+    delimiter: str | None = None  # CSV: what separates columns, such as ";" or "tab"; None: told from the header
+    encoding: str | None = None  # of text files, such as "cp1252"; None: UTF-8, or what a byte order mark says
     split: str = "train"  # for "hub"
     revision: str | None = None  # for "hub"
     on_bad: Literal["fail", "skip"] = "fail"

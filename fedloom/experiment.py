@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ import numpy as np
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.client import Client
-from fedloom.config import PARTS, Choice, Clusters, Experiment, Model
-from fedloom.data import microworld, partition, sources
+from fedloom.config import PARTS, Choice, Clusters, Data, Experiment, Model
+from fedloom.data import held_out, microworld, partition, sources
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.errors import ConfigError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # settings and data are read without waiting for torch
     from fedloom.engine.lora_engine import Generation, LoraEngine
 
 MICROWORLD = 640  # examples, where data.examples does not say
+FOREIGN = ("path", "columns", "owner", "test_path", "field", "delimiter", "encoding", "split", "revision", "on_bad")
 CONTEXT_LENGTH = 2048  # tokens of a prompt for synthesis and its answer, at most
 
 
@@ -42,9 +44,14 @@ class Dataset:
     read: Mapping[str, Any] = field(default_factory=dict)  # what the reader reported
     spare: Sequence[Example] = ()  # what data.pool left over: neither trained on nor tested on
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences for the user: what was read otherwise than expected, left out, or not used."""
+        return self.read.get("notes", ())
+
     def mix(self, client: ClientId) -> Mapping[str, float]:
         """The shares of this client's training examples over the groups of the held-out set."""
-        groups = [_group(e, self.by) for e in self.clients[client]]
+        groups = [partition.group(e, self.by) for e in self.clients[client]]
         return {g: groups.count(g) / len(groups) for g in sorted(set(groups))}
 
     def sha256(self) -> str:
@@ -58,29 +65,54 @@ class Dataset:
 
     def groups(self) -> list[str]:
         """The group of every held-out example."""
-        return [_group(e, self.by) for e in self.test]
-
-
-def _group(example: Example, by: str) -> str:
-    return example.owner if by == "owner" else example.category
+        return [partition.group(e, self.by) for e in self.test]
 
 
 def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Dataset:
     """Read or generate, hold out, partition; all of it a function of the settings and the seed."""
     data, seed = experiment.data, experiment.seed
-    examples, read = _read(experiment, quarantine)
+    examples, test, read = _read(experiment, quarantine)
+    notes = list(read.pop("notes", ()))
+    owners = {e.owner for e in examples} if data.partition.make is partition.ByOwner else set[str]()
+
+    def tell_lost(kept: Sequence[Example], by: str) -> None:
+        """Who takes examples away says whose last ones these were."""
+        if lost := sorted(owners - {e.owner for e in kept}):
+            notes.append(f"{len(lost)} of {len(owners)} owners have no example left after {by}, and are no clients: {_some(lost)}.")
+            owners.difference_update(lost)
+
+    if data.examples is not None and data.examples < len(examples) and data.source != "microworld":
+        drawn = numpy_stream(seed, "data", "examples").permutation(len(examples))[: data.examples].tolist()
+        notes.append(f"data.examples = {data.examples}: {data.examples:,} of {len(examples):,} examples, drawn at random.")
+        examples = [examples[i] for i in sorted(drawn)]
+        tell_lost(examples, f"data.examples = {data.examples}")
     if data.clusters is not None:
-        examples = _clustered(experiment, examples, data.clusters)
-    train, held = partition.hold_out(examples, per_category=data.hold_out, seed=seed, by=data.hold_out_by)
-    if not held or not train:
-        raise ConfigError(
-            f"{len(examples)} examples leave {len(train)} to train on and {len(held)} to test on. "
-            f"Expected more data, or a smaller data.hold_out than {data.hold_out}."
+        examples = _clustered(experiment, examples, data.clusters)  # a test set of one's own has no say in them
+    if (along := data.partition.options.get("by")) is not None:
+        partition.check_labels(examples, along, f'data.partition.kind = "{data.partition.name}"')
+    if data.test_path is None:
+        train, held = held_out.hold_out(
+            examples, per_category=data.hold_out, seed=seed, by=data.hold_out_by, keep_owners=bool(owners)
         )
-    pool, spare = [examples[i] for i in train], list[Example]()
+        pool, test = [examples[i] for i in train], [examples[i] for i in held]
+        if data.hold_out_by == "category" and not any(e.category for e in examples):
+            notes.append(f"No example names a category: {len(held)} of all {len(examples):,} examples are held out.")
+    else:
+        pool = held_out.apart(examples, test)
+        if twins := len(examples) - len(pool):
+            notes.append(f"{twins:,} of {len(examples):,} training examples ask what the test set asks, and are left out of training.")
+        tell_lost(pool, "leaving those out")
+    if not test or not pool:
+        raise ConfigError(
+            f"{len(examples)} examples leave {len(pool)} to train on and {len(test)} to test on. "
+            f"Expected more data, or a smaller data.hold_out than {data.hold_out}: at most half of a category is held "
+            "out, nothing that is asked twice, and where clients are owners not the last example of one."
+        )
+    spare = list[Example]()
     if data.pool is not None:
         chosen, rest = partition.draw_evenly(pool, data.pool, seed=seed)
         pool, spare = [pool[i] for i in chosen], [pool[i] for i in rest]
+        tell_lost(pool, f"data.pool = {data.pool}")
     parts = data.partition.build()(pool, data.clients, seed)
     clients = {client: [pool[i] for i in part] for client, part in parts.items()}
     table = partition.partition_table(pool, parts, by=data.hold_out_by)
@@ -90,7 +122,11 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     if data.canaries is not None:
         for client, own in clients.items():
             own.extend(data.canaries.planted(client, category=own[0].category, seed=seed))
-    return Dataset(clients, [examples[i] for i in held], table, data.hold_out_by, read, spare)
+    return Dataset(clients, test, table, data.hold_out_by, {**read, "notes": notes}, spare)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clusters) -> list[Example]:
@@ -113,22 +149,48 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
     return clustered(examples, features, count=wanted.count, seed=experiment.seed)
 
 
-def _read(experiment: Experiment, quarantine: Path | None) -> tuple[list[Example], Mapping[str, Any]]:
+def _read(experiment: Experiment, quarantine: Path | None) -> tuple[list[Example], list[Example], dict[str, Any]]:
+    """Examples, a test set where the user has one, and what the reader reports."""
     data = experiment.data
+    if wrong := list(_misplaced(experiment)):
+        if data.examples is not None and data.source != "microworld":
+            wrong.append(f"data.examples = {data.examples}: would be that many of the records, drawn at random; raise it for all")
+        raise ConfigError("\n  ".join([f'These settings do not go with data.source = "{data.source}":', *wrong]))
     if data.source == "microworld":
-        if data.path is not None:
-            raise ConfigError('data.path is set, but data.source = "microworld" is generated; choose another source.')
-        return microworld.corpus(examples=data.examples or MICROWORLD, seed=experiment.seed), {}
-    examples, read = sources.load(
-        data.source, data.path, columns=data.columns, split=data.split, revision=data.revision,
-        on_bad=data.on_bad, quarantine=quarantine, allow_download=experiment.model.allow_download,
+        return microworld.corpus(examples=data.examples or MICROWORLD, seed=experiment.seed), [], {}
+    load = partial(
+        sources.load, data.source, split=data.split, revision=data.revision, on_bad=data.on_bad, owner=data.owner,
+        field=data.field, delimiter=data.delimiter, encoding=data.encoding, allow_download=experiment.model.allow_download,
     )  # fmt: skip
-    if data.private_facts:
-        raise ConfigError('data.private_facts exists only for data.source = "microworld".')
-    if data.examples is not None and data.examples < len(examples):
-        chosen = numpy_stream(experiment.seed, "data", "examples").permutation(len(examples))[: data.examples]
-        examples = [examples[i] for i in sorted(chosen)]
-    return examples, read
+    examples, read = load(data.path, columns=data.columns, quarantine=quarantine)
+    if data.test_path is None:
+        return examples, [], read
+    apart = quarantine and quarantine.with_name(f"test-{quarantine.name}")
+    test, its = load(data.test_path, columns=data.columns, test_columns=data.test_columns or {}, quarantine=apart)
+    notes = [*read.pop("notes"), *(f"test set: {note}" for note in its.pop("notes"))]
+    return examples, test, {**read, "test_set": its, "notes": notes}
+
+
+def _misplaced(experiment: Experiment) -> Iterator[str]:
+    """Every setting that says nothing about this source; a recipe made for another one has several."""
+    data, default = experiment.data, Data()
+    generated = data.source == "microworld"
+    for key in FOREIGN if generated else () if data.source == "hub" else ("split", "revision"):
+        if getattr(data, key) != getattr(default, key):
+            yield f"data.{key}: " + ("the microworld is generated, and nothing is read" if generated else "only for the Hub")
+    if not generated and data.private_facts:
+        yield f"data.private_facts = {data.private_facts}: only the microworld has such facts; set it to 0"
+    if not generated and experiment.synthesis.name == "restyled":
+        yield 'synthesis.kind = "restyled": only the microworld has another style; take "spare" or "self_instruct"'
+    if data.source == "alpaca" and data.clusters is None and data.partition.options.get("by") == "category":
+        yield (
+            f'data.partition.kind = "{data.partition.name}": splits by category, and Alpaca\'s format has none. '
+            + partition.WAYS_OUT["category"]
+        )
+    if data.owner == "file" and "owner" not in (data.partition.options.get("by"), data.hold_out_by) and data.partition.make is not partition.ByOwner:
+        yield f'data.owner = "file": no use is made of owners; for a client of each file set data.partition.kind = "by_owner" (now "{data.partition.name}")'
+    if data.test_columns is not None and data.test_path is None:
+        yield "data.test_columns: there is no data.test_path"
 
 
 def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Template:

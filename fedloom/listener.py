@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a display begins before torch is there
@@ -23,3 +23,4 @@ class Listener:
     def updated(self, round: Round, client: ClientId) -> None: ...
     def committed(self, record: Mapping[str, Any]) -> None: ...
     def warned(self, message: str) -> None: ...
+    def noted(self, messages: Sequence[str]) -> None: ...  # what the data's reader has to say

@@ -36,6 +36,7 @@ class Plan:
     memory: float  # bytes, an estimate
     disk: int  # bytes of a run's rounds and adapter at most, roughly; 0: the data could not be read
     data: list[str]
+    notes: Sequence[str]  # what the data's reader has to say
     problem: str | None  # what would end a run, sooner or later
 
 
@@ -50,8 +51,10 @@ def plan(experiment: Experiment) -> Plan:
     up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
     base = models.count_parameters(model)
     data, clients, disk, problem = list[str](), [f"client-{i:03d}" for i in range(experiment.data.clients or 1)], 0, None
+    notes: Sequence[str] = ()
     try:
         dataset = load_data(experiment)
+        notes = dataset.notes
         examples = [e for own in dataset.clients.values() for e in own]
         sample = examples[:: max(1, len(examples) // 2000)]
         data = [
@@ -72,7 +75,7 @@ def plan(experiment: Experiment) -> Plan:
     width = min(experiment.transport.width, max(1, round(cohort)))
     return Plan(
         base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
-        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), disk, data, problem,
+        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), disk, data, notes, problem,
     )  # fmt: skip
 
 

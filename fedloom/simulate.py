@@ -59,6 +59,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         folders.expect_kind(folder, "run")
         listener.phase("reading the data")
         dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        listener.noted(dataset.notes)
         _checked(experiment, folder, [dataset], compared=False)
         listener.phase("loading the base model")
         machine = load_machine(experiment)
@@ -83,7 +84,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
 
 def compare(
     experiment: Experiment, folder: Path, *, jobs: int = 1, resume: bool = False,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None, on_notes: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
 
@@ -104,6 +105,7 @@ def compare(
         folders.expect_kind(folder, "compare")
         seeds = seed_folders(experiment, folder)
         datasets = [load_data(its) for its in seeds.values()]
+        on_notes(datasets[0].notes)
         base = _checked(experiment, folder, datasets, compared=True)
         on_progress(progress(experiment, folder))
         exported: AdapterState | None = None

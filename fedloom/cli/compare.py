@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.arguments import Out, Overrides, Resume, What, experiment_and_folder, stop_on_terminate
+from fedloom.cli.console import notes
 from fedloom.cli.judge import judge_and_print
 
 
@@ -31,7 +32,7 @@ def command(
 
         if jobs is None:
             jobs = 1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
-        summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show)
+        summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show, on_notes=notes)
     print_summary(summary, folder)
     if experiment.judge is not None:
         judge_and_print(folder, experiment, yes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 
@@ -26,6 +28,12 @@ def complain(message: str) -> None:
 
 def warn(message: str) -> None:
     note(f"[yellow]warning:[/] {escape(message)}")
+
+
+def notes(messages: Sequence[str]) -> None:
+    """What the data's reader has to say, a line each."""
+    for message in messages:
+        note(f"[yellow]data:[/] {escape(message)}")
 
 
 def size(count: float) -> str:

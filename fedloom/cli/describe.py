@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedloom.cli.arguments import Overrides, What, first_is_override, load_what, look_at_data
-from fedloom.cli.console import complain, counted, out, say, size
+from fedloom.cli.console import complain, counted, notes, out, say, size
 from fedloom.errors import FedloomError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def command(
     p = plan(experiment)
     if p.problem is not None and not told:
         complain(p.problem)
+    notes(p.notes)
     say(_headline(experiment, p))
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")

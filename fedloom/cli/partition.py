@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.arguments import Overrides, What, load_what
-from fedloom.cli.console import out, say
+from fedloom.cli.console import notes, out, say
 
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green", "bright_yellow", "bright_magenta")
 BAR = 40  # characters for the largest client
@@ -27,6 +27,7 @@ def command(
     from fedloom.experiment import load_data
 
     dataset = load_data(load_what(what, overrides))
+    notes(dataset.notes)
     shown = asdict(dataset.table)
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(shown["totals"])}
     legend = Text("  ").join(Text(f"█ {group} {count:,}", style=colours[group]) for group, count in shown["totals"].items())

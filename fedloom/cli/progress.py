@@ -6,7 +6,7 @@ Nothing here needs torch, so that the first word comes before it is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 from rich.text import Text
 
 from fedloom import folders
-from fedloom.cli.console import counted, duration, err, note, size, warn
+from fedloom.cli.console import counted, duration, err, note, notes, size, warn
 from fedloom.config import Experiment
 from fedloom.listener import Listener
 
@@ -125,6 +125,9 @@ class RunDisplay(Listener):
 
     def warned(self, message: str) -> None:
         warn(message)
+
+    def noted(self, messages: Sequence[str]) -> None:
+        notes(messages)
 
 
 class CompareDisplay:

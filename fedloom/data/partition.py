@@ -24,6 +24,13 @@ Parts = dict[ClientId, list[int]]
 Partitioner = Callable[[Sequence[Example], int | None, int], Parts]  # examples, clients, seed
 Label = Literal["category", "owner"]  # what a split by label looks at
 
+WAYS_OUT = {
+    "category": 'Name the column that holds it, data.columns = { category = "..." }; or let groups of alike texts be '
+    'the categories, data.clusters = { count = 8 }; or split without any, data.partition.kind = "iid".',
+    "owner": 'Name the column that holds it, data.columns = { owner = "..." }; or, where each file is one owner\'s, '
+    'set data.owner = "file".',
+}
+
 
 @dataclass(frozen=True)
 class IID:
@@ -50,7 +57,7 @@ class ByLabel:
     def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts:
         count = _check_clients(clients, examples)
         generator = rng.numpy_stream(seed, "partition", "by_label")
-        pools = _pools(examples, self.by, generator)
+        pools = _shared_pools(examples, self.by, generator)
         places = count * self.labels_per_client
         if not 1 <= self.labels_per_client <= len(pools):
             raise ConfigError(
@@ -99,7 +106,7 @@ class Shards:
                 f"{count} clients), got {self.per_client}."
             )
         generator = rng.numpy_stream(seed, "partition", "shards")
-        ordered = np.concatenate(list(_pools(examples, self.by, generator).values()))
+        ordered = np.concatenate(list(_shared_pools(examples, self.by, generator).values()))
         shards = np.array_split(ordered, count * self.per_client)
         dealt = generator.permutation(len(shards)).reshape(count, self.per_client)
         return _numbered([np.concatenate([shards[s] for s in hand]) for hand in dealt])
@@ -123,7 +130,7 @@ class Dirichlet:
         count = _check_clients(clients, examples)
         _check_alpha(self.alpha)
         generator = rng.numpy_stream(seed, "partition", "dirichlet")
-        pools = [pool.tolist() for pool in _pools(examples, self.by, generator).values()]
+        pools = [pool.tolist() for pool in _shared_pools(examples, self.by, generator).values()]
         left = np.array([len(pool) for pool in pools])  # (L,)
         mixes = generator.dirichlet(self.alpha * len(pools) * left / left.sum(), count)  # (clients, L)
         parts: list[list[int]] = [[] for _ in range(count)]
@@ -133,9 +140,10 @@ class Dirichlet:
             if not mix.sum() > 0:  # all this client asks for has run out
                 mix = left
             cumulative = mix.cumsum()
-            label = int(cumulative.searchsorted(draw * cumulative[-1], side="right"))
-            parts[client].append(pools[label].pop())
-            left[label] -= 1
+            # A mix of denormal numbers may round the draw up to the whole sum: then it is the last label there is.
+            drawn = min(int(cumulative.searchsorted(draw * cumulative[-1], side="right")), int(mix.nonzero()[0][-1]))
+            parts[client].append(pools[drawn].pop())
+            left[drawn] -= 1
         return _numbered(parts)
 
 
@@ -165,7 +173,7 @@ class ShepherdDirichlet:
         generator = rng.numpy_stream(seed, "partition", "shepherd_dirichlet")
         best = 0
         for _ in range(self.tries):
-            pools = _pools(examples, self.by, generator)
+            pools = _shared_pools(examples, self.by, generator)
             parts = self._draw(list(pools.values()), count, len(examples) / count, generator)
             smallest = min(len(part) for part in parts)
             if smallest >= self.min_size:
@@ -204,13 +212,11 @@ class ByOwner:
             parts.setdefault(example.owner, []).append(i)
         if not parts:
             raise ConfigError("There are no examples to share out.")
-        if "" in parts:
-            raise ConfigError(
-                f"{len(parts[''])} of {len(examples)} examples name no owner; a split by owner needs one "
-                "for each. Name the column that holds it: columns = { owner = ... }."
-            )
+        check_named(examples, "owner", "a split by owner")
         if clients not in (None, len(parts)):
-            raise ConfigError(f"The data has {len(parts)} owners, got clients={clients}; leave it out.")
+            raise ConfigError(
+                f"The data has {len(parts)} owners, got clients={clients}; leave it out, or set data.clients to {len(parts)}."
+            )
         return dict(sorted(parts.items()))
 
 
@@ -265,29 +271,16 @@ PARTITIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def hold_out(
-    examples: Sequence[Example], *, per_category: int = 10, seed: int = 0, by: Label = "category"
-) -> tuple[list[int], list[int]]:
-    """Indices to train on and to test on, `per_category` of each label; FedIT holds out 10 of each.
-
-    A label gives at most half of its examples, so one with a single example gives none. An instruction
-    and context that occur more than once are never held out: their twin would be trained on.
-    """
-    if per_category < 0:
-        raise ConfigError(f"Expected per_category of at least 0, got {per_category}.")
-    prompts = Counter((e.instruction, e.context) for e in examples)
-    held: set[int] = set()
-    for pool in _pools(examples, by, rng.numpy_stream(seed, "hold-out")).values():
-        unique = [i for i in pool.tolist() if prompts[examples[i].instruction, examples[i].context] == 1]
-        held.update(unique[: min(per_category, len(pool) // 2)])
-    return [i for i in range(len(examples)) if i not in held], sorted(held)
-
-
 def draw_evenly(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of `count` examples, as many of each category as there are to be had, and of the others."""
+    """Indices of `count` examples, as many of each category as there are to be had, and of the others.
+
+    Where no example names a category they are drawn from all.
+    """
     if not 0 < count <= len(examples):
         raise ConfigError(f"Expected data.pool between 1 and the {len(examples)} training examples, got {count}.")
-    pools = [pool.tolist() for pool in _pools(examples, "category", rng.numpy_stream(seed, "pool")).values()]
+    if any(e.category for e in examples):
+        check_named(examples, "category", "data.pool, as many of each category,")
+    pools = [pool.tolist() for pool in shuffled_pools(examples, "category", rng.numpy_stream(seed, "pool")).values()]
     turns = [pool[turn] for turn in range(max(map(len, pools))) for pool in pools if turn < len(pool)]
     chosen = set(turns[:count])
     return sorted(chosen), [i for i in range(len(examples)) if i not in chosen]
@@ -318,7 +311,7 @@ def partition_table(
     examples: Sequence[Example], parts: Mapping[ClientId, Sequence[int]], *, by: Label = "category"
 ) -> PartitionTable:
     """Who holds how much of what, and how far each client's mix is from everybody's."""
-    counts = {client: Counter(_label(examples[i], by) for i in part) for client, part in parts.items()}
+    counts = {client: Counter(group(examples[i], by) for i in part) for client, part in parts.items()}
     totals = sum(counts.values(), Counter[str]())
     everything = totals.total()
     return PartitionTable(
@@ -335,11 +328,40 @@ def partition_table(
     )
 
 
-def _label(example: Example, by: Label) -> str:
+def label(example: Example, by: Label) -> str:
+    """Empty where the example names none."""
     return example.category if by == "category" else example.owner
 
 
-def _pools(examples: Sequence[Example], by: Label, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def group(example: Example, by: Label) -> str:
+    """What an example is counted under where results are shown."""
+    return label(example, by) or f"no {by}"
+
+
+def check_named(examples: Sequence[Example], by: Label, what: str) -> None:
+    """Raises ConfigError, with the ways out, unless every example names its label: none is no label."""
+    missing = sum(not label(e, by) for e in examples)
+    if missing:
+        raise ConfigError(f"{missing:,} of {len(examples):,} examples name no {by}; {what} needs one for each. {WAYS_OUT[by]}")
+
+
+def check_labels(examples: Sequence[Example], by: Label, what: str, *, several: bool = True) -> None:
+    """Raises ConfigError unless the labels of a whole data set group it: all named, and not each of its own.
+
+    With `several` there must be two or more of them, as a split along them needs.
+    """
+    check_named(examples, by, what)
+    values = len({label(e, by) for e in examples})
+    if several and values == 1 < len(examples):
+        raise ConfigError(f"All {len(examples):,} examples have the same {by}; {what} needs two or more. {WAYS_OUT[by]}")
+    if values == len(examples) > 1:
+        raise ConfigError(
+            f"Each of the {len(examples):,} examples has another {by}, so that it groups nothing, and {what} means "
+            f"nothing. Is it the right column? {WAYS_OUT[by]}"
+        )
+
+
+def shuffled_pools(examples: Sequence[Example], by: Label, generator: np.random.Generator) -> dict[str, np.ndarray]:
     """Label -> its indices into `examples`, shuffled; labels in alphabetical order.
 
     Labels, not indices, are looked up through the permutation, so an index always means the example it
@@ -347,8 +369,14 @@ def _pools(examples: Sequence[Example], by: Label, generator: np.random.Generato
     """
     pools: dict[str, list[int]] = {}
     for i in generator.permutation(len(examples)).tolist():
-        pools.setdefault(_label(examples[i], by), []).append(i)
-    return {label: np.array(pools[label]) for label in sorted(pools)}
+        pools.setdefault(label(examples[i], by), []).append(i)
+    return {name: np.array(pools[name]) for name in sorted(pools)}
+
+
+def _shared_pools(examples: Sequence[Example], by: Label, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """The same for a split by label, which is refused where there are none to split along."""
+    check_named(examples, by, f"a split by {by}")
+    return shuffled_pools(examples, by, generator)
 
 
 def _numbered(parts: Sequence[Any]) -> Parts:

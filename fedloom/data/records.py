@@ -26,8 +26,6 @@ sets contain them.
 from __future__ import annotations
 
 import base64
-import bz2
-import gzip
 import hashlib
 import io
 import json
@@ -35,30 +33,33 @@ import lzma
 import math
 import re
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Literal, NoReturn, TypeVar, overload
 
+from fedloom.data import csv_shape, frames, json_shape, opening
+from fedloom.data.frames import Frame, refuse
+from fedloom.data.opening import ARCHIVES
 from fedloom.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
-BOM = b"\xef\xbb\xbf"
-FORMATS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
-ARCHIVES: dict[str, Callable[[Any], Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-SHOWN = 10  # bad records listed in an error; the others are counted
+FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+SHOWN = 10  # causes listed in an error, and fields; the others are counted
 
 
 @dataclass(frozen=True, order=True)
 class Place:
     file: str
     line: int  # 1 is the first; of a record over several lines, its first
+    number: int = 0  # of the record, where others begin before it on the same line; else 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" + (f" (record {self.number})" if self.number else "")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ class Record:
 class BadRecord:
     place: Place
     code: str  # one of those above
-    reason: str  # for a reader; never quotes the record
+    reason: str  # for a reader; never quotes the record; what differs from record to record comes last, in ()
     raw: bytes  # as it stands in the file, cut at `max_bytes`
     length: int  # bytes of the whole record
+    fields: tuple[str, ...] = ()  # that it has, where it lacks one
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,17 @@ class Field:
     number: bool = False  # may be a whole number, as labels often are
 
 
+def _silent(file: str, what: str) -> None:
+    return None
+
+
+def _no_advice(found: Sequence[str]) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Reading:
-    """How strictly to read, and what becomes of bad records.
+    """How to read and how strictly, what becomes of bad records, and who hears of it.
 
     "fail" refuses the data and lists what is wrong. "skip" leaves bad records out, counts them, and
     writes them to the file `quarantine`, which then holds training text and stays with its owner. Without
@@ -98,6 +108,11 @@ class Reading:
     quarantine: Path | None = None
     max_bytes: int = 1 << 20  # of one record
     max_depth: int = 32  # brackets inside brackets
+    field: str | None = None  # JSON: the key that holds the records, where several may
+    delimiter: str | None = None  # CSV; None: told from the header
+    encoding: str | None = None  # None: UTF-8, or as a byte order mark says
+    tell: Callable[[str, str], None] = _silent  # (file or "", what was not as expected)
+    advise: Callable[[Sequence[str]], str] = _no_advice  # what to do about a field that is missing, given those found
 
     def __post_init__(self) -> None:
         if self.on_bad not in ("fail", "skip"):
@@ -107,6 +122,10 @@ class Reading:
                 "Expected max_bytes of at least 1 and max_depth between 1 and 200, "
                 f"got {self.max_bytes} and {self.max_depth}."
             )
+        if self.delimiter is not None:
+            csv_shape.as_byte(self.delimiter)
+        if self.encoding is not None:
+            opening.check_encoding(self.encoding)
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ class Loaded(Sequence[T], Generic[T]):
     items: Sequence[T]
     bad: Mapping[str, int]  # code -> records left out; they are in the quarantine file
     duplicates: int  # records that repeat an earlier one exactly; they are kept
+    places: Sequence[Place] = ()  # where each came from
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -133,9 +153,10 @@ def read_records(
 ) -> Iterator[Record | BadRecord]:
     """Every record of one file, good or bad, in its order. Of `reading`, only the limits matter here.
 
-    The suffix decides: .jsonl, .json (a list of objects, or one object a line), .csv or .tsv (quoted as
-    RFC 4180 has it, the first line names the columns), each perhaps followed by .xz, .gz or .bz2. Memory
-    holds one record at a time. `name` stands for the file in places; by default its path.
+    The suffix tells JSON from CSV: .jsonl, .ndjson or .json, of any shape of `json_shape`; .csv or .tsv, quoted
+    as RFC 4180 has it, with any delimiter of `csv_shape`, the first line naming the columns; each perhaps
+    followed by .xz, .gz or .bz2. Memory holds one record at a time. `name` stands for the file in places; by
+    default its path.
 
     After a broken quote nobody can say where a CSV record ends, so it is reported at its first line and
     reading starts again on the next: no good record is lost, but further lines of the broken one may be
@@ -143,41 +164,65 @@ def read_records(
     """
     path = Path(path)
     name = str(path) if name is None else name
-    plain = path.with_suffix("") if path.suffix.lower() in ARCHIVES else path
-    kind = FORMATS.get(plain.suffix.lower())
+    suffix = plain_suffix(path)
     if path.is_dir():
         raise DataError(f"{path}: a folder where a file was expected (directory).")
-    if kind is None:
+    if suffix not in FORMATS:
         raise DataError(
             f"{path}: cannot tell the format (format); expected a name that ends in {', '.join(FORMATS)}, "
             f"perhaps followed by {', '.join(ARCHIVES)}."
         )
+    read = _json if FORMATS[suffix] == "json" else _csv
     found = False
     try:
-        with ExitStack() as stack:
-            file: Any = stack.enter_context(path.open("rb"))
-            if plain != path:
-                file = stack.enter_context(ARCHIVES[path.suffix.lower()](file))
-            stream = stack.enter_context(io.BufferedReader(file, 1 << 16))
-            if stream.peek(3).startswith(BOM):
-                stream.read(3)
-            if kind == "json" and stream.peek(1).lstrip()[:1] == b"[":
-                records = _parsed(_elements(stream, name, reading), name, fields, reading)
-            elif kind in ("json", "jsonl"):
-                written = (f for f in _lines(stream, reading) if f.raw.strip() or f.length > len(f.raw))
-                records = _parsed(written, name, fields, reading)
-            else:
-                records = _rows(stream, b"," if kind == "csv" else b"\t", name, fields, reading)
-            for record in records:
-                found = True
-                yield record
+        for record in read(path, name, suffix, fields, reading):
+            found = True
+            yield record
     except FileNotFoundError:
         raise DataError(f"{path}: no such file (absent).") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        what = "a corrupt or truncated archive (archive)" if plain != path else "cannot be read (unreadable)"
+        packed = path.suffix.lower() in ARCHIVES
+        what = "a corrupt or truncated archive (archive)" if packed else "cannot be read (unreadable)"
         raise DataError(f"{path}: {what}: {type(error).__name__}: {error}") from None
     if not found:
         raise DataError(f"{path}: holds no record (empty-file).")
+
+
+def plain_suffix(path: Path) -> str:
+    """The ending that says the format, below that of an archive."""
+    plain = path.with_suffix("") if path.suffix.lower() in ARCHIVES else path
+    return plain.suffix.lower()
+
+
+def _json(
+    path: Path, name: str, suffix: str, fields: Mapping[str, Field], reading: Reading
+) -> Iterator[Record | BadRecord]:
+    shape = json_shape.recognise(
+        lambda: opening.opened(path, reading.encoding), name, suffix=suffix, limit=reading.max_bytes,
+        required=[field for field, its in fields.items() if its.required], wanted=reading.field,
+    )  # fmt: skip
+    if shape.said:
+        reading.tell(name, shape.said)
+    with opening.opened(path, reading.encoding, partial(reading.tell, name)) as stream:
+        if shape.kind == "elements":
+            found = frames.elements(stream, name, reading.max_bytes, key=shape.key)
+        else:
+            found = (frames.values if shape.kind == "values" else frames.written)(stream, reading.max_bytes)
+        yield from _parsed(found, name, fields, reading)
+
+
+def _csv(
+    path: Path, name: str, suffix: str, fields: Mapping[str, Field], reading: Reading
+) -> Iterator[Record | BadRecord]:
+    required = [field for field, its in fields.items() if its.required]
+    with opening.opened(path, reading.encoding) as stream:
+        dialect = csv_shape.recognise(stream, suffix, required, reading.delimiter)
+    if dialect.said:
+        reading.tell(name, dialect.said)
+    with opening.opened(path, reading.encoding, partial(reading.tell, name)) as stream:
+        for _ in range(dialect.skipped):
+            stream.readline()
+        yield from _rows(stream, dialect, name, fields, reading)
 
 
 def check_row(place: Place, values: Mapping[str, Any], fields: Mapping[str, Field]) -> Record | BadRecord:
@@ -187,7 +232,7 @@ def check_row(place: Place, values: Mapping[str, Any], fields: Mapping[str, Fiel
         _check_fields(values, fields)
     except _Fault as fault:
         raw = json.dumps(dict(values), default=repr).encode()
-        return BadRecord(place, fault.code, fault.reason, raw, len(raw))
+        return BadRecord(place, fault.code, fault.reason, raw, len(raw), tuple(values))
     return Record(place, values)
 
 
@@ -202,8 +247,8 @@ def load(
     reading them all, and under "skip" when none is good.
     """
     items: list[T] = []
-    codes: Counter[str] = Counter()
-    first: list[BadRecord] = []
+    places: list[Place] = []
+    bad = _Bad()
     seen: set[bytes] = set()
     with ExitStack() as stack:
         quarantine: Any = None
@@ -214,29 +259,77 @@ def load(
                 text = json.dumps(dict(record.values), sort_keys=True, default=repr)
                 seen.add(hashlib.blake2b(text.encode(), digest_size=16).digest())
                 items.append(make(record))
+                places.append(record.place)
                 continue
-            codes[record.code] += 1
-            if len(first) < SHOWN:
-                first.append(record)
+            bad.add(record)
             if quarantine is not None:
                 quarantine.write(json.dumps(_quarantined(record)) + "\n")
-    if codes and (reading.on_bad == "fail" or not items):
-        raise DataError(_listing(first, codes, len(items)))
-    return Loaded(items, dict(sorted(codes.items())), len(items) - len(seen))
+    if bad.codes and (reading.on_bad == "fail" or not items):
+        raise DataError(bad.listing(len(items), reading))
+    if bad.codes:
+        reading.tell("", bad.summary(len(items), reading))
+    return Loaded(items, dict(sorted(bad.codes.items())), len(items) - len(seen), places)
 
 
-def _listing(first: Sequence[BadRecord], codes: Counter[str], good: int) -> str:
-    bad = codes.total()
-    lines = [f"{bad:,} of {bad + good:,} records cannot be used:"]
-    lines += [f"  {record.place}  {record.code}: {record.reason}" for record in first]
-    if bad > len(first):
-        lines.append(f"  and {bad - len(first):,} more")
-    lines.append("Counts: " + ", ".join(f"{code} {count:,}" for code, count in codes.most_common()) + ".")
-    if good:
-        lines.append('Fix these records, or leave them out with data.on_bad = "skip".')
-    else:
-        lines.append("No good record is left. Is this the right file, and are the columns named as in it?")
-    return "\n".join(lines)
+class _Bad:
+    """Bad records by cause: one line for each, however many there are."""
+
+    def __init__(self) -> None:
+        self.codes: Counter[str] = Counter()
+        self._causes: Counter[tuple[str, str]] = Counter()  # code, reason
+        self._first: dict[tuple[str, str], BadRecord] = {}
+        self._fields: Counter[str] = Counter()  # of records that lack one
+        self._bytes = b""  # of some that are not UTF-8
+
+    def add(self, record: BadRecord) -> None:
+        cause = record.code, re.sub(r" \([^()]*\)$", "", record.reason)
+        self.codes[record.code] += 1
+        self._causes[cause] += 1
+        self._first.setdefault(cause, record)
+        if record.code == "missing":
+            self._fields.update(record.fields)
+        if record.code == "utf8" and len(self._bytes) < 1 << 16:
+            self._bytes += record.raw
+
+    def listing(self, good: int, reading: Reading) -> str:
+        bad = self.codes.total()
+        lines = [f"{bad:,} of {bad + good:,} records cannot be used:"]
+        for cause, count in list(self._causes.items())[:SHOWN]:
+            first = self._first[cause]
+            often = f"{cause[1]} ({count:,} records, this is the first)" if count > 1 else first.reason
+            lines.append(f"  {first.place}  {cause[0]}: {often}")
+        if len(self._causes) > SHOWN:
+            rest = self._causes.total() - sum(list(self._causes.values())[:SHOWN])
+            lines.append(f"  and {rest:,} more, of {len(self._causes) - SHOWN:,} other kinds")
+        lines.append("Counts: " + ", ".join(f"{code} {count:,}" for code, count in self.codes.most_common()) + ".")
+        lines += self._hints(good, reading)
+        if good:
+            lines.append('Fix these records, or leave them out with data.on_bad = "skip".')
+        else:
+            lines.append("No good record is left. Is this the right file, and are the columns named as in it?")
+        return "\n".join(lines)
+
+    def summary(self, good: int, reading: Reading) -> str:
+        bad = self.codes.total()
+        causes = [f"{reason} ({count:,})" for (_, reason), count in self._causes.most_common(3)]
+        rest = bad - sum(count for _, count in self._causes.most_common(3))
+        where = f"; they are in {reading.quarantine.name}" if reading.quarantine else ""
+        said = f"{bad:,} of {bad + good:,} records are left out: {'; '.join(causes)}{f'; other causes ({rest:,})' if rest else ''}{where}."
+        return " ".join([said, *self._hints(good, reading)])
+
+    def _hints(self, good: int, reading: Reading) -> Iterator[str]:
+        if self._fields:
+            names = [name for name, _ in self._fields.most_common()]
+            advice = "" if good > self._causes.total() else reading.advise(names)
+            yield f"Fields of the records that lack one: {shown(names)}. {advice}".strip()
+        if self._bytes:
+            yield opening.readings(self._bytes)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names of fields for a message; one as long as a sentence may be a text, and is not quoted."""
+    short = [n if len(n) <= 40 and len(n.split()) <= 4 else f"(a text of {len(n)} characters)" for n in names[:SHOWN]]
+    return ", ".join(short) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _quarantined(record: BadRecord) -> dict[str, Any]:
@@ -246,7 +339,8 @@ def _quarantined(record: BadRecord) -> dict[str, Any]:
     except UnicodeDecodeError:
         raw = {"raw_base64": base64.b64encode(record.raw).decode()}
     place = record.place
-    found = {"file": place.file, "line": place.line, "code": record.code, "reason": record.reason}
+    number = {"record": place.number} if place.number else {}
+    found = {"file": place.file, "line": place.line, **number, "code": record.code, "reason": record.reason}
     return {**found, "length": record.length, **raw}
 
 
@@ -258,19 +352,7 @@ def _create(path: Path) -> io.TextIOWrapper:
         raise DataError(f"Cannot write the quarantine file {path}: {error.strerror}.") from None
 
 
-# -- from bytes to frames: where a record begins and ends -------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Frame:
-    line: int
-    raw: bytes  # with its line end; of a record that is too long, the beginning
-    length: int  # of the whole, in bytes
-    ended: bool = True  # False: the file stops before the record's line end
-
-    @property
-    def body(self) -> bytes:
-        return self.raw.removesuffix(b"\n").removesuffix(b"\r")
+# -- from frames to records: what a frame must hold -------------------------------------------------------
 
 
 class _Fault(Exception):
@@ -280,159 +362,73 @@ class _Fault(Exception):
         self.reason = reason
 
 
-def _lines(stream: BinaryIO, reading: Reading) -> Iterator[_Frame]:
-    line = 1
-    while raw := stream.readline(reading.max_bytes + 2):  # a record of max_bytes, and its line end
-        length, ended = len(raw), raw.endswith(b"\n")
-        while not ended and (more := stream.readline(1 << 16)):
-            length, ended = length + len(more), more.endswith(b"\n")
-        yield _Frame(line, raw, length, ended)
-        line += 1
-
-
-_MARK = re.compile(rb'"(?:[^"\\\n]|\\[^\n])*+("?)|[\[\]{},\n]')  # a string, or one mark of structure
-_REST_OF_STRING = re.compile(rb'(?:[^"\\\n]|\\[^\n])*+("?)')
-
-
-def _marks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Bytes and the bracket, comma or line end they run up to, looking for these outside strings only.
-
-    The mark is empty where a piece of the stream ends. A line end closes any string, since JSON allows
-    none inside one: a missing quote spoils one element and not the rest of the file.
-    """
-    inside_string = False
-    while piece := stream.readline(1 << 16):
-        while piece.endswith(b"\\") and (more := stream.read(1)):  # never cut an escape in two
-            piece += more
-        start = at = 0
-        if inside_string and (rest := _REST_OF_STRING.match(piece)):
-            at = rest.end()
-            inside_string = not rest[1] and at == len(piece)
-        for found in _MARK.finditer(piece, at):
-            if found[0].startswith(b'"'):
-                inside_string = not found[1] and found.end() == len(piece)
-            else:
-                yield piece[start : found.start()], found[0]
-                start = found.end()
-        yield piece[start:], b""
-
-
-def _elements(stream: BinaryIO, name: str, reading: Reading) -> Iterator[_Frame]:
-    """One frame an element of a JSON list; the elements need not be valid for that."""
-    line = began = 1
-    depth = length = elements = 0
-    kept = bytearray()  # the element so far, and enough of it to see that it is too long
-    closed = False
-    for text, mark in _marks(stream):
-        if closed and (text.strip() or mark.strip()):
-            _refuse(name, line, "json", "there is text after the end of the list")
-        if depth > 0:
-            ends = depth == 1 and mark in (b",", b"]", b"}")
-            part = text if ends else text + mark
-            if length or part.strip() or ends:
-                began = began if length else line
-                kept += part[: reading.max_bytes + 3 - len(kept)]
-                length += len(part)
-            if ends and mark == b"}":
-                _refuse(name, line, "json", "a '}' closes nothing: a record before it is damaged")
-            if ends and (length or elements or mark == b","):
-                yield _Frame(began, bytes(kept.rstrip()), length)
-                elements, length, kept = elements + 1, 0, bytearray()
-        depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
-        closed = closed or (depth == 0 and mark == b"]")
-        line += mark == b"\n"
-    if not closed:
-        _refuse(name, began if length else line, "truncated", "the list has no end: this record or its ]")
-
-
-def _refuse(name: str, line: int, code: str, reason: str) -> NoReturn:
-    raise DataError(f"{Place(name, line)}: {reason} ({code}).")
-
-
-def _table(stream: BinaryIO, comma: bytes, reading: Reading) -> Iterator[tuple[_Frame, list[bytes] | None]]:
-    """A frame and its columns for each record of a CSV file; no columns where the quotes are broken.
-
-    A record goes on while its quotes are open. If they never close, or close at a wrong place, only its
-    first line is called broken, and the lines after it are read again.
-    """
-    field = re.compile(rb'(?:"([^"]*+(?:""[^"]*+)*+)"|([^"\n' + comma + rb"]*+))(" + comma + rb"|\Z)")
-    lines = _lines(stream, reading)
-    again: deque[_Frame] = deque()
-
-    def following() -> _Frame | None:
-        return again.popleft() if again else next(lines, None)
-
-    while (first := following()) is not None:
-        if not first.raw.strip(b" \r\n"):
-            continue
-        taken, length = [first], first.length
-        is_open = first.raw.count(b'"') % 2 == 1
-        while is_open and length <= reading.max_bytes and (more := following()) is not None:
-            taken.append(more)
-            length += more.length
-            is_open ^= more.raw.count(b'"') % 2 == 1
-        joined = _Frame(first.line, b"".join(f.raw for f in taken), length, taken[-1].ended)
-        columns = None if is_open or length > reading.max_bytes + 2 else _columns(joined.body, field)
-        if columns is not None:
-            yield joined, columns
-        else:
-            again.extendleft(reversed(taken[1:]))
-            yield first, None
-
-
-def _columns(body: bytes, field: re.Pattern[bytes]) -> list[bytes] | None:
-    columns, at = [], 0
-    while found := field.match(body, at):
-        columns.append(found[2] if found[1] is None else found[1].replace(b'""', b'"'))
-        at = found.end()
-        if not found[3]:
-            return columns
-    return None
-
-
-# -- from frames to records: what a frame must hold -------------------------------------------------------
-
-
 def _parsed(
-    frames: Iterable[_Frame], name: str, fields: Mapping[str, Field], reading: Reading
+    frames: Iterable[Frame], name: str, fields: Mapping[str, Field], reading: Reading
 ) -> Iterator[Record | BadRecord]:
     for frame in frames:
-        place = Place(name, frame.line)
+        place = Place(name, frame.line, frame.number)
+        values: Mapping[str, Any] = {}
         try:
             values = _parse_json(_decode(frame, reading), frame, reading)
             _check_text(values, fields)
             _check_fields(values, fields)
         except _Fault as fault:
-            yield BadRecord(place, fault.code, fault.reason, frame.raw, frame.length)
+            yield BadRecord(place, fault.code, fault.reason, frame.raw, frame.length, tuple(values))
         else:
             yield Record(place, values)
 
 
 def _rows(
-    stream: BinaryIO, comma: bytes, name: str, fields: Mapping[str, Field], reading: Reading
+    stream: BinaryIO, dialect: csv_shape.Dialect, name: str, fields: Mapping[str, Field], reading: Reading
 ) -> Iterator[Record | BadRecord]:
-    header: list[str] = []
-    for frame, columns in _table(stream, comma, reading):
+    header: csv_shape.Header | None = None
+    empty = 0
+    for frame, columns in frames.rows(stream, dialect.delimiter, reading.max_bytes):
+        frame = replace(frame, line=frame.line + dialect.skipped)
         place = Place(name, frame.line)
         try:
             _decode(frame, reading)
             if columns is None:
                 raise _cut(frame) or _Fault("quote", "a quote is not closed, or stands inside a field")
             cells = [column.decode() for column in columns]
-            if not header:
-                header = _header(cells, fields)
+            if header is None:
+                header = _header(cells, fields, name, frame.line, reading)
                 continue
-            if len(cells) != len(header):
-                reason = f"{len(cells)} columns where the header has {len(header)}"
+            if not any(cells) and len(cells) > 1:
+                empty += 1
+                continue
+            if (values := header.row(cells)) is None:
+                reason = f"not as many columns as the header's {header.width} ({len(cells)})"
                 raise _cut(frame) or _Fault("columns", reason)
-            values = dict(zip(header, cells, strict=True))
             _check_fields(values, fields)
         except _Fault as fault:
-            if not header:
-                _refuse(name, frame.line, "header", f"the first line must name the columns: {fault.reason}")
+            if header is None:
+                then = opening.readings(frame.raw) if fault.code == "utf8" else ""
+                refuse(name, frame.line, "header", f"the first line must name the columns: {fault.reason}", then)
             yield BadRecord(place, fault.code, fault.reason, frame.raw, frame.length)
         else:
             yield Record(place, values)
+    if empty:
+        reading.tell(name, f"{empty:,} rows hold nothing but delimiters, and are passed over")
+
+
+def _header(
+    cells: Sequence[str], fields: Mapping[str, Field], name: str, line: int, reading: Reading
+) -> csv_shape.Header:
+    header = csv_shape.Header(tuple(cells))
+    named = [cell for cell in cells if cell.strip()]
+    if len(set(named)) < len(named):
+        raise _Fault("header", "two columns have the same name")
+    for field, its in fields.items():
+        if its.required and field not in named:
+            refuse(
+                name, line, "header",
+                f"the first line must name the columns: none of its {len(cells)} columns is called {field!r}",
+                f"They are: {shown(named)}. {reading.advise(named)}".strip(),
+            )  # fmt: skip
+    if header.unnamed:
+        reading.tell(name, f"columns without a name are passed over ({header.unnamed})")
+    return header
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tab and line ends
@@ -440,14 +436,14 @@ _UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[][{}]', re.DOTALL)  # or a string, to pass over
 
 
-def _cut(frame: _Frame) -> _Fault | None:
+def _cut(frame: Frame) -> _Fault | None:
     """What is wrong with a record that makes no sense, if the reason is that the file stops in it."""
     return None if frame.ended else _Fault("truncated", "the last line breaks off: it has no line end")
 
 
-def _decode(frame: _Frame, reading: Reading) -> str:
+def _decode(frame: Frame, reading: Reading) -> str:
     if len(frame.body) > reading.max_bytes or frame.length > reading.max_bytes + 2:  # 2: a line end
-        raise _Fault("long", f"{frame.length:,} bytes, where the limit is {reading.max_bytes:,}")
+        raise _Fault("long", f"longer than the limit of {reading.max_bytes:,} bytes ({frame.length:,})")
     try:
         text = frame.body.decode()
     except UnicodeDecodeError as error:
@@ -456,11 +452,11 @@ def _decode(frame: _Frame, reading: Reading) -> str:
     if text.startswith("\ufeff"):
         raise _Fault("bom", "a byte order mark that is not at the start of the file")
     if found := _CONTROL.search(text):
-        raise _Fault("control", f"control character U+{ord(found[0]):04X} (character {found.start() + 1})")
+        raise _Fault("control", f"a control character (U+{ord(found[0]):04X}, character {found.start() + 1})")
     return text
 
 
-def _parse_json(text: str, frame: _Frame, reading: Reading) -> dict[str, Any]:
+def _parse_json(text: str, frame: Frame, reading: Reading) -> dict[str, Any]:
     # Measured first: the parser would recurse as deep as a stranger likes.
     if text.count("[") + text.count("{") > reading.max_depth and _depth(text) > reading.max_depth:
         raise _Fault("deep", f"nested deeper than {reading.max_depth} levels")
@@ -503,17 +499,6 @@ def _finite_number(text: str) -> float:
     return number
 
 
-def _header(cells: list[str], fields: Mapping[str, Field]) -> list[str]:
-    if not all(cell.strip() for cell in cells):
-        raise _Fault("header", "a column has no name")
-    if len(set(cells)) < len(cells):
-        raise _Fault("header", "two columns have the same name")
-    for name, field in fields.items():
-        if field.required and name not in cells:
-            raise _Fault("header", f"none of its {len(cells)} columns is called {name!r}")
-    return cells
-
-
 def _check_text(values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
     """JSON can spell what the bytes of a file could not hold: "\\u0000", "\\ud800"."""
     for name, value in values.items():
@@ -521,7 +506,7 @@ def _check_text(values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
             if found := _UNWANTED.search(text):
                 where = f"field {name!r}" if name in fields else "another field"
                 if found[0] < "\ud800":
-                    raise _Fault("control", f"{where} holds control character U+{ord(found[0]):04X}")
+                    raise _Fault("control", f"{where} holds a control character (U+{ord(found[0]):04X})")
                 raise _Fault("surrogate", f"{where} holds half of a surrogate pair")
 
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from fedloom.data import records
+from fedloom.data import columns as names
+from fedloom.data import parquet, records
 from fedloom.data.example import Example
-from fedloom.data.records import ARCHIVES, FORMATS, BadRecord, Field, Loaded, Place, Reading, Record
+from fedloom.data.records import FORMATS, BadRecord, Field, Loaded, Place, Reading, Record
 from fedloom.errors import ConfigError, DataError
 
 Paths = str | Path | Sequence[str | Path]
@@ -40,66 +43,83 @@ LICENCES = {
     "medquad": "CC-BY-4.0",
     "alpacare": "CC-BY-NC-4.0",
 }
+LENIENT = Field(required=False, blank=True)
+PARQUET = ".parquet"
+FIXED = ("dolly", "alpaca", "alpacare", "medquad")  # sources that know their columns
+MAPPED = ("table", "hub")  # sources that take data.columns
 
 NO_INPUT = ("<noinput>", "NA")  # how AlpaCare's files say that a task has no input
 
 
-def dolly(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
-    """databricks-dolly-15k: instruction, context, response, and one of eight categories."""
-    names = ("instruction", "context", "response", "category")
-    return _read(path, {name: name for name in names}, {name: DEMANDS[name] for name in names}, reading)
+def dolly(
+    path: Paths, reading: Reading = Reading(), *, columns: Mapping[str, str] = MappingProxyType({})
+) -> Loaded[Example]:
+    """databricks-dolly-15k: instruction, context, response, and one of eight categories.
+
+    Here and below, `columns` names those that a file calls otherwise than the published ones.
+    """
+    fixed = {ours: ours for ours in ("instruction", "context", "response", "category")}
+    return _read(path, {**fixed, **columns}, _demands({**fixed, **columns}), reading)
 
 
-def alpaca(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+def alpaca(
+    path: Paths, reading: Reading = Reading(), *, columns: Mapping[str, str] = MappingProxyType({})
+) -> Loaded[Example]:
     """Alpaca's shape, a JSON list or JSON lines: instruction, output, and an input that may be absent.
 
     Alpaca has no categories. Copies of it that contain blank outputs need on_bad = "skip".
     """
-    columns = {"instruction": "instruction", "context": "input", "response": "output"}
-    demands = {"instruction": Field(), "input": Field(required=False, blank=True), "output": Field()}
-    return _read(path, columns, demands, reading)
+    columns = {"instruction": "instruction", "context": "input", "response": "output", **columns}
+    return _read(path, columns, {**_demands(columns), columns["context"]: LENIENT}, reading)
 
 
-def alpacare(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+def alpacare(
+    path: Paths, reading: Reading = Reading(), *, columns: Mapping[str, str] = MappingProxyType({})
+) -> Loaded[Example]:
     """AlpaCare's medical tasks in Alpaca's shape: MedInstruct-52k, or its clinicians' seeds once answered.
 
     As in AlpaCare's own code an input of "<noinput>" or "NA" is none. The topic, which the seeds have and
     MedInstruct-52k has not, is the category. The published seeds hold no responses and are refused.
     """
-    columns = {"instruction": "instruction", "context": "input", "response": "output", "category": "topic"}
-    demands = {
-        "instruction": Field(),
-        "input": Field(required=False, blank=True),
-        "output": Field(),
-        "topic": Field(required=False, blank=True),
-    }
+    columns = {"instruction": "instruction", "context": "input", "response": "output", "category": "topic", **columns}
+    demands = {**_demands(columns), columns["context"]: LENIENT, columns["category"]: LENIENT}
 
     def make(record: Record) -> Example:
         example = _example(record, columns)
         return replace(example, context="") if example.context.strip() in NO_INPUT else example
 
     # Whether the response is there is asked last: that no record has one is a reason of its own.
-    found = _records(path, {**demands, "output": Field(required=False, blank=True)}, reading)
-    return records.load(_answered(found, demands), make, reading)
+    response = columns["response"]
+    found = _records(path, {**demands, response: LENIENT}, reading)
+    return records.load(_answered(found, demands, response), make, reading)
 
 
 def _answered(
-    found: Iterable[Record | BadRecord], demands: Mapping[str, Field]
+    found: Iterable[Record | BadRecord], demands: Mapping[str, Field], response: str
 ) -> Iterator[Record | BadRecord]:
-    """Holds records to `demands`, and refuses them all where none has an output."""
+    """Holds records to `demands`, and refuses them all where none has a response."""
     answered = unanswered = 0
+    fields: dict[str, None] = {}
     for record in found:
         if isinstance(record, BadRecord):
             yield record
             continue
-        if str(record.values.get("output") or "").strip():
+        if str(record.values.get(response) or "").strip():
             answered += 1
         else:
             unanswered += 1
+            fields |= dict.fromkeys(record.values)
         yield records.check_row(record.place, record.values, demands)
+    if unanswered and not answered and (several := names.answers(list(fields))):
+        raise DataError(
+            f"None of the {unanswered:,} records has a response (field {response!r}). They have the answers of models "
+            f"instead, as MedInstruct-test has: {', '.join(several)}. Choose one of them: as a test set, "
+            f'data.test_columns = {{ response = "{several[0]}" }}; to train on, data.source = "table", '
+            f'data.columns = {{ context = "input", response = "{several[0]}" }}.'
+        )
     if unanswered and not answered:
         raise DataError(
-            f"None of the {unanswered:,} records has a response (field 'output'). AlpaCare's 167 seed "
+            f"None of the {unanswered:,} records has a response (field {response!r}). AlpaCare's 167 seed "
             "tasks, med_seed.json, are published as instructions without responses, and nobody can be trained "
             "on those. Use MedInstruct-52k, the tasks generated from them, or answer the seeds: give each an "
             "'output'. A file that calls its response otherwise is a table: "
@@ -107,16 +127,18 @@ def _answered(
         )
 
 
-def medquad(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+def medquad(
+    path: Paths, reading: Reading = Reading(), *, columns: Mapping[str, str] = MappingProxyType({})
+) -> Loaded[Example]:
     """MedQuAD: questions and answers of nine institutions, each an owner; the question type is the category."""
-    columns = {"instruction": "question", "response": "answer", "owner": "source", "category": "qtype"}
+    columns = {"instruction": "question", "response": "answer", "owner": "source", "category": "qtype", **columns}
     return _read(path, columns, _demands(columns), reading)
 
 
 def table(
     path: Paths, columns: Mapping[str, str] | None = None, reading: Reading = Reading()
 ) -> Loaded[Example]:
-    """Any JSONL, JSON, CSV or TSV: a file, a folder of them, a pattern such as "data/*.csv", or several.
+    """Any JSONL, JSON, CSV, TSV or Parquet: a file, a folder of them, a pattern such as "data/*.csv", or several.
 
     `columns` maps ours (instruction, response, context, category, owner) to those of the files. A column
     it names must be in every record. Of the others, instruction and response must be there under our
@@ -142,17 +164,10 @@ def hub(
     """
     columns, demands = _mapped(columns)
     rows = _load_dataset(name, split, revision, allow_download)
-    absent = [
-        theirs for theirs, field in demands.items() if field.required and theirs not in rows.column_names
-    ]
-    if absent:
-        raise ConfigError(
-            f"{name!r} has no column {absent[0]!r}; it has {', '.join(rows.column_names)}. Name the right "
-            "one: data.columns = { instruction = ..., response = ... }."
-        )
+    parquet.check_columns(repr(name), rows.column_names, demands, reading)
     short = Path(name).name if Path(name).is_dir() else name
     checked = (records.check_row(Place(short, n), row, demands) for n, row in enumerate(rows, 1))
-    return records.load(checked, lambda record: _example(record, columns), reading)
+    return records.load(_unused(checked, demands, reading), lambda record: _example(record, columns), reading)
 
 
 SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
@@ -170,32 +185,64 @@ def load(
     path: Paths | None,
     *,
     columns: Mapping[str, str] | None = None,
+    test_columns: Mapping[str, str] | None = None,
     split: str = "train",
     revision: str | None = None,
     on_bad: Any = "fail",
+    owner: str | None = None,
+    field: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
     quarantine: Path | None = None,
     allow_download: bool = False,
 ) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of a source by name, and what the reader has to report: records, bad by code, duplicates."""
+    """Examples of a source by name, and what the reader has to report: records, bad by code, duplicates, notes.
+
+    `test_columns`, where it is not None, says that this is a test set and what it calls otherwise. With `owner`
+    = "file" an example's owner is the file it came from. Notes are sentences for the user.
+    """
     if not path:
         what = "the data set's id" if source == "hub" else "the file to read"
         raise ConfigError(f'data.source = "{source}" needs data.path, {what}.')
-    if columns and source not in ("table", "hub"):
+    if columns and source in FIXED:
         raise ConfigError(
             f'data.source = "{source}" has fixed columns; use "table" to name columns, or drop data.columns.'
         )
-    reading = Reading(on_bad=on_bad, quarantine=quarantine)
+    if test_columns and source not in (*FIXED, *MAPPED):
+        raise ConfigError(f'data.source = "{source}" reads a test set as it reads the rest; drop data.test_columns.')
+    told: dict[str, list[str]] = {}  # what was not as expected -> in which files
+    key = "data.columns" if test_columns is None else "data.test_columns"
+    reading = Reading(
+        on_bad=on_bad, quarantine=quarantine, field=field, delimiter=delimiter, encoding=encoding,
+        tell=lambda file, what: told.setdefault(what, []).append(file),
+        advise=lambda found: names.advice(found, source=source, known=list(SOURCES), key=key),
+    )  # fmt: skip
+    renamed = {**(columns or {}), **(test_columns or {})}
     if source == "hub":
         if not isinstance(path, str):
             raise ConfigError('data.source = "hub" takes one data set id as data.path.')
         options = {"split": split, "revision": revision, "allow_download": allow_download}
-        loaded = hub(path, columns, reading, **options)  # type: ignore[arg-type]
+        loaded = hub(path, renamed, reading, **options)  # type: ignore[arg-type]
     elif source == "table":
-        loaded = table(path, columns, reading)
+        loaded = table(path, renamed, reading)
+    elif renamed:
+        loaded = SOURCES[source](path, reading, columns=renamed)
     else:
         loaded = SOURCES[source](path, reading)
-    report = {"records": len(loaded), "bad": dict(loaded.bad), "duplicates": loaded.duplicates}
-    return list(loaded), report
+    examples = list(loaded)
+    if owner == "file":
+        examples = _by_file(examples, loaded.places)
+    notes = [f"{records.shown(files)}: {what}" if any(files) else what for what, files in told.items()]
+    report = {"records": len(loaded), "bad": dict(loaded.bad), "duplicates": loaded.duplicates, "notes": notes}
+    return examples, report
+
+
+def _by_file(examples: Sequence[Example], places: Sequence[Place]) -> list[Example]:
+    """Each example with its file's name as its owner, without what says the format; folders only where they differ."""
+    plain = {p.file: p.file.removesuffix(Path(p.file).name) + Path(p.file).name.partition(".")[0] for p in places}
+    # Two files may differ in their endings alone: then these stay.
+    unique = plain if len(set(plain.values())) == len(plain) else {file: file for file in plain}
+    return [replace(e, owner=unique[p.file]) for e, p in zip(examples, places, strict=True)]
 
 
 def _mapped(columns: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, Field]]:
@@ -227,30 +274,45 @@ def _read(
 
 
 def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Iterator[Record | BadRecord]:
-    files = _files(path)
+    files = _files(path, reading)
     together = os.path.commonpath([file.parent for file in files])
 
     def one(file: Path) -> Iterator[Record | BadRecord]:
         # Short, and the same wherever the data lies: it ends up in example ids.
         name = Path(os.path.relpath(file, together)).as_posix()
-        return records.read_records(file, demands, reading, name=name)
+        read = parquet.read if file.suffix.lower() == PARQUET else records.read_records
+        return read(file, demands, reading, name=name)
 
-    return chain.from_iterable(map(one, files))
+    return _unused(chain.from_iterable(map(one, files)), demands, reading)
 
 
-def _files(path: Paths) -> list[Path]:
+def _unused(
+    found: Iterable[Record | BadRecord], demands: Mapping[str, Field], reading: Reading
+) -> Iterator[Record | BadRecord]:
+    """The same; tells at the end which fields nobody asked for."""
+    fields: Counter[str] = Counter()
+    good = 0
+    for record in found:
+        if isinstance(record, Record):
+            good += 1
+            fields.update(name for name in record.values if name not in demands)
+        yield record
+    if fields:
+        often = min(fields.values()) < good
+        which = [f"{name} (in {count:,})" if often else name for name, count in fields.most_common()]
+        reading.tell("", f"columns that are not used: {records.shown(which)}")
+
+
+def _files(path: Paths, reading: Reading) -> list[Path]:
     """Every file that is meant, absolute; of a folder those we can read, in alphabetical order."""
     given = [path] if isinstance(path, str | Path) else list(path)
     files: list[Path] = []
     for item in given:
         place = Path(item).expanduser().absolute()
         if place.is_dir():
-            inside = sorted(file for file in place.iterdir() if file.is_file() and _readable(file))
-            if not inside:
-                raise DataError(f"{item}: no {', '.join(FORMATS)} file in this folder (empty-folder).")
-            files += inside
+            files += _of_folder(place, str(item), reading)
         elif not place.exists() and (matches := sorted(glob.glob(str(place), recursive=True))):
-            files += map(Path, matches)
+            files += [Path(match) for match in matches if not Path(match).is_dir()]
         else:
             files.append(place)
     if not files:
@@ -260,9 +322,18 @@ def _files(path: Paths) -> list[Path]:
     return files
 
 
+def _of_folder(folder: Path, item: str, reading: Reading) -> list[Path]:
+    there = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    inside = [file for file in there if file.is_file() and _readable(file)]
+    if not inside:
+        raise DataError(f"{item}: no {', '.join((*FORMATS, PARQUET))} file in this folder (empty-folder).")
+    if others := [f.name + "/" * f.is_dir() for f in there if f not in inside]:
+        reading.tell("", f"not read in that folder: {records.shown(others)}")
+    return inside
+
+
 def _readable(file: Path) -> bool:
-    plain = file.with_suffix("") if file.suffix.lower() in ARCHIVES else file
-    return plain.suffix.lower() in FORMATS
+    return records.plain_suffix(file) in FORMATS or file.suffix.lower() == PARQUET
 
 
 def _example(record: Record, columns: Mapping[str, str]) -> Example:

@@ -105,7 +105,8 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "Data",
             f"{e['data']['source']}, {summary['data']['train']} training examples, "
-            f"split by {e['data']['partition']['kind']}",
+            f"split by {e['data']['partition']['kind']}"
+            + ("; they name no category" if list(summary["partition"]["totals"]) == ["no category"] else ""),
         ),
         (
             "Local training",

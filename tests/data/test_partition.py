@@ -6,10 +6,11 @@ from collections import Counter
 from itertools import chain
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedloom.data.example import Example
+from fedloom.data.held_out import hold_out
 from fedloom.data.partition import (
     IID,
     PARTITIONS,
@@ -19,7 +20,8 @@ from fedloom.data.partition import (
     Dirichlet,
     Shards,
     ShepherdDirichlet,
-    hold_out,
+    check_labels,
+    draw_evenly,
     partition_table,
 )
 from fedloom.errors import ConfigError
@@ -101,6 +103,7 @@ def test_clients_come_in_the_order_of_their_ids_and_indices_ascend(split):
         ]
     ),
 )
+@example(sizes=[28, 18], clients=4, seed=49, split=Dirichlet(1e-3))  # mixes of denormal numbers
 @settings(deadline=None, max_examples=300)
 def test_any_split_uses_every_index_once_and_leaves_nobody_empty_or_is_refused(sizes, clients, seed, split):
     data = examples(*sizes)
@@ -244,7 +247,7 @@ def test_by_owner_makes_one_client_of_each_owner_under_its_name():
 
 
 def test_by_owner_refuses_examples_without_an_owner():
-    with pytest.raises(ConfigError, match="1 of 2 examples name no owner"):
+    with pytest.raises(ConfigError, match="1 of 2 examples name no owner; a split by owner"):
         ByOwner()([Example("a", "b", owner="x"), Example("a", "b")], None, 0)
 
 
@@ -301,6 +304,73 @@ def test_hold_out_never_tests_on_a_prompt_that_is_trained_on():
         _, test = hold_out(data, per_category=5, seed=seed)
         assert len(test) == 5
         assert all(data[i].instruction != "twice" for i in test)
+
+
+ALONG_LABELS = [ByLabel(), Shards(), Dirichlet(), ShepherdDirichlet(min_size=1)]
+
+
+@pytest.mark.parametrize("split", ALONG_LABELS, ids=repr)
+@pytest.mark.parametrize(("blank", "message"), [(40, "40 of 40 examples name no category"), (7, "7 of 40 examples")])
+def test_a_missing_category_is_no_category_to_split_along(split, blank, message):
+    data = [Example(f"q{i}", "a", category="" if i < blank else "ab"[i % 2]) for i in range(40)]
+    with pytest.raises(ConfigError, match=message) as caught:
+        split(data, 4, 0)
+    assert "data.clusters = { count = 8 }" in str(caught.value)
+    assert 'data.columns = { category = "..." }' in str(caught.value)
+
+
+def test_a_split_along_owners_needs_owners_and_names_the_ways_to_them():
+    with pytest.raises(ConfigError, match=r"40 of 40 examples name no owner") as caught:
+        Dirichlet(by="owner")([Example(f"q{i}", "a", category="ab"[i % 2]) for i in range(40)], 4, 0)
+    assert 'data.owner = "file"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(["a"] * 6, "All 6 examples have the same category"), (list("abcdef"), "Each of the 6 examples has another category")],
+)
+def test_labels_that_group_nothing_are_refused(labels, message):
+    with pytest.raises(ConfigError, match=message):
+        check_labels([Example("q", "a", category=c) for c in labels], "category", "a split")
+
+
+@pytest.mark.parametrize("split", [IID(), BySize(power_law=1.0)], ids=repr)
+def test_splits_that_look_at_no_label_need_none(split):
+    data = [Example(f"q{i}", "a") for i in range(40)]
+    assert sum(map(len, split(data, 4, 0).values())) == 40
+
+
+def test_hold_out_draws_from_all_where_nobody_names_a_category():
+    train, test = hold_out([Example(f"q{i}", "a") for i in range(40)], per_category=10)
+    assert (len(train), len(test)) == (30, 10)
+
+
+def test_hold_out_of_each_category_refuses_data_that_lacks_some():
+    data = [Example(f"q{i}", "a", category="" if i < 3 else "x") for i in range(40)]
+    with pytest.raises(ConfigError, match="3 of 40 examples name no category; holding out so many of each category"):
+        hold_out(data)
+    with pytest.raises(ConfigError, match=r"3 of 40 examples name no category; data\.pool"):
+        draw_evenly(data, 8, seed=0)
+
+
+def test_hold_out_of_each_owner_refuses_data_without_owners():
+    with pytest.raises(ConfigError, match="40 of 40 examples name no owner"):
+        hold_out([Example(f"q{i}", "a", category="x") for i in range(40)], by="owner")
+
+
+def test_hold_out_never_takes_an_owners_last_example():
+    sizes = [1, 1, 1, 2, 2, 5, 40]
+    owners = [f"owner {k}" for k, size in enumerate(sizes) for _ in range(size)]
+    data = [Example(f"q{i}", "a", category="ab"[i % 2], owner=owner) for i, owner in enumerate(owners)]
+    for seed in range(20):
+        train, test = hold_out(data, per_category=20, seed=seed, keep_owners=True)
+        assert {data[i].owner for i in train} == set(owners)
+        assert Counter(data[i].category for i in test) == {"a": 13, "b": 13}  # half of 26, others instead
+
+
+def test_the_table_counts_what_has_no_category_under_a_name_that_says_so():
+    table = partition_table([Example("i", "r")] * 2, {"x": [0], "y": [1]})
+    assert table.totals == {"no category": 2}
 
 
 def test_hold_out_depends_on_its_seed_alone():

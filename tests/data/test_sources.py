@@ -190,7 +190,7 @@ def test_several_paths_are_read_in_the_order_given(tmp_path):
         (["empty"], DataError, "empty-folder"),
         ([], ConfigError, "at least one file"),
         (["a.jsonl", "*.jsonl"], ConfigError, "named twice"),
-        (["a.parquet"], DataError, "cannot tell the format"),
+        (["a.docx"], DataError, "cannot tell the format"),
     ],
 )
 def test_paths_that_lead_nowhere_are_refused(tmp_path, paths, error, message):
@@ -205,7 +205,10 @@ def test_load_reports_what_was_left_out(tmp_path):
     quarantine = tmp_path / "quarantine.jsonl"
     examples, report = sources.load("dolly", str(path), on_bad="skip", quarantine=quarantine)
     assert len(examples) == 2
-    assert report == {"records": 2, "bad": {"empty": 1}, "duplicates": 1}
+    assert report == {
+        "records": 2, "bad": {"empty": 1}, "duplicates": 1,
+        "notes": ["1 of 3 records are left out: 'response' is blank (1); they are in quarantine.jsonl."],
+    }  # fmt: skip
     assert json.loads(quarantine.read_text())["line"] == 3
 
 
@@ -300,7 +303,7 @@ def test_hub_says_what_to_do_when_it_may_not_download(library):
 
 
 def test_hub_names_the_columns_there_are(library):
-    with pytest.raises(ConfigError, match="no column 'q'; it has instruction, context, response, category"):
+    with pytest.raises(DataError, match=r"no column 'q' .* They are: instruction, context, response, category"):
         sources.hub("owner/set", {"instruction": "q"})
 
 
@@ -320,21 +323,61 @@ def test_hub_reads_a_local_folder_of_parquet(tmp_path, monkeypatch):
     assert [(e.context, e.id) for e in examples] == [("Long.", "pq:1"), ("", "pq:2")]
 
 
+# -- Parquet by path --------------------------------------------------------------------------------------
+
+
+def test_parquet_is_read_by_path_and_its_rows_meet_the_same_demands(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"q": "a", "r": "b", "m": {"k": [1]}}, {"q": None, "r": "d", "m": None}, {"q": "c", "r": "d", "m": None}]
+    for name in ("x/p.parquet", "y/p.parquet"):
+        (tmp_path / name).parent.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    columns = {"instruction": "q", "response": "r"}
+    for path in (f"{tmp_path}/*/p.parquet", [f"{tmp_path}/x", f"{tmp_path}/y"]):
+        examples, report = sources.load("table", path, columns=columns, on_bad="skip", owner="file")
+        assert [(e.instruction, e.owner) for e in examples] == [("a", "x/p"), ("c", "x/p"), ("a", "y/p"), ("c", "y/p")]
+        assert report["bad"] == {"null": 2}
+    with pytest.raises(DataError, match=r"x/p\.parquet:2  null: 'q' is null \(2 records"):
+        sources.table(f"{tmp_path}/*/p.parquet", columns)
+    with pytest.raises(DataError, match=r"no column 'instruction' .* They are: q, r, m"):
+        sources.table(tmp_path / "x" / "p.parquet")
+    with pytest.raises(DataError, match=r"'m' is a object, not text|'m' is an object, not text"):
+        sources.table(tmp_path / "x" / "p.parquet", {"instruction": "m", "response": "r"})
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match="no Parquet file, or a damaged one"):
+        sources.table(tmp_path / "bad.parquet", columns)
+
+
+def test_parquet_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r'pip install "fedloom\[data\]"'):
+        sources.table(tmp_path / "p.parquet")
+
+
+def test_what_is_not_read_in_a_folder_is_said(tmp_path):
+    for name in ("a.jsonl", ".a.jsonl", "notes.txt", "inner/c.jsonl"):
+        write(tmp_path / name, ROW)
+    examples, report = sources.load("table", str(tmp_path))
+    assert len(examples) == 1
+    assert report["notes"] == ["not read in that folder: inner/, notes.txt"]
+
+
 # -- the published files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("source", "file", "records", "duplicates", "categories", "owners"),
+    ("source", "file", "records", "duplicates", "categories", "owners", "notes"),
     [
-        ("dolly", "databricks-dolly-15k.jsonl.xz", 15_011, 8, 8, 1),
-        ("medquad", "medquad.jsonl.xz", 16_407, 0, 16, 9),
+        ("dolly", "databricks-dolly-15k.jsonl.xz", 15_011, 8, 8, 1, []),
+        ("medquad", "medquad.jsonl.xz", 16_407, 0, 16, 9, ["columns that are not used: collection, url, focus, qid"]),
     ],
 )
-def test_a_published_file_has_no_bad_record(source, file, records, duplicates, categories, owners):
+def test_a_published_file_has_no_bad_record(source, file, records, duplicates, categories, owners, notes):
     if not (SHARED / file).exists():
         pytest.skip(f"{file} is not here")
     examples, report = sources.load(source, str(SHARED / file))
-    assert report == {"records": records, "bad": {}, "duplicates": duplicates}
+    assert report == {"records": records, "bad": {}, "duplicates": duplicates, "notes": notes}
     assert len(Counter(e.category for e in examples)) == categories
     assert len(Counter(e.owner for e in examples)) == owners
     assert [e.id for e in examples] == [f"{file}:{n}" for n in range(1, records + 1)]
