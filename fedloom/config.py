@@ -349,7 +349,8 @@ JudgedBy = Annotated[ByRule | ByLikelihood | ByModel | ByEndpoint, Field(discrim
 
 
 class Judge(Section):
-    by: Annotated[JudgedBy, BeforeValidator(lambda raw: {"kind": raw} if isinstance(raw, str) else raw)] = ByRule()
+    # Who judges; None: the rule where every question has one, else the likelihood.
+    by: Annotated[JudgedBy | None, BeforeValidator(lambda raw: {"kind": raw} if isinstance(raw, str) else raw)] = None
     table: Literal["relative", "wins"] = "relative"  # FedIT's: every row's summed scores beside the federated row's; or FedPIT's: win, tie, lose
     against: list[str] = []  # of "wins": columns of evaluation.references, "reference", or rows; none: every column, else "reference"
     both_orders: bool = True  # false: each pair is shown once, the baseline or the row first, as FedIT's paper is thought to have done

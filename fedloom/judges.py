@@ -25,6 +25,11 @@ from fedloom.evaluation.judge import Judge, missing
 from fedloom.experiment import Machine, load_machine
 
 
+def judged_by(settings: Settings, questions: Sequence[Example]) -> JudgedBy:
+    """Who judges, where the settings leave it open: the rule where every question has one, else the likelihood."""
+    return settings.by or (ByRule() if all(q.rule for q in questions) else ByLikelihood())
+
+
 def build(by: JudgedBy, experiment: Experiment, machine: Machine) -> Judge:
     """The judge that the settings describe; `machine` is the experiment's own."""
     if isinstance(by, ByRule):
@@ -47,7 +52,7 @@ def build(by: JudgedBy, experiment: Experiment, machine: Machine) -> Judge:
 
 def how(settings: Settings) -> dict[str, Any]:
     """How often a judge is asked."""
-    by = settings.by
+    by = settings.by or ByRule()
     again = {} if isinstance(by, ByRule | ByLikelihood) else {"repeats": by.repeats, "retries": by.retries}
     return {"both_orders": settings.both_orders, **again}
 

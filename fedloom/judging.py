@@ -25,7 +25,7 @@ from fedloom.evaluation.judge import Judge, compare
 from fedloom.evaluation.pairwise import Comparison
 from fedloom.evaluation.tables import relative, wins
 from fedloom.experiment import Dataset, Machine, load_data, load_machine
-from fedloom.judges import build, how, tell_cost
+from fedloom.judges import build, how, judged_by, tell_cost
 from fedloom.results import (
     ANSWERS,
     JUDGED,
@@ -66,7 +66,7 @@ def judge(folder: Path, experiment: Experiment, *, agreed: bool = False, say: As
     machine = load_machine(experiment)
     with checkpoint.lock(folder):
         asked = [_asked(its, seed, machine, say) for seed, its in seeds.items()]
-        the_judge = build(settings.by, experiment, machine)
+        the_judge = build(judged_by(settings, asked[0].questions), experiment, machine)
         kept = Cache(folder / "judge" / "verdicts.jsonl")
         pairs = _pairs(settings, asked)
         tell_cost(settings, the_judge, [p.shown for its in pairs.values() for p in its], kept, agreed=agreed, say=say)
@@ -111,12 +111,13 @@ def questions_of(experiment: Experiment, dataset: Dataset) -> tuple[list[Example
         if not questions:
             raise ConfigError(f"Every question of {path} is in some client's data. Expected questions that nobody trains on.")
     questions = [questions[i] for i in evenly(range(len(questions)), settings.questions)]
-    if isinstance(settings.by, ByRule) and (bare := sum(not q.rule for q in questions)):
+    by = judged_by(settings, questions)
+    if isinstance(by, ByRule) and (bare := sum(not q.rule for q in questions)):
         raise ConfigError(
             f"{bare} of {len(questions)} questions have no rule, so the rule cannot judge them. "
             'Choose another judge: judge.by = "likelihood", or { kind = "local", model = ... }, or { kind = "endpoint", ... }.'
         )
-    if isinstance(settings.by, ByLikelihood) and not any(q.response.strip() for q in questions):
+    if isinstance(by, ByLikelihood) and not any(q.response.strip() for q in questions):
         raise ConfigError("The likelihood judge needs reference answers, and the questions have none. Choose another judge.")
     return questions, left_out
 
@@ -201,7 +202,7 @@ def task_of(row: str, experiment: Experiment) -> str:
     if row == "base":
         return "none"
     if is_specialist(row):
-        return ", ".join(experiment.compare.local[int(row.removeprefix("Local-")) - 1])
+        return ", ".join(experiment.compare.local[experiment.compare.local_labels.index(row)])
     return "one client's" if model_of(row) == "personal" else "everybody's"
 
 

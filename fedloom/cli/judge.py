@@ -88,20 +88,17 @@ def command(
 
 def _with_judge(experiment: Experiment, kind: Kind | None, options: dict[str, Any], settings: dict[str, Any]) -> Experiment:
     """The experiment, with its `[judge]` changed by what the command line says."""
-    from fedloom.experiment import load_data
-    from fedloom.judging import questions_of
-
     old = experiment.plain().get("judge", {})
-    name = kind.value if kind else "endpoint" if "url" in options else old["by"]["kind"] if old else None
-    if name is None:
-        asked, _ = questions_of(experiment.with_(judge={"by": {"kind": "endpoint", "url": "http://localhost", "model": ""}}), load_data(experiment))
-        name = "rule" if all(q.rule for q in asked) else "likelihood"
-    by = {**(old["by"] if old and old["by"]["kind"] == name else {}), "kind": name, **options}
+    before = old.get("by", {})
+    name = kind.value if kind else "endpoint" if "url" in options else before.get("kind")
+    by = {**(before if before.get("kind") == name else {}), **options}
     if (name == "endpoint") != ("url" in by):
         raise ConfigError("--judge endpoint and --url belong together: expected both, or neither.")
     if name in ("endpoint", "local") and "model" not in by:
         raise ConfigError(f"--judge {name} needs --model. Expected the name of the judge's model.")
-    return experiment.with_(judge={**old, **settings, "by": by})
+    if name is None and options:
+        raise ConfigError(f"--{next(iter(options)).replace('_', '-')} is about a judge of one kind. Name it: --judge.")
+    return experiment.with_(judge={**old, **settings, **({"by": {**by, "kind": name}} if name else {})})
 
 
 def judge_and_print(folder: Path, experiment: Experiment, yes: bool) -> None:
@@ -147,7 +144,7 @@ def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes:
     from fedloom.evaluation.judge import compare
     from fedloom.evaluation.questions import answers
     from fedloom.experiment import load_data, load_machine
-    from fedloom.judges import build, how, tell_cost
+    from fedloom.judges import build, how, judged_by, tell_cost
     from fedloom.judging import questions_of
     from fedloom.results import ANSWERS, write_json
     from fedloom.simulate import adapter_of
@@ -156,7 +153,8 @@ def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes:
     assert settings is not None  # put there by _with_judge
     test, _ = questions_of(experiment, load_data(experiment))
     machine = load_machine(experiment)
-    the_judge = build(settings.by, experiment, machine)
+    by = judged_by(settings, test)
+    the_judge = build(by, experiment, machine)
     rows = {"run": adapter_of(run, machine)} | ({"base": None} if against == "base" else {})
     answered = answers_of(
         machine.engine, machine.template, test, rows, weights=machine.base_hash,
@@ -174,7 +172,7 @@ def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes:
     found = compare(the_judge, test, said["run"], theirs, cache=kept, **how(settings))
     identity = {name: value for name, value in the_judge.identity.items() if name != "prompt"}
     write_json(run / "judge.json", {"against": against, "judge": identity, **found.plain()})
-    out.print(_table(found, f"run against {against}, judged by {settings.by.kind}"))
+    out.print(_table(found, f"run against {against}, judged by {by.kind}"))
     for line in _notes(found):
         say(line)
     say(f"Wrote {run / 'judge.json'}")

@@ -142,7 +142,7 @@ def _of_object(outline: _Outline, name: str, required: Sequence[str], wanted: st
             raise DataError(f'{name}: data.field = "{wanted}" names no list or object in it; its keys are {_some(list(parts))} (field).')
         return Shape("elements", wanted, f"read as the records under {wanted!r}")
     ours = [parts[k] for k in required if k in parts]
-    if (len(ours) == len(required) and all(p.opener for p in ours)) or ({"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}):
+    if (ours and len(ours) == len(required) and all(p.opener for p in ours)) or ({"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}):
         raise DataError(
             f"{name}: holds columns where records were expected (shape). Save it record by record; in pandas: "
             'to_json(path, orient="records", lines=True).'

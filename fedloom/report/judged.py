@@ -45,6 +45,16 @@ def tables(judged: Judged, own: str) -> list[Table]:
     return make(judged, own)
 
 
+def shown(judged: Judged, own: str) -> dict[str, Any]:
+    """What the page has of one judgement: the tables, the same by category, and a few questions with every answer."""
+    samples = [
+        {**s, "answers": [{"title": _name(a["of"], own), "text": a["text"], "score": f"{a['score']:.3g}"} for a in s["answers"]]}
+        for s in judged["samples"]
+    ]
+    return {"tables": tables(judged, own), "by_category": by_category(judged, own), "samples": samples,
+            "by": judge_name(judged), "rubric": judged["rubric"]}  # fmt: skip
+
+
 def judge_name(judged: Judged) -> str:
     judge = judged["judge"]
     if judge.get("writer") == "endpoint":

@@ -22,9 +22,20 @@ from fedloom import durable, journal
 from fedloom.data.text import folded
 from fedloom.errors import RunError
 from fedloom.evaluation.own_mix import COUNTED, OUTCOMES
-from fedloom.report import audit, bundle, endings, figures, findings, leakage, pictures, rounds, synthesis
+from fedloom.report import (
+    audit,
+    bundle,
+    endings,
+    figures,
+    findings,
+    judged,
+    leakage,
+    pictures,
+    rounds,
+    synthesis,
+)
 from fedloom.report.pictures import Journals
-from fedloom.results import LOCAL, LOWER, SCHEMA, better, improves, is_single, read_summary
+from fedloom.results import LOCAL, LOWER, SCHEMA, better, improves, is_single, read_judged, read_summary
 
 NEEDED = (
     "kind",
@@ -54,7 +65,7 @@ def write(folder: Path) -> Path:
     """Make `folder`/report.html from its summary and journals. Raises: RunError."""
     summary = _summary(folder)
     page = folder / "report.html"
-    durable.write(page, render(summary, _journals(folder, summary), audit.read(folder)).encode())
+    durable.write(page, render(summary, _journals(folder, summary), audit.read(folder), read_judged(folder)).encode())
     return page
 
 
@@ -71,7 +82,7 @@ def write_partition(partition: Mapping[str, Any], file: Path) -> Path:
     return file
 
 
-def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | None = None) -> str:
+def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | None = None, judgements: Sequence[Mapping[str, Any]] = ()) -> str:
     metric = findings.main_metric(summary)
     seeds, names = findings.seeds(summary), findings.rows(summary)
     records = pictures.federated(journals)
@@ -111,6 +122,7 @@ def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | No
         arrow=findings.arrow,
         metric_title=findings.metric_title,
         mixes=_own_mix(summary, metric),
+        judgements=[judged.shown(table, own) for table in judgements],
     )
 
 
