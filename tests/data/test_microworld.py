@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from fedloom.data.example import Example
+from fedloom.data.held_out import hold_out
 from fedloom.data.microworld import CATEGORIES, FAMILIES, KINDS, WORLD, Task, check, corpus, private_facts
-from fedloom.data.partition import hold_out
 from fedloom.errors import ConfigError
 from fedloom.rng import numpy_stream
 
