@@ -274,7 +274,7 @@ def _same_training(saved: Experiment, wanted: Experiment, path: Path) -> None:
     """Refuse settings with which another adapter would be trained."""
     if saved.fingerprint() != wanted.fingerprint():
         odd = changed(saved.trained(), wanted.trained())
-        raise ConfigError(
+        raise RunError(
             f"{path} is of another training: {', '.join(odd)} {'differ' if len(odd) > 1 else 'differs'}. "
             f"What was trained keeps its settings; those that decide no training may change: {', '.join(UNTRAINED)}."
         )

@@ -152,7 +152,7 @@ def test_a_crash_before_the_page_costs_no_page(toy: None, tmp_path: Path) -> Non
 
 def test_resuming_another_experiment_is_refused(toy: None, tmp_path: Path) -> None:
     start_or_resume(tmp_path)
-    with pytest.raises(RunError, match="holds another experiment"):
+    with pytest.raises(RunError, match="of another training: seed differs"):
         simulate.run(TOY.with_(seed=1), tmp_path, resume=True)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from fedloom.report import findings
 
 FEW = 0.95  # share of answers that end by themselves below which it is worth a word
-UNLEARNT = 3.0  # nats of the end token where an answer ends: a probability of 5%
+UNLEARNT = math.log(2)  # nats of the end token where an answer ends: below, it is likelier than all others together
 
 _OTHER_END = (
     'Close answers with a token that the base has learnt (prompt.format = "alpaca" or "plain" closes them with the '
@@ -33,9 +34,11 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"{findings.title(row)}: {findings.value('ended', ended['mean'])} of the answers end by themselves; the others are cut "
         f"at {limit} tokens and count as wrong."
     )
-    if loss is None or loss["mean"] < UNLEARNT:
+    if loss is not None and loss["mean"] < UNLEARNT:
         return [f"{said} The end is learnt, so they may only be longer: raise evaluation.max_new_tokens."]
     engine = summary["engine"]
+    if loss is None:  # every reference is cut before its end
+        return [f"{said} No end was trained or measured: every response is longer than prompt.max_length."]
     said += f" Where an answer ends, {engine.get('end', 'the end token')} costs the model {loss['mean']:.1f} nats: the end is not learnt."
     if not engine.get("end_reachable", True):
         return [f"{said} It looks untrained in the base's output head, which stays frozen. {_OTHER_END}"]
