@@ -391,7 +391,7 @@ def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         hovermode="closest",
         showlegend=True,
         shapes=[{**coin, "line": {"color": BASE, "width": 1.5, "dash": "dot"}}],
-        xaxis={"title": figures.axis_title("AUC (0.5: a coin; what counts is the distance from it)"), "range": [0, 1.02]},
+        xaxis={"title": figures.axis_title("AUC (0.5: a coin)"), "range": [0, 1.02]},
         yaxis={
             "tickvals": list(range(len(names))),
             "ticktext": [figures.label(SCORES.get(s, s)) for s in names],

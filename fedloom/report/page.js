@@ -1,8 +1,9 @@
 "use strict";
 (() => {
   const INK = { light: "#444b54", dark: "#c8ced5" };
-  const CARD = { light: "#ffffff", dark: "#23282e" };
+  const CARD = { light: "#ffffff", dark: "#1b1f24" };
   const NARROW = 640; // pixels of a figure
+  const LETTER = 7.2; // pixels, at the figures' size of text
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const mode = () => (dark.matches ? "dark" : "light");
   const figures = new Map(); // element -> what the page holds for it
@@ -86,7 +87,8 @@
   // --- figures ----------------------------------------------------------------------------------------
 
   // Ink and hover boxes follow the page; everything else in the figures shows on both grounds.
-  const inked = (in_mode) => ({
+  const inked = (in_mode, notes = []) => ({
+    ...Object.fromEntries(notes.map((_, k) => [`annotations[${k}].bgcolor`, CARD[in_mode]])),
     "font.color": INK[in_mode],
     "hoverlabel.bgcolor": CARD[in_mode],
     "hoverlabel.bordercolor": "rgba(128,128,128,0.4)",
@@ -95,9 +97,10 @@
   const dress = (plot, layout, in_mode) => {
     const written = plot.data.flatMap((trace, k) => (trace.texttemplate ? [k] : []));
     const ink = written.length ? { "textfont.color": INK[in_mode] } : {};
-    return Plotly.update(plot, ink, { ...inked(in_mode), ...layout }, written.length ? written : undefined);
+    return Plotly.update(plot, ink, { ...inked(in_mode, plot.layout.annotations), ...layout }, written.length ? written : undefined);
   };
 
+  const longest = (texts) => Math.max(0, ...texts.map((text) => text.length));
   const wrap = (text, width) => {
     const lines = [""];
     for (const word of text.split(/<br>| /)) {
@@ -112,21 +115,28 @@
   const fitted = (source, width) => {
     const figure = JSON.parse(source.textContent);
     const { layout, data } = figure;
-    if (width >= NARROW) return figure;
     const { xaxis, yaxis } = layout;
-    if (yaxis.ticktext) {
+    const narrow = width < NARROW;
+    if (narrow && yaxis.ticktext) {
       yaxis.ticktext = yaxis.ticktext.map((name) => wrap(name, 16));
-      const lines = yaxis.ticktext.map((name) => name.split("<br>").length);
-      layout.height += lines.reduce((sum, n) => sum + Math.max(0, n - 2) * 15 + (n > 1 ? 6 : 0), 0);
+      const rows = yaxis.ticktext.length;
+      const each = 16 * longest(yaxis.ticktext.map((name) => name.split("<br>"))) + 4;
+      layout.height += rows * Math.max(0, each - (layout.height - 80) / rows);
     }
-    if (xaxis.ticktext) { // upright, names side by side keep apart
-      xaxis.ticktext = xaxis.ticktext.map((name) => name.replaceAll("<br>", " "));
-      xaxis.tickangle = -90;
-      layout.height += xaxis.side === "top" ? 90 : 60;
-    } else {
+    if (xaxis.ticktext) { // headings stand over their columns: level where they fit, else upright
+      const names = yaxis.ticktext ? longest(yaxis.ticktext.flatMap((name) => name.split("<br>"))) : 4;
+      const room = (Math.max(width, layout.meta?.least ?? 0) - 40 - LETTER * names) / xaxis.ticktext.length;
+      const upright = LETTER * longest(xaxis.ticktext.flatMap((name) => name.split("<br>"))) > room;
+      xaxis.tickangle = upright ? -90 : 0;
+      if (upright) {
+        xaxis.ticktext = xaxis.ticktext.map((name) => name.replaceAll("<br>", " "));
+        layout.height += LETTER * longest(xaxis.ticktext) - 20;
+      } else layout.height += 16 * (longest(xaxis.ticktext.map((name) => name.split("<br>"))) - 1);
+    } else if (narrow) {
       xaxis.nticks = 5;
       xaxis.tickangle = 0;
     }
+    if (!narrow) return figure;
     if (xaxis.title) {
       xaxis.title.text = wrap(xaxis.title.text, 26);
       layout.height += 16 * (xaxis.title.text.split("<br>").length - 1);
@@ -140,7 +150,7 @@
   };
 
   // Labels of points: each goes to the first place around its point where it covers no label, no point and no bar, as
-  // far as there is one; a label that would cover another label or a point is left to the legend.
+  // far as there is one. One that would cover a label or a point, or whose point lies on another, is left to the legend.
   const PLACES = ["top center", "bottom center", "middle right", "middle left", "top right", "top left", "bottom right", "bottom left"];
   const across = (a, b) => a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h;
   const box = (element) => {
@@ -164,6 +174,7 @@
     const notes = [...plot.querySelectorAll(".annotation-text")].map(box);
     const taken = [];
     const places = labels.map((label, i) => {
+      if (dots.some((other, j) => j !== i && across(dots[i], other))) return null;
       const free = PLACES.map((place) => [place, around(dots[i], label, place)]).filter(([, at]) =>
         at.x >= frame.x && at.x + at.w <= frame.x + frame.w && at.y >= frame.y && at.y + at.h <= frame.y + frame.h &&
         ![...taken, ...notes, ...dots.filter((_, j) => j !== i)].some((other) => across(at, other)));
