@@ -154,6 +154,8 @@ def _shaped(flat: Tensor, like: AdapterState) -> AdapterState:
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In another precision; what is finite stays so, for the largest numbers would be rounded to infinity."""
+    import torch
+
     y, largest = x.to(dtype), torch.finfo(dtype).max
     if largest >= torch.finfo(x.dtype).max or not y.numel() or all(end.isfinite() for end in y.aminmax()):
         return y
