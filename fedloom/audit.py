@@ -7,23 +7,23 @@ the last round is replayed from the round committed before it, so its uploads ar
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fedloom import checkpoint
 from fedloom.attacks import cross_client, discoverable, inversion, ranking
-from fedloom.attacks.exposure import CHANCE, Exposure, Pool, exposures, p_value
+from fedloom.attacks.exposure import Exposure, Pool, exposures, p_value
 from fedloom.attacks.extraction import draw, extract
 from fedloom.attacks.intervals import proportion
 from fedloom.attacks.measures import share, with_base
 from fedloom.attacks.membership import membership, separation
 from fedloom.attacks.one_run import one_run
+from fedloom.attacks.release import RELEASED, Limits, gate
 from fedloom.attacks.view import ServerView, aggregated
 from fedloom.checkpoint import Checkpoint
 from fedloom.compare import federated
@@ -44,7 +44,6 @@ from fedloom.transport.in_process import InProcess
 
 SCHEMA = 1
 AUDIT = "audit.json"
-RELEASED = "released"  # the row beside "base"
 SAMPLES = 64  # texts a model is let to say unasked; FULL with --full
 FULL = 1024
 NEAR = 0.7  # ROUGE-L above which a synthetic example is a near-copy: FedPIT's filter
@@ -53,27 +52,6 @@ SHORTEST = 5  # words of a field that is looked for in samples
 ATTACKERS = 2
 CHANGEABLE = ("audit", "evaluation", "model")  # sections: how is measured, not what was trained
 NO_CANARIES = "no canaries were planted: set data.canaries and train anew"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a release may show at most; None: not asked for."""
-
-    exposure: float | None = None  # bits
-    auc: float | None = None
-    extraction: float | None = None  # ROUGE-L
-    recall: float | None = None  # share of tokens
-
-    def check(self, references: int) -> None:
-        """A limit that nothing can exceed would pass whatever leaks."""
-        for limit, name, low, high in (
-            (self.exposure, "--max-exposure", 0.0, math.log2(references)),
-            (self.auc, "--max-auc", 0.5, 1.0),
-            (self.extraction, "--max-extraction", -1.0, 1.0),
-            (self.recall, "--max-recall", 0.0, 1.0),
-        ):
-            if limit is not None and not low <= limit < high:
-                raise ConfigError(f"Expected {name} of at least {low:g} and below {high:g}, got {limit:g}.")
 
 
 def audit(
@@ -92,9 +70,7 @@ def audit(
     """
     saved = load(run)
     experiment = _same_training(saved, load(run, overrides))
-    limits.check(experiment.audit.references)
-    if limits.exposure is not None and experiment.data.canaries is None:
-        raise ConfigError(f"--max-exposure has nothing to measure: {NO_CANARIES}.")
+    limits.check(references=experiment.audit.references, canaries=experiment.data.canaries is not None)
     if not experiment.algorithm.shared:
         raise RunError(f'algorithm = "{experiment.algorithm.name}" shares no model: nothing of this run is released.')
     home = run if (run / "state").exists() else run / f"seed-{saved.seed}" / "federated"
@@ -371,52 +347,3 @@ def lower_bound(public: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> dict[str, Any] | None:
     return None if value is None else asdict(value)
-
-
-# --- the gate ---------------------------------------------------------------------------------------------
-
-
-def gate(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Every limit that is set against what was measured. What could not be measured is not passed."""
-    public, server = found["positions"]["public"], found["positions"]["server"]
-    known, read = public["exposure"], server.get("inversion", server)
-    measured: Mapping[str, tuple[float | None, Any]] = {  # limit, and the value or why there is none
-        "exposure": (limits.exposure, known["reason"] if "reason" in known else most_exposed(known)),
-        "auc": (limits.auc, best_auc(public["membership"])[1]),
-        "extraction": (limits.extraction, public["extraction"][RELEASED]["memorised"]["mean"]),
-        "recall": (limits.recall, read["reason"] if "reason" in read else read["recall"]),
-    }
-    lines: list[dict[str, Any]] = []
-    for name, (limit, value) in measured.items():
-        if limit is None:
-            continue
-        if isinstance(value, str):
-            lines.append({"measure": name, "limit": limit, "value": None, "passed": False, "reason": value})
-        else:
-            lines.append({"measure": name, "limit": limit, "value": value, "passed": value <= limit})
-    return {"gate": lines, "passed": all(line["passed"] for line in lines) if lines else None}
-
-
-def most_exposed(rows: Mapping[str, Any]) -> float:
-    """Mean bits known of a planted canary, by the score that shows more of it.
-
-    Where a base's opinion of a secret is noise, comparing with it hides what the bare loss shows. By the loss,
-    what the base gives the planted ones beyond chance is luck of the draw, and is taken off.
-    """
-    calibrated, bare, base = (
-        float(rows[row][score]["planted"]["mean"]) for row, score in ((RELEASED, "calibrated"), (RELEASED, "loss"), ("base", "loss"))
-    )
-    return max(calibrated, bare - max(0.0, base - CHANCE))
-
-
-def best_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
-    """The score that tells members best, and its AUC less what it tells about the untuned base.
-
-    The base has never seen a member: what it tells apart is a difference of the two groups. A base below
-    one half is not credited.
-    """
-    beyond = {
-        name: one["auc"] - max(0.0, rows["base"][name]["auc"] - 0.5) for name, one in rows[RELEASED].items()
-    }
-    best = max(beyond, key=lambda name: beyond[name])
-    return best, beyond[best]

@@ -25,7 +25,8 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE
 
 from fedloom import checkpoint
 from fedloom.attacks import discoverable
-from fedloom.audit import Limits, best_auc, gate, lower_bound, of_public
+from fedloom.attacks.release import Limits, best_auc, gate
+from fedloom.audit import lower_bound, of_public
 from fedloom.compare import federated
 from fedloom.config import Experiment, parse
 from fedloom.data.example import Example

@@ -11,17 +11,8 @@ from typing import Any
 import pytest
 
 from fedloom import checkpoint
-from fedloom.audit import (
-    Limits,
-    audit,
-    best_auc,
-    code,
-    gate,
-    in_the_mix_of,
-    most_exposed,
-    of_synthesis,
-    replay,
-)
+from fedloom.attacks.release import Limits, gate
+from fedloom.audit import audit, code, in_the_mix_of, of_synthesis, replay
 from fedloom.compare import federated
 from fedloom.config import load
 from fedloom.data.example import Example
@@ -162,12 +153,20 @@ def test_a_secret_is_the_digits_that_a_response_ends_with(response: str, secret:
 
 
 def test_without_canaries_the_rest_is_measured(tmp_path: Path) -> None:
-    found = audit(trained(tmp_path / "run"), samples=2, limits=Limits(exposure=3.0))
+    found = audit(trained(tmp_path / "run"), samples=2)
     public = found["positions"]["public"]
     assert "data.canaries" in public["exposure"]["reason"]
     assert public["membership"]["released"]["reference"]["auc"] >= 0
-    assert found["gate"][0]["value"] is None
-    assert found["passed"] is False
+    told = gate(found, Limits(exposure=3.0))
+    assert (told["gate"][0]["value"], told["passed"]) == (None, False)
+
+
+def test_a_limit_on_canaries_that_were_not_planted_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "experiment.toml").write_text(load("quickstart", TINY).to_toml())
+    begun: list[str] = []
+    with pytest.raises(ConfigError, match=r"--max-exposure is about planted canaries.*data\.canaries"):
+        audit(tmp_path, limits=Limits(exposure=3.0), say=begun.append)
+    assert begun == []
 
 
 def test_a_comparison_is_audited_by_its_first_seeds_federation(copied: Path, found: dict[str, Any]) -> None:
@@ -213,29 +212,12 @@ def test_a_run_that_shares_no_model_is_refused(tmp_path: Path) -> None:
 # --- the gate ---------------------------------------------------------------------------------------------
 
 
-def of_auc(base: float, released: float) -> dict[str, Any]:
-    return {"base": {"loss": {"auc": base}}, "released": {"loss": {"auc": released}}}
-
-
-def test_what_the_base_tells_apart_is_subtracted() -> None:
-    assert best_auc(of_auc(0.55, 0.70))[1] == pytest.approx(0.65)  # 0.70 - (0.55 - 0.5)
-
-
-def test_a_base_below_one_half_is_not_credited() -> None:
-    assert best_auc(of_auc(0.45, 0.70))[1] == 0.70
-
-
-def test_the_best_of_the_scores_counts() -> None:
-    rows = {"base": {"a": {"auc": 0.5}, "b": {"auc": 0.8}}, "released": {"a": {"auc": 0.7}, "b": {"auc": 0.9}}}
-    assert best_auc(rows) == ("a", 0.7)  # 0.9 - 0.3 is less
-
-
 def test_without_limits_nothing_is_passed_or_failed(found: dict[str, Any]) -> None:
     assert gate(found, Limits()) == {"gate": [], "passed": None}
 
 
 def test_one_failed_limit_fails_the_gate(found: dict[str, Any]) -> None:
-    told = gate(found, Limits(extraction=0.999, auc=0.5))
+    told = gate(found, Limits(extraction=0.999, auc=0.5, on="estimate"))
     assert [(line["measure"], line["passed"]) for line in told["gate"]] == [("auc", False), ("extraction", True)]
     assert told["passed"] is False
 
@@ -253,14 +235,14 @@ def test_the_command_exits_with_1_and_says_what_failed(finished: Path) -> None:
     done = type_in("audit", finished, "--samples", "2", "--max-auc", "0.5", "--max-extraction", "0.999")
     assert done.code == 1
     assert done.err.count("fedloom: ") == 1
-    assert "--max-auc 0.5 failed; the AUC of the best membership attack" in done.err
-    assert "passed: --max-extraction 0.999" in done.out
+    assert "AUC of the best membership attack, beyond what the base tells apart, at most 0.5: found" in done.err
+    assert "at most 0.999: found" in done.out
 
 
 def test_the_command_prints_its_table_and_where_the_file_lies(finished: Path) -> None:
     done = type_in("audit", finished, "--samples", "2", "--max-extraction", "0.999")
     assert done.code == 0
-    measures = ("extraction", "suffixes within", "unasked", "membership", "canaries", "another client", "server", "epsilon")
+    measures = ("Extraction", "Ends of", "Unasked", "Membership", "planted", "Secrets of", "upload", "ε")
     assert [word for word in measures if word not in done.out] == []
     assert str(finished / "audit.json") in done.out
     assert "no proof of privacy" in done.out
@@ -268,19 +250,3 @@ def test_the_command_prints_its_table_and_where_the_file_lies(finished: Path) ->
 
 def test_a_run_that_is_nowhere_is_a_mistake_and_no_failed_gate(tmp_path: Path) -> None:
     assert "nowhere" in refused("audit", tmp_path / "nowhere", "--max-auc", "0.6")
-
-
-@pytest.mark.parametrize(
-    ("calibrated", "bare", "base", "value"),
-    [
-        (5.0, 2.0, 1.0, 5.0),
-        (2.0, 5.0, 1.0, 5.0),  # a base below chance is not credited
-        (2.0, 5.0, 2.4427, 4.0),  # 5 - (2.4427 - 1.4427)
-    ],
-)
-def test_the_gate_takes_the_score_by_which_a_canary_shows_most(calibrated: float, bare: float, base: float, value: float) -> None:
-    def row(**means: float) -> dict[str, Any]:
-        return {score: {"planted": {"mean": mean}} for score, mean in means.items()}
-
-    rows = {"released": row(calibrated=calibrated, loss=bare), "base": row(calibrated=0.0, loss=base)}
-    assert most_exposed(rows) == pytest.approx(value, abs=1e-4)

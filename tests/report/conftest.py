@@ -217,7 +217,7 @@ def audited() -> dict[str, Any]:
     level = {"n": 1, "p": 0.5, "share": share(0, 6)}
     suffixes = {side: {"extractable": [level]} for side in ("members", "held_out")}
     told = {
-        "inversion": {"recall": 0.3, "chance": 0.02, "chance_sd": 0.01, "tokens": 90, "ci95": [0.2, 0.4]},
+        "inversion": {"recall": 0.3, "chance": 0.02, "chance_sd": 0.01, "tokens": 90, "ci95": [0.25, 0.4], "held_out": share(1, 40)},
         "membership": separation(0.55),
     }
     fished = {"client-000": {"coverage": share(0, 6), "decoys": share(0, 8)}}
