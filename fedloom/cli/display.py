@@ -17,7 +17,7 @@ TITLES = {
     "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "ended": "ended ↑", "loss": "loss ↓",
     "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership\nAUC → 0.5",
 }  # fmt: skip
-DROPPED_FIRST = ("auc", "exact", "rouge_l", "extraction", "loss", "exposure", "ended", "rule")  # where a terminal is narrow
+DROPPED_FIRST = ("auc", "exact", "ended", "rouge_l", "extraction", "loss", "exposure", "rule")  # where a terminal is narrow
 ORDER = ("rule", "rouge_l", "exact", "ended", "loss")
 BESIDE_LEAKAGE = 2  # metrics of quality that a terminal has room for where leakage is shown, too
 
