@@ -65,6 +65,8 @@ def untimed(summary: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(summary))
     for line in plain["rounds"]:
         del line["seconds"]
+    for when in ("started", "finished"):
+        del plain["provenance"][when]
     return plain  # type: ignore[no-any-return]
 
 

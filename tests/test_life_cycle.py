@@ -95,7 +95,7 @@ def test_answers_that_cannot_fit_end_a_comparison_before_any_worker_starts(tmp_p
 def test_describe_shows_its_table_and_then_what_would_end_the_run() -> None:
     done = type_in("describe", *TINY, "evaluation.max_new_tokens=4000")
     assert done.code == 2
-    assert "trained parameters" in done.out
+    assert "parameters to train" in done.out
     assert "evaluation.max_new_tokens = 4000" in done.err
 
 
@@ -165,13 +165,13 @@ def test_a_disk_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
 
 def test_jobs_below_one_are_a_mistake_and_no_bug(tmp_path: Path) -> None:
     for jobs in ("0", "-2"):
-        assert f"Expected --jobs of at least 1, got {jobs}." in refused("compare", *TINY, "--jobs", jobs, "--out", tmp_path / "x")
+        assert "Invalid value for '--jobs'" in refused("compare", *TINY, "--jobs", jobs, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_gate_on_exposure_without_canaries_is_refused_before_any_attack(learnt: Path) -> None:
     said = refused("audit", learnt, "--max-exposure", "2")
-    assert "no canaries were planted" in said
+    assert "--max-exposure is about planted canaries, and this run has none" in said
 
 
 # --- the product comes first -----------------------------------------------------------------------------
@@ -331,7 +331,9 @@ def test_the_exported_tokenizer_gives_the_prompts_of_the_training(base: str, for
     assert ids(**with_context) == skeleton.template.prompt_ids("What?", "A text.")
     turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
     lead, end = skeleton.template.around
-    assert read.apply_chat_template(turns, tokenize=False).startswith(f"{skeleton.template.prompt('A?')}{lead}B.{end}")
+    bos = tokenizer.bos_token or ""  # after which some tokenizers need a blank to give the same ids
+    said = read.apply_chat_template(turns, tokenize=False).removeprefix(bos).lstrip(" ")
+    assert said.startswith(f"{skeleton.template.prompt('A?').removeprefix(bos)}{lead}B.{end}")
 
 
 # --- does an answer end? ---------------------------------------------------------------------------------
@@ -357,7 +359,7 @@ def test_an_end_that_the_frozen_head_cannot_say_is_told_before_and_after(chatml:
     done = type_in("run", *TINY, f"model.base={folder}", "adapter.targets=all-linear", "prompt.format=chat", "rounds=1", "--out", tmp_path / "x")
     assert done.code == 0, done
     assert "warning: the end of an answer, <|im_end|>, looks untrained" in done.err
-    assert 'prompt.format = "alpaca"' in done.out.replace("\n", " ")
+    assert 'prompt.format = "alpaca"' in done.err
     for page in ("report.html", "adapter/README.md"):
         assert "the end is not learnt" in (tmp_path / "x" / page).read_text()
 

@@ -26,7 +26,11 @@ def chat_template(template: Template, tokenizer: Any) -> str:
         own: str = tokenizer.get_chat_template()
         return own
     trims = f" {INSTRUCTION}" not in template.prompt(f" {INSTRUCTION}")
-    plain, with_context = (_jinja(template.prompt(*words), trims) for words in ((INSTRUCTION,), (INSTRUCTION, CONTEXT)))
+    bos = tokenizer.bos_token if template.prompt("a").startswith(tokenizer.bos_token or "\0") else ""
+    opening = bos + _blank(template, tokenizer, bos)
+    plain, with_context = (
+        _jinja(opening + template.prompt(*words).removeprefix(bos), trims) for words in ((INSTRUCTION,), (INSTRUCTION, CONTEXT))
+    )
     lead, end = template.around
     return (
         "{%- for message in messages -%}"
@@ -35,6 +39,16 @@ def chat_template(template: Template, tokenizer: Any) -> str:
         + "{{- " + _quoted(lead) + " + message['content'] + " + _quoted(end) + " -}}"
         + "{%- else -%}{{- raise_exception('trained on the turns of users and assistants alone') -}}{%- endif -%}{%- endfor -%}"
     )  # fmt: skip
+
+
+def _blank(template: Template, tokenizer: Any, bos: str) -> str:
+    """What has to follow the beginning of text so that the rendered prompt becomes the trained ids.
+
+    Some tokenizers put a blank before the first word of a text, and none where the text begins with its token spelt out.
+    """
+    rest = template.prompt("a b").removeprefix(bos)
+    wanted = template.prompt_ids("a b")
+    return next((blank for blank in ("", " ") if tokenizer(bos + blank + rest, add_special_tokens=False).input_ids == wanted), "")
 
 
 def _own(tokenizer: Any, words: str) -> str | None:

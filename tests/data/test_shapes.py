@@ -109,7 +109,7 @@ def test_a_key_is_refused_where_there_is_none_to_look_under(tmp_path, content):
         ("d.csv", b"PK\x03\x04....", "Excel workbook"),
         ("d.csv", "<!DOCTYPE html>\n<html>", "an HTML page"),
         ("d.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        ("d.csv", gzip.compress(b"instruction,response\na,b\n"), "compressed by gzip"),
+        ("d.csv", gzip.compress(b"instruction,response\na,b\n", mtime=0), "compressed by gzip"),
         ("d.json", b"PAR1....", "a Parquet file"),
         ("d.csv", "instruction,response\na,b\n".encode("utf-16-le"), 'data.encoding = "utf-16-le"'),
     ],

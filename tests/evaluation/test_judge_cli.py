@@ -61,7 +61,7 @@ class Parrot:
 def run(tmp_path, monkeypatch) -> Path:
     experiment = load("quickstart", SETTINGS)
     folder = tmp_path / "run"
-    folder.mkdir()
+    (folder / "adapter").mkdir(parents=True)
     (folder / "experiment.toml").write_text(experiment.to_toml(), "utf-8")
     test = load_data(experiment).test
     engine = Parrot({e.instruction: e.response for e in test})
