@@ -226,8 +226,8 @@ def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _when(folder: Path) -> tuple[float, float]:
-    """Since the settings were written, which is done once, when a run begins; resuming only reads them."""
-    return (folder / "experiment.toml").stat().st_mtime, time.time()
+    """Since the first round began: a training writes its inputs once, and resuming only reads them."""
+    return min((inputs.stat().st_mtime for inputs in folder.rglob(INPUTS)), default=time.time()), time.time()
 
 
 def _base_name(experiment: Experiment) -> str:

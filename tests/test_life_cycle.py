@@ -165,7 +165,8 @@ def test_a_disk_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
 
 def test_jobs_below_one_are_a_mistake_and_no_bug(tmp_path: Path) -> None:
     for jobs in ("0", "-2"):
-        assert "Invalid value for '--jobs'" in refused("compare", *TINY, "--jobs", jobs, "--out", tmp_path / "x")
+        done = type_in("compare", *TINY, "--jobs", jobs, "--out", tmp_path / "x")
+        assert (done.code, "Invalid value for '--jobs'" in done.err) == (2, True)
     assert not (tmp_path / "x").exists()
 
 

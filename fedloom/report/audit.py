@@ -57,7 +57,7 @@ def pictures(audit: Mapping[str, Any]) -> dict[str, Picture]:
     public, made = audit["positions"]["public"], {}
     if "reason" not in public["exposure"]:
         label = "Exposure of planted and of held-out secrets, with the law of secrets never seen."
-        made["exposures"] = Picture("exposures", label, exposures_figure(public["exposure"]))
+        made["exposures"] = Picture("exposures", label, exposures_figure(public["exposure"]), *_exposures_table(public["exposure"]))
     label = "AUC of five scores that tell members from others, of the released model and of the base."
     made["aucs"] = Picture("aucs", label, aucs_figure(public["membership"]), *_aucs_table(public["membership"]))
     return made
@@ -70,13 +70,11 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
     below one bit, a quarter between one and two, ...; what is left over lies in the last bin.
     """
     known = exposure["released"]["calibrated"]
-    bins = max(1, -int(-known["ceiling"] // 1))
+    planted, unseen, chance = _bins(known)
+    bins = len(chance)
     traces: list[Any] = []
     for nth, (side, name, hue) in enumerate((("planted", "planted", PLANTED), ("held_out", "never planted", UNSEEN))):
-        bits = known[side]["bits"]
-        counts = [0] * bins
-        for b in bits:
-            counts[min(bins - 1, max(0, int(b)))] += 1
+        bits, counts = known[side]["bits"], planted if side == "planted" else unseen
         traces.append(
             go.Bar(
                 x=[i + 0.5 for i in range(bins)],
@@ -87,7 +85,6 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
                 hoverinfo="text",
             )
         )
-    chance = [100 * (2.0**-i - (2.0 ** -(i + 1) if i + 1 < bins else 0.0)) for i in range(bins)]
     traces.append(
         go.Scatter(
             x=[i + 0.5 for i in range(bins)],
@@ -113,6 +110,22 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
         },
         yaxis={"title": figures.axis_title("share of secrets, %"), "rangemode": "tozero"},
     )
+
+
+def _bins(known: Mapping[str, Any]) -> tuple[list[int], list[int], list[float]]:
+    """By whole bits: planted secrets, those never planted, and the percentage that chance puts there."""
+    bins = max(1, -int(-known["ceiling"] // 1))
+    counts = {side: [0] * bins for side in ("planted", "held_out")}
+    for side, its in counts.items():
+        for b in known[side]["bits"]:
+            its[min(bins - 1, max(0, int(b)))] += 1
+    chance = [100 * (2.0**-i - (2.0 ** -(i + 1) if i + 1 < bins else 0.0)) for i in range(bins)]
+    return counts["planted"], counts["held_out"], chance
+
+
+def _exposures_table(exposure: Mapping[str, Any]) -> tuple[list[str], list[list[str | int]]]:
+    found = zip(*_bins(exposure["released"]["calibrated"]), strict=True)
+    return ["bits", "planted", "never planted", "by chance"], [[f"{i} to {i + 1}", a, b, f"{c:.1f}%"] for i, (a, b, c) in enumerate(found)]
 
 
 def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:

@@ -459,13 +459,15 @@ def clients_figure(
                 hoverinfo="skip",
             )
         )
-    for row in dict.fromkeys(r for found in table.values() for r in found):
+    names = list(dict.fromkeys(r for found in table.values() for r in found))
+    for nth, row in enumerate(names):
+        aside = 0.14 * (nth - (len(names) - 1) / 2)  # equal values lie one above the other, not one behind the other
         having = [(y, c) for y, c in enumerate(clients) if row in table[c]]
         name = "This client alone" if row == "local_only" else title(row, own)
         traces.append(
             go.Scatter(
                 x=[scale * table[c][row] for _, c in having],
-                y=[y for y, _ in having],
+                y=[y + aside for y, _ in having],
                 mode="markers",
                 name=name,
                 marker={"size": 10, "color": colour(row), "symbol": symbol(row), "opacity": 0.9},
@@ -475,7 +477,7 @@ def clients_figure(
         )
     return figure(
         traces,
-        height=24 * len(clients) + 130,
+        height=30 * len(clients) + 130,
         hovermode="closest",
         showlegend=True,
         xaxis={"title": axis_title(axis(metric))},

@@ -21,6 +21,7 @@ from fedloom.report.findings import (
     methods,
     metric_title,
     own,
+    rows,
     seeds,
     single_clients,
     title,
@@ -60,8 +61,16 @@ def federated(journals: Journals) -> Sequence[Record]:
 
 def _rows(summary: Summary) -> Iterator[Picture]:
     if len(seeds(summary)) > 1 or single_clients(summary):  # else it shows less than the table
-        label = f"{metric_title(main_metric(summary))} of every row; the table above holds the numbers."
-        yield Picture("rows", label, figures.rows_figure(summary))
+        metric = main_metric(summary)
+        label = f"{metric_title(metric)} of every row, with its seeds."
+        lines = [e for row in (*rows(summary), *single_clients(summary)) if (e := entry(summary, row, metric)) is not None]
+        head = ["row", "mean", "95% interval", *(f"seed {seed}" for seed in seeds(summary))]
+        body = [
+            [title(e["row"], own(summary)), value(metric, e["mean"]), " to ".join(value(metric, x) for x in e["ci95"] or ()) or "–",
+             *(value(metric, x) for x in e["values"])]
+            for e in lines
+        ]  # fmt: skip
+        yield Picture("rows", label, figures.rows_figure(summary), head, body)
 
 
 def _groups(summary: Summary) -> Iterator[Picture]:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import pytest
 
 from fedloom.errors import RunError
-from fedloom.report import page
+from fedloom.report import bundle, page
 from fedloom.report.pictures import Picture
 
 Folder = Callable[..., Path]
@@ -103,7 +103,7 @@ def test_the_security_policy_admits_the_page_s_own_scripts_only(compare_folder: 
     assert policy.startswith("default-src 'none'")
     allowed = re.search(r"script-src ([^;]*)", policy)
     assert allowed is not None
-    assert set(allowed[1].split()) == hashes
+    assert set(allowed[1].split()) == hashes | {bundle.admitted()}
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&amp;"
@@ -280,6 +280,54 @@ def test_the_page_ends_with_the_limits_of_its_privacy(run_folder: Folder) -> Non
         "No differential privacy or secure aggregation was used in this run; adapters can leak training text."
         in folder_text(run_folder())
     )
+
+
+def test_every_table_has_a_caption(compare_folder: Folder, audited: dict[str, Any]) -> None:
+    folder = compare_folder()
+    (folder / "audit.json").write_text(json.dumps(audited))
+    seen = Page(page.write(folder))
+    assert len(seen.all("caption")) == len(seen.all("table")) > 8
+
+
+def test_the_gate_s_result_stands_at_the_top(compare_folder: Folder, audited: dict[str, Any]) -> None:
+    folder = compare_folder()
+    gate = [{"measure": "auc", "limit": 0.6, "value": 0.7, "passed": False}]
+    (folder / "audit.json").write_text(json.dumps({**audited, "gate": gate, "passed": False}))
+    assert "Release gate: failed." in Page(page.write(folder)).text.split("Every row is one way")[0]
+
+
+def test_the_page_says_when_and_from_which_data_and_by_whom_only_if_told(run_folder: Folder) -> None:
+    folder = run_folder()
+    told = {"by": None, "started": "2026-01-02T03:04:05+00:00", "finished": "2026-01-02T04:04:05+00:00", "source": "dolly",
+            "files": ["dolly.jsonl"], "licence": "CC-BY-SA-3.0", "data_sha256": "c" * 64}  # fmt: skip
+    change(folder, provenance=told)
+    text = folder_text(folder)
+    assert "2026-01-02 03:04:05 UTC" in text
+    assert "dolly: dolly.jsonl" in text
+    assert "CC-BY-SA-3.0, as published" in text
+    assert "c" * 64 in text
+    assert "Run by" not in text
+    change(folder, provenance={**told, "by": "A. Person"})
+    assert "Run by" in folder_text(folder)
+
+
+def test_a_summary_of_an_earlier_version_is_still_a_page(compare_folder: Folder) -> None:
+    folder = compare_folder()
+    path = folder / "summary.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("own_mix", "provenance")}
+    path.write_text(json.dumps(old))
+    assert "Taking part" not in folder_text(folder)
+
+
+def test_who_gains_by_taking_part_is_on_the_page_with_every_seed(run_folder: Folder) -> None:
+    folder = run_folder()
+    clients = {c: {"shared": 0.5, "alone": 0.4, "outcome": "gain"} for c in ("a", "b")}
+    seeds = [{"seed": s, "clients": clients} for s in (0, 1)]
+    counts = {o: {"mean": n, "ci95": [n, n], "values": [n, n]} for o, n in (("gain", 2), ("tie", 0), ("lose", 0))}
+    change(folder, own_mix={"rule": {"seeds": seeds, **counts}})
+    text = folder_text(folder)
+    assert "of 2 clients 2.0 (2.0 to 2.0) gain by taking part" in text
+    assert "less than what one answer weighs is a tie" in text
 
 
 def test_the_same_summary_gives_the_same_page(run_folder: Folder) -> None:
