@@ -55,7 +55,7 @@ class TrainingText:
 
 
 def _pieces(example: Example, run: int, shortest: int) -> Iterator[tuple[str, ...]]:
-    for field in (example.instruction, example.context, example.response):
+    for field in example.texts:
         said = words(field)
         if len(said) >= shortest:
             yield from _runs(said, min(run, len(said)))

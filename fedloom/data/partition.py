@@ -275,10 +275,10 @@ def hold_out(
     """
     if per_category < 0:
         raise ConfigError(f"Expected per_category of at least 0, got {per_category}.")
-    prompts = Counter((e.instruction, e.context) for e in examples)
+    prompts = Counter((e.turns, e.instruction, e.context) for e in examples)
     held: set[int] = set()
     for pool in _pools(examples, by, rng.numpy_stream(seed, "hold-out")).values():
-        unique = [i for i in pool.tolist() if prompts[examples[i].instruction, examples[i].context] == 1]
+        unique = [i for i in pool.tolist() if prompts[examples[i].turns, examples[i].instruction, examples[i].context] == 1]
         held.update(unique[: min(per_category, len(pool) // 2)])
     return [i for i in range(len(examples)) if i not in held], sorted(held)
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fedloom.data import chat as conversations
 from fedloom.data import records
 from fedloom.data.example import Example
 from fedloom.data.records import ARCHIVES, FORMATS, BadRecord, Field, Loaded, Place, Reading, Record
@@ -118,6 +119,11 @@ def table(
     return _read(path, columns, demands, reading)
 
 
+def chat(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+    """Conversations, OpenAI's `messages` or ShareGPT's `conversations`: one example of each, see chat.py."""
+    return records.load(map(conversations.checked, _records(path, conversations.DEMANDS, reading)), conversations.example, reading)
+
+
 def hub(
     name: str,
     columns: Mapping[str, str] | None = None,
@@ -152,6 +158,7 @@ SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
     "alpaca": alpaca,
     "alpacare": alpacare,
     "medquad": medquad,
+    "chat": chat,
     "table": table,
     "hub": hub,
 }
