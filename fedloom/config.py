@@ -233,7 +233,7 @@ class Clusters(Section):
 
 
 class Data(Section):
-    source: Literal["microworld", "dolly", "alpaca", "alpacare", "medquad", "table", "hub"] = "microworld"
+    source: Literal["microworld", "dolly", "alpaca", "alpacare", "medquad", "chat", "table", "hub"] = "microworld"
     path: str | list[str] | None = None  # a file, a folder, a pattern or several; for "hub" the id
     columns: dict[str, str] = {}  # ours -> theirs, for "table" and "hub"
     owner: Literal["file"] | None = None  # "file": each file's examples are one owner's; None: as the data say
@@ -259,7 +259,7 @@ class Data(Section):
 class Prompt(Section):
     format: Literal["auto", "chat", "alpaca", "plain"] = "auto"  # auto: the tokenizer's chat template, else alpaca
     max_length: int = Field(512, ge=32)  # tokens of prompt and response
-    loss_on: Literal["response", "all"] = "response"
+    loss_on: Literal["response", "assistant", "all"] = "response"  # assistant: every answer of a conversation
     system: str = ""
 
 

@@ -60,7 +60,7 @@ class Dataset:
         for owner, examples in [*sorted(self.clients.items()), ("", self.test)]:
             for e in examples:
                 fields = (owner, e.instruction, e.context, e.response, e.category, e.owner, e.rule)
-                digest.update(json.dumps(fields).encode())
+                digest.update(json.dumps([*fields, *((turn.role, turn.text) for turn in e.turns)]).encode())
         return digest.hexdigest()
 
     def groups(self) -> list[str]:
@@ -137,7 +137,7 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
         tfidf,
     )
 
-    texts = [f"{e.instruction}\n{e.context}\n{e.response}" for e in examples]
+    texts = ["\n".join(e.texts) for e in examples]
     if wanted.of == "tfidf":
         features = tfidf(texts)
     else:
@@ -322,6 +322,11 @@ def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine | Sk
                 "set data.pool, so that some are left over."
             )
         return chosen.build(pool=pool, seed=seed)
+    if any(e.turns for own in dataset.clients.values() for e in own):
+        raise ConfigError(
+            f'synthesis.kind = "{chosen.name}" writes single questions, and these data are conversations, whose last question '
+            'makes no sense alone. Choose an algorithm without synthesis, or synthesis.kind = "spare".'
+        )
     tokenizer = machine.tokenizer
     return chosen.build(
         encode=machine.template.document_ids, decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),

@@ -47,12 +47,19 @@ def synthetic_examples(
         )
         made = {
             "round": message.round,
-            "examples": [asdict(e) for e in found.examples],
+            "examples": [plain(e) for e in found.examples],
             "counts": dict(found.counts),
             "samples": found.samples(),
         }
         client.memory["synthetic"] = made
     return [type(client.examples[0])(**fields) for fields in made["examples"]]
+
+
+def plain(example: Any) -> dict[str, Any]:
+    """An example's fields as JSON values; a tuple of records, such as a conversation's earlier turns, is a list there."""
+    fields = asdict(example)
+    records = {name for name, value in fields.items() if isinstance(value, tuple) and all(isinstance(v, dict) for v in value)}
+    return {name: list(value) if name in records else value for name, value in fields.items()}
 
 
 def synthesis_metrics(client: Client, message: Broadcast) -> dict[str, float]:

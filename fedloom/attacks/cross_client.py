@@ -98,7 +98,7 @@ def attack(
 
 def _exclusive(own: Sequence[Example], secrets: Sequence[str]) -> set[str]:
     """The secrets, each once, that no text of the attacker holds; one without words is none."""
-    known = [_spaced(text) for e in own for text in (e.instruction, e.context, e.response)]
+    known = [_spaced(text) for e in own for text in e.texts]
     return {s for s in map(_spaced, secrets) if s.strip() and not any(s in text for text in known)}
 
 

@@ -46,7 +46,9 @@ def cut(tokens: Tokens, *, end: int, shortest: int = SHORTEST) -> Cut | None:
     The second half of the learnt text is the suffix, or more of it where half is less than `shortest`. The
     token that ends an answer is no part of it: every tuned model says it.
     """
-    first = tokens.labelled.index(True) if tokens.targets else len(tokens.ids)
+    first = len(tokens.ids)
+    while first and tokens.labelled[first - 1]:  # earlier turns of a conversation may be learnt, too
+        first -= 1
     ids = tokens.ids[:-1] if tokens.ids[-1:] == (end,) else tokens.ids
     learnt = len(ids) - first
     if learnt < shortest:

@@ -57,7 +57,7 @@ class TrainingText:
 
 
 def _pieces(example: Example, run: int, shortest: int) -> Iterator[tuple[str, ...]]:
-    for field in (example.instruction, example.context, example.response):
+    for field in example.texts:
         said = words(field)
         if (whole := length(said)) >= shortest:
             yield from runs(said, min(run, whole))

@@ -7,6 +7,7 @@ that draws at random is refused.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -17,53 +18,79 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
 from fedloom.errors import ModelError
 
-# Slots: where the user's words go. Private-use characters, so that no chat template touches them.
+# Slots: where people's words go. Private-use characters, so that no chat template touches them.
 INSTRUCTION, CONTEXT, RESPONSE, SYSTEM = "\ue000", "\ue001", "\ue002", "\ue003"
+FIRST_TURN, LAST_TURN = 0xF0000, 0xFFFFD  # of the turns before the instruction
+BLANKS = "\u2003", "\u2002"  # put around words, to see whether a template strips them
 
 NOW = datetime(2024, 7, 26)  # the default date of Llama 3's templates
 DIRECTIVES = "aAwdbBmyYHIMSfjUWcxXGuVpzZ"  # of strftime, which every platform has; and in terms of them:
 SHORT = {"F": "%Y-%m-%d", "T": "%H:%M:%S", "D": "%m/%d/%y", "R": "%H:%M", "h": "%b", "e": "%d", "k": "%H", "l": "%I", "%": "%%"}
 
 
+def turn_slot(index: int) -> str:
+    """The slot of an earlier turn, counted without a system turn: questions are even, answers odd."""
+    return chr(FIRST_TURN + index)
+
+
 @dataclass(frozen=True)
 class ChatForm:
-    """A chat template with slots."""
+    """A chat template with slots. A user's message, instruction and context, has one slot."""
 
     prompt: str  # up to the response
     lead: str  # blanks the template puts before a response: the model's to say
     tail: str  # what follows a response
-    trims: bool  # it strips what users write, so we must
+    strips: Mapping[str, tuple[bool, bool]]  # slot -> whether blanks before and after the words in it go
 
 
-def read_chat_template(tokenizer: Any, system: str, *, with_context: bool) -> ChatForm:
-    """Learn the format by rendering slots, which no template can mistake for words it treats specially."""
-    words = f"{INSTRUCTION}\n\n{CONTEXT}" if with_context else INSTRUCTION
-    turn = {"role": "user", "content": words}
-    messages = [turn]
+def read_chat_template(tokenizer: Any, *, turns: int, system: bool) -> ChatForm:
+    """Learn the format by rendering slots, which no template can mistake for words it treats specially.
+
+    `turns` is how many questions and answers come before the instruction. A template that knows no system role
+    gets what it says as part of the first question.
+    """
+    roles = [("user", "assistant")[i % 2] for i in range(turns)]
+    said = [(role, turn_slot(i)) for i, role in enumerate(roles)] + [("user", INSTRUCTION)]
     if system:
-        messages = [{"role": "system", "content": SYSTEM}, turn]
-        if (_render(tokenizer, messages) or "").count(SYSTEM) != 1:
-            messages = [{"role": "user", "content": f"{SYSTEM}\n\n{words}"}]
+        (role, first), *others = said
+        said = [("system", SYSTEM), *said]
+        if _said(tokenizer, said).count(SYSTEM) != 1:
+            said = [(role, f"{SYSTEM}\n\n{first}"), *others]
 
-    prompt = _render(tokenizer, messages, add_generation_prompt=True) or ""
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": RESPONSE}]) or ""
-    slots = INSTRUCTION + (CONTEXT if with_context else "") + (SYSTEM if system else "")
-    if any(prompt.count(slot) != 1 for slot in slots) or full.count(RESPONSE) != 1:
+    prompt = _said(tokenizer, said, add_generation_prompt=True)
+    full = _said(tokenizer, [*said, ("assistant", RESPONSE)])
+    slots = [*map(turn_slot, range(turns)), INSTRUCTION, *([SYSTEM] if system else [])]
+    if any(text.count(slot) != 1 for slot in slots for text in (prompt, full)) or full.count(RESPONSE) != 1:
         raise ModelError(
-            "the tokenizer's chat template does not show a user's and an assistant's message exactly once "
-            'each, so it cannot be trained on; choose format "alpaca" or "plain".'
+            f"the tokenizer's chat template does not show each of {len(said) + 1} messages exactly once, so it "
+            'cannot be trained on; choose format "alpaca" or "plain".'
         )
     before, tail = full.split(RESPONSE)
     # What a rendered answer has between the prompt and its own text. Blanks belong to the answer, so that
     # they are tokenised with its first word; anything else (an empty thinking block) to the prompt.
     between = before[len(prompt) :] if before.startswith(prompt) else ""
-    spaced = _render(tokenizer, [{"role": "user", "content": f" {INSTRUCTION} "}]) or ""
     return ChatForm(
         prompt=prompt + (between if between.strip() else ""),
         lead="" if between.strip() else between,
         tail=tail,
-        trims=f" {INSTRUCTION} " not in spaced,
+        strips=_strips(tokenizer, [*said, ("assistant", RESPONSE)]),
     )
+
+
+def _strips(tokenizer: Any, said: Sequence[tuple[str, str]]) -> dict[str, tuple[bool, bool]]:
+    left, right = BLANKS
+    spaced = _said(tokenizer, [(role, f"{left}{words}{right}") for role, words in said])
+    strips: dict[str, tuple[bool, bool]] = {}
+    for _, words in said:
+        first, last = words[0], words[-1]  # two slots where a system's words stand in a question
+        before = not spaced.partition(first)[0].endswith(left)
+        after = not spaced.partition(last)[2].startswith(right)
+        strips |= {first: (before, False), last: (before and first == last, after)}
+    return strips
+
+
+def _said(tokenizer: Any, said: Sequence[tuple[str, str]], **options: bool) -> str:
+    return _render(tokenizer, [{"role": role, "content": words} for role, words in said], **options) or ""
 
 
 def _render(

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from fedloom.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Something said in a conversation before its last question."""
+
+    role: Role
+    text: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """An instruction, perhaps a context to work on, and the response to learn."""
+    """An instruction, perhaps a context to work on, and the response to learn.
+
+    In a conversation the instruction is the user's last turn and the response its answer; what was said
+    before is in `turns`: perhaps a system turn, then questions and answers, one after the other.
+    """
 
     instruction: str
     response: str
@@ -17,3 +34,28 @@ class Example:
     id: str = ""  # where it came from: file:line, or a generator's counter
     rule: str = ""  # names the microworld rule that checks an answer; empty elsewhere
     private: bool = False  # a fact only its owner may know; leakage is measured on these
+    turns: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Examples that were kept as JSON come back with a list of mappings.
+        turns = tuple(turn if isinstance(turn, Turn) else Turn(**turn) for turn in self.turns)
+        object.__setattr__(self, "turns", turns)
+        said = [turn.role for turn in turns]
+        if (said[1:] if said[:1] == ["system"] else said) != ["user", "assistant"] * (len(said) // 2):
+            raise DataError(
+                f"Expected earlier turns in the order system (perhaps), then user and assistant in turn, got {', '.join(said)}."
+            )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything that is said in it, in this order; the context may be empty."""
+        return (*(turn.text for turn in self.turns), self.instruction, self.context, self.response)
+
+    @property
+    def question(self) -> str:
+        """What is to be answered, as text for a reader: all that was said before, instruction and context."""
+        asked = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
+        if not self.turns:
+            return asked
+        said = [f"{turn.role.capitalize()}: {turn.text}" for turn in self.turns]
+        return "\n\n".join([*said, f"User: {asked}"])

@@ -46,5 +46,5 @@ def apart(examples: Sequence[Example], test: Sequence[Example]) -> list[Example]
     return [e for e in examples if _prompt(e) not in asked]
 
 
-def _prompt(example: Example) -> tuple[str, str]:
-    return example.instruction, example.context
+def _prompt(example: Example) -> tuple[object, str, str]:
+    return example.turns, example.instruction, example.context

@@ -12,13 +12,14 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fedloom.data import chat as conversations
 from fedloom.data import columns as names
 from fedloom.data import parquet, records
 from fedloom.data.example import Example
@@ -148,6 +149,11 @@ def table(
     return _read(path, columns, demands, reading)
 
 
+def chat(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
+    """Conversations, OpenAI's `messages` or ShareGPT's `conversations`: one example of each, see chat.py."""
+    return records.load(map(conversations.checked, _records(path, conversations.DEMANDS, reading, also=conversations.READ)), conversations.example, reading)
+
+
 def hub(
     name: str,
     columns: Mapping[str, str] | None = None,
@@ -167,7 +173,7 @@ def hub(
     parquet.check_columns(repr(name), rows.column_names, demands, reading)
     short = Path(name).name if Path(name).is_dir() else name
     checked = (records.check_row(Place(short, n), row, demands) for n, row in enumerate(rows, 1))
-    return records.load(_unused(checked, demands, reading), lambda record: _example(record, columns), reading)
+    return records.load(_unused(checked, demands.keys(), reading), lambda record: _example(record, columns), reading)
 
 
 SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
@@ -175,6 +181,7 @@ SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
     "alpaca": alpaca,
     "alpacare": alpacare,
     "medquad": medquad,
+    "chat": chat,
     "table": table,
     "hub": hub,
 }
@@ -273,7 +280,10 @@ def _read(
     return records.load(_records(path, demands, reading), lambda record: _example(record, columns), reading)
 
 
-def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Iterator[Record | BadRecord]:
+def _records(
+    path: Paths, demands: Mapping[str, Field], reading: Reading, *, also: Sequence[str] = ()
+) -> Iterator[Record | BadRecord]:
+    """Every record of the files; `also` are fields that are read beside those of `demands`, and checked elsewhere."""
     files = _files(path, reading)
     together = os.path.commonpath([file.parent for file in files])
 
@@ -283,11 +293,11 @@ def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Ite
         read = parquet.read if file.suffix.lower() == PARQUET else records.read_records
         return read(file, demands, reading, name=name)
 
-    return _unused(chain.from_iterable(map(one, files)), demands, reading)
+    return _unused(chain.from_iterable(map(one, files)), {*demands, *also}, reading)
 
 
 def _unused(
-    found: Iterable[Record | BadRecord], demands: Mapping[str, Field], reading: Reading
+    found: Iterable[Record | BadRecord], used: Collection[str], reading: Reading
 ) -> Iterator[Record | BadRecord]:
     """The same; tells at the end which fields nobody asked for."""
     fields: Counter[str] = Counter()
@@ -295,7 +305,7 @@ def _unused(
     for record in found:
         if isinstance(record, Record):
             good += 1
-            fields.update(name for name in record.values if name not in demands)
+            fields.update(name for name in record.values if name not in used)
         yield record
     if fields:
         often = min(fields.values()) < good

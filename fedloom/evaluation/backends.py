@@ -105,8 +105,7 @@ class PromptJudge:
     def words(self, shown: Shown) -> str:
         """The prompt as it is sent. Whatever an answer contains stays text: slots are filled in one pass."""
         q = shown.question
-        question = f"{q.instruction}\n\n{q.context}" if q.context else q.instruction
-        said = {"question": question, "first": shown.first, "second": shown.second, "reference": q.response}
+        said = {"question": q.question, "first": shown.first, "second": shown.second, "reference": q.response}
         return _SLOT.sub(lambda slot: said[slot[1]], self.prompt)
 
     def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
@@ -224,13 +223,6 @@ class LikelihoodJudge:
     rubric: Rubric = LIKELIHOOD
     varies: bool = False
 
-    def __post_init__(self) -> None:
-        if self.template.loss_on != "response":
-            raise ConfigError(
-                'The likelihood judge measures responses alone. Expected a template with loss_on = "response", '
-                f"got {self.template.loss_on!r}."
-            )
-
     @property
     def identity(self) -> Mapping[str, Any]:
         return {
@@ -256,7 +248,7 @@ class LikelihoodJudge:
         examples = [_after(question, answer) for question, answer in answers]
         problems = [self._problem(example) for example in examples]
         usable = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
-        tokens = [self.template.encode(e) for e in usable]
+        tokens = [self.template.contrast(e)[0] for e in usable]  # the reference alone, whatever training learns
         scored = iter(self.engine.answer({"judge": Score(tokens, self.adapter)})["judge"] if usable else ())
         return [problem or _mean(next(scored)) for problem in problems]
 
@@ -271,7 +263,7 @@ class LikelihoodJudge:
 def _after(question: Example, answer: str) -> Example:
     """The reference as the response, to be given after `answer` was read."""
     context = "\n\n".join(part for part in (question.context, f"{SHOWN_AS} {answer}") if part)
-    return Example(question.instruction, question.response, context)
+    return Example(question.instruction, question.response, context, turns=question.turns)
 
 
 def _mean(scored: Scored) -> float | Failed:

@@ -163,9 +163,11 @@ def _shown(questions: Sequence[Example], ours: Sequence[str], theirs: Sequence[s
 
 def _key(identity: Mapping[str, Any], rubric: Rubric, shown: Shown, repetition: int, attempt: int) -> str:
     q = shown.question
+    earlier = {"turns": [(turn.role, turn.text) for turn in q.turns]} if q.turns else {}
     return key_of(
         judge=identity, rubric=[rubric.name, rubric.version], instruction=q.instruction, context=q.context,
         reference=q.response, rule=q.rule, first=shown.first, second=shown.second, repetition=repetition, attempt=attempt,
+        **earlier,
     )  # fmt: skip
 
 

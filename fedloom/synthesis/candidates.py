@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from fedloom.algorithms.synthetic import plain
 from fedloom.data.example import Example
 
 KEPT = "kept"
@@ -46,5 +47,5 @@ class Synthesis:
         found: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for index, c in enumerate(self.candidates):
             if len(found[c.fate]) < per_fate:
-                found[c.fate].append({"index": index, **asdict(c.example)})
+                found[c.fate].append({"index": index, **plain(c.example)})
         return dict(sorted(found.items()))

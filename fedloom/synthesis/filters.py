@@ -110,7 +110,7 @@ class LocalTexts:
         self._filters = filters
         self._instructions = _Index([e.instruction for e in examples])
         self._samples = _Index([whole(e) for e in examples])
-        fields = (text for e in examples for text in (e.instruction, e.context, e.response))
+        fields = (text for e in examples for text in e.texts)
         self._runs = set(_runs(fields, filters.verbatim)) if filters.verbatim else set()
         self._exact = {_folded(e) for e in examples}
 

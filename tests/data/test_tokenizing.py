@@ -7,7 +7,17 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedloom.data.example import Example
@@ -90,6 +100,7 @@ def build(
     backend = Tokenizer(piece)
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.normalizer = NORMALIZERS[normalizer]()
+    backend.decoder = decoders.ByteLevel() if "byte-level" in pre else decoders.Metaspace(prepend_scheme="never")
     options = {"unk_token": "<unk>"} if model == "unigram" else {}
     if "byte-level" in pre:
         options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedloom.data import microworld
-from fedloom.data.example import Example
+from fedloom.data.example import Example, Turn
 from fedloom.errors import ConfigError
 from fedloom.evaluation.backends import (
     RUBRICS,
@@ -44,8 +44,8 @@ class Letters:
         text = example if isinstance(example, str) else example.instruction + example.context
         return [ord(c) for c in text][: self.max_length - room]
 
-    def encode(self, example: Example) -> Example:
-        return example
+    def contrast(self, example: Example) -> tuple[Example, Example]:
+        return example, example
 
     def truncation(self, example: Example) -> str:
         whole = len(example.instruction + example.context + example.response) + 1 <= self.max_length
@@ -237,9 +237,23 @@ def test_a_broken_model_judges_nothing():
     assert found.unread == {"likelihood that is no finite number": 2}
 
 
-def test_likelihood_refuses_a_template_that_labels_prompts():
-    with pytest.raises(ConfigError, match="loss_on"):
-        likelihood(loss_on="all")
+def test_the_reference_alone_is_measured_whatever_training_learns():
+    engine = Engine()
+    asked = Example("?", "X", turns=(Turn("user", "Hi"), Turn("assistant", "Ho")))
+    compare(likelihood(engine, loss_on="all"), [asked], ["X"], ["Z"], cache=Cache())
+    [sent] = engine.asked
+    assert {e.turns for e in sent["judge"].examples} == {asked.turns}
+
+
+def test_a_judge_reads_the_turns_before_a_question_and_judges_each_conversation():
+    turns = [(Turn("user", f"Say {n}."), Turn("assistant", n)) for n in "ab"]
+    questions = [Example("Again.", "x", turns=t) for t in turns]
+    engine, cache = Engine(), Cache()
+    judge = PromptJudge(local(engine), TOTAL, "Q: {question} A: {first} B: {second}")
+    compare(judge, questions, ["p", "p"], ["q", "q"], cache=cache)
+    sent = ["".join(map(chr, p)) for requests in engine.asked for r in requests.values() for p in r.prompts]
+    assert sum("User: Say a.\n\nAssistant: a\n\nUser: Again." in p for p in sent) == 2  # both orders
+    assert len(set(sent)) == 4
 
 
 def test_the_embedded_model_mostly_prefers_the_reference_to_another_questions_answer():

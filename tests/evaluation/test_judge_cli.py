@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import fedloom.simulate  # noqa: F401  before a test replaces what it imports
 from fedloom.cli import judge
 from fedloom.config import load
 from fedloom.data.example import Example
