@@ -162,12 +162,12 @@ def test_a_secret_is_the_digits_that_a_response_ends_with(response: str, secret:
 
 
 def test_without_canaries_the_rest_is_measured(tmp_path: Path) -> None:
-    found = audit(trained(tmp_path / "run"), samples=2, limits=Limits(exposure=3.0))
-    public = found["positions"]["public"]
+    folder = trained(tmp_path / "run")
+    public = audit(folder, samples=2)["positions"]["public"]
     assert "data.canaries" in public["exposure"]["reason"]
     assert public["membership"]["released"]["reference"]["auc"] >= 0
-    assert found["gate"][0]["value"] is None
-    assert found["passed"] is False
+    with pytest.raises(ConfigError, match="no canaries were planted"):
+        audit(folder, samples=2, limits=Limits(exposure=3.0), say=lambda part: pytest.fail(f"began with {part}"))
 
 
 def test_a_comparison_is_audited_by_its_first_seeds_federation(copied: Path, found: dict[str, Any]) -> None:
