@@ -178,11 +178,11 @@ def models_of(training: Training, label: str, state: ServerState) -> dict[str, A
 def synthesis_of(training: Training) -> dict[str, Any] | None:
     """What was generated: counts by fate over all rounds and clients, and a few texts of each fate; None: nothing.
 
-    Texts are in a simulation's reports alone; on a network they would stay with their clients.
+    Both are in a simulation's reports alone; on a network they would stay with their clients.
     """
     counts: Counter[str] = Counter()
     for record in journal.read(training.folder / "metrics.jsonl"):
-        for metrics in record["clients"].values():
+        for metrics in record.get("unsent", {}).values():
             counts.update({k.removeprefix(FATES): int(n) for k, n in metrics.items() if k.startswith(FATES)})
     if not counts:
         return None

@@ -30,8 +30,8 @@ class Update:
 
     client: ClientId
     states: Mapping[str, AdapterState]  # "delta", and what the algorithm adds
-    weight: float  # number of training examples, unless a privacy plan fixes it to 1
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    weight: float  # number of training examples, unless the algorithm says otherwise
+    metrics: Mapping[str, float] = field(default_factory=dict)  # those that the algorithm names in `reports`
 
     @property
     def delta(self) -> AdapterState:

@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from fedloom import checkpoint, durable, journal
-from fedloom.algorithms.base import Algorithm, ServerState
+from fedloom.algorithms.base import UNSENT, Algorithm, ServerState
 from fedloom.checkpoint import Checkpoint
 from fedloom.client import Client
 from fedloom.config import Experiment
@@ -123,6 +123,7 @@ class Training:
             "round": state.round,
             "cohort": list(seen.cohort),
             "clients": {c: {"examples": u, **clients[c]} for c, u in sorted((c, x.weight) for c, x in seen.updates.items())},
+            "unsent": {c: _numbers(self.clients[c].memory[UNSENT]) for c in clients if UNSENT in self.clients[c].memory},
             "refused": dict(sorted(seen.refused.items())),
             "loss": loss,
             "bytes_up": seen.bytes_up,

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from fedloom.algorithms.base import Algorithm, ServerState
+from fedloom.algorithms.base import UNSENT, Algorithm, ServerState, answer
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.local_only import LocalOnly
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.client import Client
+from fedloom.config import ALGORITHMS
 from fedloom.errors import ConfigError
 from fedloom.federation import Federation
 from fedloom.messages import ClientId
@@ -121,3 +122,17 @@ def test_local_only_clients_never_see_one_another() -> None:
 
 def _broadcast() -> Any:
     return FedAvg().broadcast(ServerState(state(0.0, 0.0)), "a")
+
+
+def test_only_metrics_that_an_algorithm_names_are_sent_and_the_others_stay_until_the_next_answer() -> None:
+    client = Client("a", [1.0])
+    sent = answer(FedAvg(), client, {}, weight=1, metrics={"loss": 1.0, "dropped": 2.0})
+    assert (sent.metrics, client.memory[UNSENT]) == ({"loss": 1.0}, {"dropped": 2.0})
+    answer(FedAvg(), client, {}, weight=1, metrics={"loss": 1.0})
+    assert UNSENT not in client.memory
+
+
+def test_every_algorithm_lists_what_it_reports() -> None:
+    listed = {choice: sorted(made.reports) for choice, made in ALGORITHMS.items()}
+    training = ["loss", "steps", "tokens"]
+    assert listed == {**dict.fromkeys(listed, training), "fewfedweight": sorted([*training, "own_loss"])}

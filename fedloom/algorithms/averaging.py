@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedloom.algorithms.aggregators import weighted_mean
-from fedloom.algorithms.base import Aggregator, ServerOptimizer, ServerState
+from fedloom.algorithms.base import TRAINING, Aggregator, ServerOptimizer, ServerState
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
@@ -23,6 +23,7 @@ class Averaging(ABC):
     """Server half of FedOpt (Reddi et al. 2021): average the deltas, take one optimizer step."""
 
     shared: ClassVar[bool] = True
+    reports: ClassVar[frozenset[str]] = TRAINING
 
     server_optimizer: ServerOptimizer = SGD(lr=1.0)
     aggregate: Aggregator = weighted_mean

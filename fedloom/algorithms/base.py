@@ -11,6 +11,9 @@ from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
 from fedloom.steps import Steps
 
+TRAINING = frozenset({"loss", "steps", "tokens"})  # metrics of a client's training
+UNSENT = "unsent metrics"  # in a client's memory: those of its last answer that did not travel
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -28,6 +31,8 @@ class Algorithm(Protocol):
     """One paper, both halves. The server half never sees a `Client`, only what it sent."""
 
     shared: ClassVar[bool]  # is the server's adapter trained, so that it is a result
+    reports: ClassVar[frozenset[str]]  # the metrics that travel; all others stay with the client
+
     def init(self, adapter: AdapterState) -> ServerState: ...
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast: ...
     def client(self, message: Broadcast, client: Client) -> Steps[Update]: ...
@@ -36,6 +41,15 @@ class Algorithm(Protocol):
         """The model a client has for itself, where the algorithm makes one; it never leaves."""
         ...
 
+
+def answer(
+    algorithm: Algorithm, client: Client, states: Mapping[str, AdapterState], *, weight: float, metrics: Mapping[str, float]
+) -> Update:
+    """What a client sends. Metrics that the algorithm does not report stay in the client's memory."""
+    client.memory.pop(UNSENT, None)
+    if kept := {name: value for name, value in metrics.items() if name not in algorithm.reports}:
+        client.memory[UNSENT] = kept
+    return Update(client.id, states, weight, {name: value for name, value in metrics.items() if name in algorithm.reports})
 
 
 Aggregator = Callable[[Iterable[Update], AdapterState], Mapping[str, AdapterState]]  # (updates, zero) -> means

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.base import answer
 from fedloom.client import Client
 from fedloom.messages import Broadcast, Update
 from fedloom.steps import Steps
@@ -20,4 +21,4 @@ class FedAvg(Averaging):
         fitted = yield from client.fit(message.adapter, round=message.round)
         delta = fitted.adapter - message.adapter
         metrics = {"loss": fitted.loss, "steps": fitted.steps, "tokens": fitted.tokens}
-        return Update(client.id, {"delta": delta}, len(client.examples), metrics)
+        return answer(self, client, {"delta": delta}, weight=len(client.examples), metrics=metrics)

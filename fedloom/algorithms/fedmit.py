@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.base import answer
 from fedloom.algorithms.synthetic import (
     Contrast,
     Rule,
@@ -49,4 +50,4 @@ class FedMIT(Averaging):
             **chosen.metrics,
             **synthesis_metrics(client, message),
         }
-        return Update(client.id, {"delta": fitted.adapter - start}, len(client.examples), metrics)
+        return answer(self, client, {"delta": fitted.adapter - start}, weight=len(client.examples), metrics=metrics)

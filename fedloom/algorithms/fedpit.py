@@ -4,17 +4,22 @@ Each client has two adapters. The public one starts from the received adapter, i
 examples alone, and is all that leaves. The private one is trained on local and synthetic examples, lives
 in the client's memory and never leaves it; it is the client's personal model.
 
-Given the synthetic examples, no bit of the upload depends on the client's own. They do depend on them,
-since they were generated from private demonstrations; that path is what filters and audits are for.
+Given the synthetic examples that it trains on, no bit of the message a client sends depends on its own examples: not the
+delta, not the metrics (loss, steps and tokens of the public training), not the weight, which is how many synthetic
+examples there are. How many candidates were dropped, and why, stays with the client. The synthetic examples
+do depend on private ones, since they were generated from private demonstrations and the filters compare
+with them; that path is what filters and audits are for.
 
 Reconstructed from the abstract: the paper's algorithm listing was not available.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedloom.algorithms.averaging import PERSONAL, Averaging
+from fedloom.algorithms.base import ServerState, answer
 from fedloom.algorithms.synthetic import Synthesizer, fit_anew, synthesis_metrics, synthetic_examples
 from fedloom.client import Client
 from fedloom.messages import Broadcast, Update
@@ -41,4 +46,9 @@ class FedPIT(Averaging):
         metrics = {"steps": public.steps, "tokens": public.tokens, **synthesis_metrics(client, message)}
         if synthetic:
             metrics["loss"] = public.loss
-        return Update(client.id, {"delta": public.adapter - start}, len(client.examples), metrics)
+        return answer(self, client, {"delta": public.adapter - start}, weight=len(synthetic), metrics=metrics)
+
+    def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """As FedAvg; where no client has a synthetic example, nothing was learnt."""
+        learnt = [update for update in updates if update.weight > 0]
+        return super().server(state, learnt) if learnt else state.next(state.adapter)

@@ -6,7 +6,9 @@ a public adapter on those, and uploads only a mix of the two. Both start from th
 neither survives the round.
 
 With a private share of 1 this is FedIT, to the bit. The upload does depend on private examples, for
-every share: above 0 through the private adapter, at 0 through which examples were made and selected.
+every share: above 0 through the private adapter, at 0 through which examples were made and selected. At
+every share the loss of the private training, its steps and tokens and the number of private examples, its
+weight, are sent in the clear.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedloom.algorithms.averaging import Averaging
+from fedloom.algorithms.base import answer
 from fedloom.algorithms.synthetic import (
     Contrast,
     Rule,
@@ -65,7 +68,7 @@ class FewFedPIT(Averaging):
             **chosen.metrics,
             **synthesis_metrics(client, message),
         }
-        return Update(client.id, {"delta": delta}, len(client.examples), metrics)
+        return answer(self, client, {"delta": delta}, weight=len(client.examples), metrics=metrics)
 
 
 def mixed(private: AdapterState, public: AdapterState, share: float) -> AdapterState:

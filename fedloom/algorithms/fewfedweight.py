@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from fedloom.algorithms.aggregators import weighted_mean
-from fedloom.algorithms.base import Aggregator, ServerOptimizer, ServerState
+from fedloom.algorithms.base import TRAINING, Aggregator, ServerOptimizer, ServerState, answer
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.algorithms.synthetic import Synthesizer, fit_anew, synthesis_metrics, synthetic_examples
 from fedloom.client import Client
@@ -40,6 +40,7 @@ OWN_LOSS = "own_loss"  # v_k
 @dataclass(frozen=True, kw_only=True)
 class FewFedWeight:
     shared: ClassVar[bool] = True
+    reports: ClassVar[frozenset[str]] = TRAINING | {OWN_LOSS}
 
     relabel: Synthesizer  # a client's own instructions, answered by the received model
     gamma: float = 1.0
@@ -77,7 +78,7 @@ class FewFedWeight:
             OWN_LOSS: sum(s.nll for s in own) / max(1, sum(s.targets for s in own)),
             **synthesis_metrics(client, message),
         }
-        return Update(client.id, {"delta": fitted.adapter - start}, len(client.examples), metrics)
+        return answer(self, client, {"delta": fitted.adapter - start}, weight=len(client.examples), metrics=metrics)
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         import torch  # here, so that settings are read without waiting for it

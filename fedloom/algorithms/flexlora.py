@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedloom.algorithms.aggregators import in_order
-from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.base import TRAINING, ServerState
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
@@ -25,6 +25,7 @@ FEDIT = FedAvg()  # the client half
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA:
     shared: ClassVar[bool] = True
+    reports: ClassVar[frozenset[str]] = TRAINING
 
     def init(self, adapter: AdapterState) -> ServerState:
         return ServerState(adapter)

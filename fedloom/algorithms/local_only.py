@@ -1,6 +1,7 @@
-"""Local-only tuning: every client trains alone and nothing is shared. FedIT's and FedPIT's floor.
+"""Local-only tuning: every client trains alone and no model is shared. FedIT's and FedPIT's floor.
 
-Each client goes on from its own adapter, which lives in its memory and never leaves it.
+Each client goes on from its own adapter, which lives in its memory and never leaves it. What it reports
+(loss, steps, tokens, how many examples) is for the record of a comparison.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.base import TRAINING, ServerState, answer
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
@@ -19,6 +20,7 @@ from fedloom.steps import Steps
 @dataclass(frozen=True, kw_only=True)
 class LocalOnly:
     shared: ClassVar[bool] = False
+    reports: ClassVar[frozenset[str]] = TRAINING
 
     def init(self, adapter: AdapterState) -> ServerState:
         return ServerState(adapter)
@@ -31,7 +33,7 @@ class LocalOnly:
         fitted = yield from client.fit(start, round=message.round)
         client.memory["adapter"] = fitted.adapter
         metrics = {"loss": fitted.loss, "steps": fitted.steps, "tokens": fitted.tokens}
-        return Update(client.id, {}, len(client.examples), metrics)
+        return answer(self, client, {}, weight=len(client.examples), metrics=metrics)
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         return state.next(state.adapter)

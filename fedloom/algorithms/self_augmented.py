@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.base import TRAINING, ServerState, answer
 from fedloom.algorithms.local_only import LocalOnly
 from fedloom.algorithms.synthetic import Synthesizer, synthesis_metrics, synthetic_examples
 from fedloom.client import Client
@@ -24,6 +24,7 @@ TUNING = LocalOnly()
 @dataclass(frozen=True, kw_only=True)
 class SelfAugmented:
     shared: ClassVar[bool] = False
+    reports: ClassVar[frozenset[str]] = TRAINING
 
     synthesize: Synthesizer
 
@@ -38,7 +39,8 @@ class SelfAugmented:
         # The copy shares this client's memory, so the adapter and the place in the order stay with it.
         augmented = replace(client, examples=[*client.examples, *synthetic])
         update = yield from TUNING.client(message, augmented)
-        return replace(update, metrics={**update.metrics, **synthesis_metrics(client, message)})
+        metrics = {**update.metrics, **synthesis_metrics(client, message)}
+        return answer(self, client, update.states, weight=update.weight, metrics=metrics)
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         return TUNING.server(state, updates)

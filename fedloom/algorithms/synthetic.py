@@ -63,7 +63,8 @@ def plain(example: Any) -> dict[str, Any]:
 
 
 def synthesis_metrics(client: Client, message: Broadcast) -> dict[str, float]:
-    """How many candidates met which fate, in a round that made any. Counts only: no text leaves the client."""
+    """How many candidates met which fate, in a round that made any. No algorithm reports them: a fate is a fact
+    about private text, to which candidates are compared."""
     made = client.memory["synthetic"]
     if made["round"] != message.round:
         return {}

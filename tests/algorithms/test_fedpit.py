@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from fedloom.algorithms.base import UNSENT
 from fedloom.algorithms.fedpit import FedPIT
 from fedloom.algorithms.fewfedpit import FewFedPIT
+from fedloom.client import Client
+from fedloom.federation import Federation
 from fedloom.messages import Broadcast
+from fedloom.selection import All
 from fedloom.state import AdapterState
-from fedloom.steps import Generate, Score
+from fedloom.steps import Generate, Score, Steps
+from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport import wire
-from tests.algorithms.talking import Echoing, Making, contrast, fits, one_round
-from tests.fakes import A, numbers, say, state
+from fedloom.transport.codec import Bf16, Fp32, Int4
+from fedloom.transport.downlink import Downlink
+from fedloom.transport.in_process import InProcess
+from tests.algorithms.talking import Echoing, Making, Talking, contrast, federate, fits, one_round
+from tests.fakes import A, numbers, say, state, value
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """A synthesizer whose examples are fixed, while what it drops, how often and why depends on the client's own."""
+
+    examples: Sequence[Any]
+
+    def __call__(self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+        yield Generate([[1]], adapter, stream=stream)
+        dropped = [Candidate(e, "filtered/copy" if value(e) > 7 else "filtered/near-example") for e in local]
+        return Synthesis((*dropped, *map(Candidate, self.examples)))
 
 
 def fedpit(*made: float, **options: Any) -> FedPIT:
@@ -34,6 +56,54 @@ def test_one_round_by_hand() -> None:
 def test_given_the_synthetic_examples_an_upload_does_not_move_one_bit_when_private_ones_change(private: float) -> None:
     one, other = (one_round(fedpit(6.0, 5.0), [x, x])[0] for x in (8.0, private))
     assert wire.pack_update(one) == wire.pack_update(other)  # tensors, weight and metrics
+
+
+LOSSY = [Fp32(), Bf16(error_feedback=True), Int4(error_feedback=True)]
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("made", [[], [6.0], [6.0, 5.0, 1.5]], ids=len)
+def test_no_byte_that_clients_send_tells_how_many_private_examples_there_are_or_what_was_dropped(
+    made: list[float], codec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sent(private: dict[str, list[float]]) -> list[bytes]:
+        packed: list[bytes] = []
+
+        def weighed(*args: Any) -> bytes:
+            packed.append(pack(*args))
+            return packed[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(wire, "pack_update", weighed)
+            algorithm = FedPIT(synthesize=Comparing([say(x) for x in made]))
+            clients = {c: Client(c, [say(x) for x in xs]) for c, xs in private.items()}
+            transport = InProcess(algorithm, Talking(), clients, downlink=Downlink(codec))
+            Federation(algorithm, transport, All(sorted(clients))).run(algorithm.init(state(0.0, 0.0)), 3)
+        assert {c.memory[UNSENT]["synthetic/generated"] for c in clients.values()} == {len(made) + len(xs) for xs in private.values()}
+        return packed
+
+    pack = wire.pack_update
+    one, other = sent({"a": [8.0], "b": [1.0, 2.0]}), sent({"a": [3.0, 4.0, 9.0], "b": [1e6]})
+    assert len(one) == 6
+    assert one == other
+
+
+def test_where_nobody_has_a_synthetic_example_the_model_stays_as_it_is() -> None:
+    end, clients = federate(fedpit(), {"a": [8.0], "b": [1.0, 2.0]})
+    assert (end.round, numbers(end.adapter)) == (2, [0.0, 0.0])
+    assert numbers(clients["a"].memory["personal"]) != [0.0, 0.0]  # that is learnt all the same
+
+
+def test_a_client_weighs_as_much_as_it_has_synthetic_examples() -> None:
+    # Client "a" makes one example, at 6, and moves to 3; without examples "bb" stays at 0 and has no say.
+    @dataclass(frozen=True)
+    class Unequal:
+        def __call__(self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+            yield Generate([[1]], adapter, stream=stream)
+            return Synthesis((Candidate(say(6.0)),) if stream[0] == "a" else ())
+
+    end, _ = federate(FedPIT(synthesize=Unequal()), {"a": [8.0], "bb": [1.0, 2.0, 3.0]}, rounds=1)
+    assert numbers(end.adapter) == [3.0, 3.0]
 
 
 def test_an_upload_of_fewfedpit_does_move() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedloom.algorithms.base import UNSENT
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.fewfedpit import FewFedPIT, cross_term, mixed
 from fedloom.client import Client
@@ -84,10 +85,10 @@ def test_the_rule_decides_who_is_kept(rule: Any, kept: list[str]) -> None:
 
 def test_candidates_that_the_instruction_does_not_help_can_be_dropped() -> None:
     # At 4, a candidate at 20 has a loss of 128 a token after its instruction and 50 alone.
-    update, engine, _ = one_round(fewfedpit(1.0, 20.0, drop_unhelpful=True), [8.0])
+    _, engine, client = one_round(fewfedpit(1.0, 20.0, drop_unhelpful=True), [8.0])
     assert [e.response for e in fits(engine)[1].examples] == ["1.0"]
-    assert update.metrics["unhelpful_share"] == 0.5
-    assert update.metrics["selected"] == 1
+    assert client.memory[UNSENT]["unhelpful_share"] == 0.5
+    assert client.memory[UNSENT]["selected"] == 1
 
 
 def test_a_share_of_one_is_fedavg_to_the_bit() -> None:
@@ -126,24 +127,25 @@ def test_at_a_share_of_zero_the_upload_depends_on_private_responses_only_through
 
 
 def test_at_a_share_of_zero_a_diverged_private_adapter_cannot_spoil_the_upload() -> None:
-    update, _, _ = one_round(fewfedpit(5.0, private_share=0.0), [float("inf")])
+    update, _, client = one_round(fewfedpit(5.0, private_share=0.0), [float("inf")])
     # Nothing could be scored either, so nothing was trained on: the upload is where the round began.
     assert numbers(update.delta) == [0.0, 0.0]
-    assert update.metrics["selected"] == 0
-    assert update.metrics["unusable"] == 1
+    assert client.memory[UNSENT]["selected"] == 0
+    assert client.memory[UNSENT]["unusable"] == 1
 
 
 def test_without_usable_candidates_the_public_adapter_is_the_received_one() -> None:
-    update, engine, _ = one_round(fewfedpit(), [8.0], start=2.0)
+    update, engine, client = one_round(fewfedpit(), [8.0], start=2.0)
     assert len(fits(engine)) == 1
     assert engine.of(Score) == []
     assert numbers(update.delta) == [1.5, 1.5]  # half of 2 -> 5
-    assert update.metrics["synthetic/kept"] == 0
+    assert client.memory[UNSENT]["synthetic/kept"] == 0
 
 
-def test_an_update_says_how_many_candidates_met_which_fate() -> None:
-    update, _, _ = one_round(fewfedpit(1.0, 5.0), [8.0])
-    counts = {k.removeprefix("synthetic/"): v for k, v in update.metrics.items() if k.startswith("synthetic/")}
+def test_how_many_candidates_met_which_fate_stays_with_the_client() -> None:
+    update, _, client = one_round(fewfedpit(1.0, 5.0), [8.0])
+    assert set(update.metrics) == {"loss", "steps", "tokens"}
+    counts = {k.removeprefix("synthetic/"): v for k, v in client.memory[UNSENT].items() if k.startswith("synthetic/")}
     assert counts == {"generated": 3, "kept": 2, "failed/empty": 1, "repeated": 0}
 
 
