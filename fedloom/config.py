@@ -479,11 +479,16 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Experiment:
     return _validate(tree, name)
 
 
+DATA = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}  # what people give where a recipe is expected
+
+
 def _read(what: str) -> tuple[str, str]:
     shipped = recipes()
     if what in shipped:
         return f"recipe {what}", shipped[what]
     path = Path(what)
+    if DATA & set(path.suffixes) and os.path.isfile(path):
+        raise ConfigError(f"{path} is data. Expected a recipe ({', '.join(shipped)}) or a TOML file, and there data.path={path}.")
     try:
         if path.is_dir():
             path = path / "experiment.toml"

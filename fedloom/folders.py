@@ -6,6 +6,7 @@ Whoever names the wrong one hears what it is and which was meant. Nothing here n
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,25 +81,25 @@ def known(around: Path = Path(".")) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / EXPERIMENT).is_file()
+    return os.path.isfile(path / EXPERIMENT)  # which is False, not an error, for a name that no disk takes
 
 
 def _not_a_run(path: Path) -> str:
     """What it is instead."""
     name = str(path)
+    if not os.path.exists(path):
+        if name in recipes():
+            return f"{name!r} is a recipe, not the folder of a run. Run it first: fedloom run {name}."
+        return f"There is no folder {name!r}."
     for above in path.absolute().parents:
-        if _is_run(above) and path.exists():
+        if _is_run(above):
             return f"{name!r} is {_part(path, above)}"
     if path.is_dir():
         within = [folder for folder in sorted(path.glob("*/")) if _is_run(folder)]
         return f"{name!r} is a folder that holds runs." if within else f"{name!r} is a folder, but no run: it has no {EXPERIMENT}."
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix == ".toml":
         return f"{name!r} is an experiment to run, not the folder of a run. Run it first: fedloom run {shlex.quote(name)}."
-    if path.exists():
-        return f"{name!r} is a file. Expected the folder of a run."
-    if name in recipes():
-        return f"{name!r} is a recipe, not the folder of a run. Run it first: fedloom run {name}."
-    return f"There is no folder {name!r}."
+    return f"{name!r} is a file. Expected the folder of a run."
 
 
 def _part(path: Path, run: Path) -> str:
@@ -116,12 +117,13 @@ def _shortest(path: Path) -> Path:
 
 def _instead(path: Path) -> str:
     """Which run was meant, as far as names tell."""
-    if path.exists() and any(_is_run(above) for above in path.absolute().parents):
+    exists = os.path.exists(path)
+    if exists and any(_is_run(above) for above in path.absolute().parents):
         return ""
-    around = path if path.is_dir() else path.parent
-    runs = known(around if around.is_dir() else Path("."))
+    around = path if os.path.isdir(path) else path.parent
+    runs = known(around if os.path.isdir(around) else Path("."))
     if not runs:
-        return "" if path.exists() or str(path) in recipes() else "There are no runs here yet; make one: fedloom run quickstart."
+        return "" if exists or str(path) in recipes() else "There are no runs here yet; make one: fedloom run quickstart."
     if close := [run for run in runs if _alike(path.name, run.name)]:
         return f"Did you mean {_listed(close)}?"
     return f"Runs here: {_listed(runs)}."

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,12 @@ class Typed:
     err: str
 
 
-def type_in(*words: str | Path, stdin: str = "") -> Typed:
+def type_in(*words: str | Path, stdin: str | io.TextIOWrapper = "") -> Typed:
     """`fedloom WORDS`, in this process."""
     out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["fedloom", *map(str, words)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         patch.setattr(console.out, "width", 200)
         patch.setattr(console.err, "width", 200)
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
@@ -203,10 +204,51 @@ def test_chat_reads_a_question_longer_than_a_training_sequence_and_says_what_it_
     assert "the end of the context is left out: the base model reads 1,024 tokens." in done.err
 
 
+def test_chat_says_whose_model_answers_and_switches_to_its_base(finished: Path) -> None:
+    done = type_in("chat", finished, "--max-new-tokens", "2", stdin="One\n/base\nOne\n/what\n/help\n/quit\nNot asked\n")
+    assert done.code == 0
+    assert f"{finished}: the adapter of 2 clients tuned by fedavg on random:llama, seed 0" in done.err
+    assert "The base model random:llama, untuned" in done.err
+    assert "There is no /what." in done.err
+    assert len(done.out.splitlines()) == 2
+    assert done.err.count("… cut at 2 tokens") == 2
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, seed: int, **__: object) -> Iterator[int]:
+        yield 5
+        if seed == 1:
+            raise KeyboardInterrupt
+        yield 6
+
+    monkeypatch.setattr("fedloom.engine.generation.stream", interrupted)
+    done = type_in("chat", finished, stdin="One\nTwo\n")
+    assert done.code == 0
+    assert done.err.count("… stopped") == 1
+    assert len(done.out.splitlines()) == 2
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console.err, "input", interrupted)
+    assert type_in("chat", finished).code == 0
+
+
+def test_bytes_that_are_no_text_end_a_chat_with_a_sentence(finished: Path) -> None:
+    piped = io.TextIOWrapper(io.BytesIO("Gut\nWas ist gr\u00fcn?\n".encode("latin-1")), encoding="utf-8")
+    done = type_in("chat", finished, "--max-new-tokens", "2", stdin=piped)
+    assert done.code == 2
+    assert "Line 2 of what was typed or piped in is not UTF-8 at its character 11" in done.err
+    assert "Traceback" not in done.err
+    assert len(done.out.splitlines()) == 1
+
+
 def test_help_names_every_command() -> None:
     done = type_in("--help")
     assert done.code == 0
-    assert all(name in done.out for name in ("run", "compare", "describe", "partition", "copy", "evaluate", "chat", "export", "report"))
+    assert all(name in done.out for name in ("run", "compare", "describe", "partition", "copy", "evaluate", "chat", "export", "report", "recipes", "--version"))
 
 
 @pytest.mark.slow
@@ -214,6 +256,9 @@ def test_compare_runs_its_seeds_in_processes_and_resumes(tmp_path: Path) -> None
     done = type_in("compare", *TINY, "--jobs", "2", "--out", tmp_path / "c")
     assert done.code == 0, done
     assert all(word in done.out for word in ("base", "local mean", "local best", "federated", "centralised"))
+    lines = done.err.splitlines()
+    assert "over 2 seeds" in lines[0]
+    assert {f"seed {seed}: {what}" for seed in (0, 1) for what in ("loading the base model", "answering 2 questions by 5 models")} <= set(lines)
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())
     assert all(r["seeds"] == [0, 1] and len(r["values"]) == 2 for r in summary["rows"])
     # As if it had been killed before the second seed's result and the summary.

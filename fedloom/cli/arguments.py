@@ -61,7 +61,7 @@ def load_what(what: str, overrides: list[str] | None) -> Experiment:
     from fedloom import config, folders
 
     what, overrides = first_is_override(what, overrides)
-    if what not in config.recipes() and Path(what).is_dir():
+    if what not in config.recipes() and os.path.isdir(what):
         folders.expect_run(Path(what))
     return config.load(what, overrides)
 
@@ -89,7 +89,7 @@ def experiment_and_folder(
         return experiment, place
     what, overrides = first_is_override(what, overrides)
     named = Path(what)
-    folder = out or (named if named.is_dir() else None)
+    folder = out or (named if os.path.isdir(named) else None)
     if folder is None:
         raise RunError("Expected the run to resume: --resume --out FOLDER.")
     try:

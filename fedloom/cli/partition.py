@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedloom.cli.arguments import Overrides, What, load_what
 from fedloom.cli.console import notes, out, say
+from fedloom.errors import ConfigError
 
 COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green", "bright_yellow", "bright_magenta")
 BAR = 40  # characters for the largest client
@@ -24,6 +25,8 @@ def command(
     to: Annotated[Path | None, typer.Option("--out", help="Also write the picture as a page, FILE.html.")] = None,
 ) -> None:
     """Preview the split: a table and a picture of how many examples of each kind every client holds."""
+    if to is not None and not to.absolute().parent.is_dir():
+        raise ConfigError(f"There is no folder {to.parent} to write {to.name} in. Make it, or choose another --out.")
     from fedloom.experiment import load_data
 
     dataset = load_data(load_what(what, overrides))
