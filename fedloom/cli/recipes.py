@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import re
 
-from fedloom.cli.console import out, say
+from fedloom.cli.console import say
 
 
 def command() -> None:
     """List the recipes: what each shows, how long it takes and what it needs."""
-    from rich.table import Table
-
     from fedloom.config import recipes
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("shows", ratio=3)
-    table.add_column("takes", ratio=2)
-    table.add_column("needs", ratio=2)
     for name, text in recipes().items():
-        table.add_row(name, *about(text))
-    out.print(table)
+        shows, takes, needs = about(text)
+        say(f"{name}: {shows}")
+        say(f"    takes {takes}; needs {needs}")
     say("See one: fedloom describe quickstart. Run it: fedloom compare quickstart. Change a copy: fedloom copy quickstart")
 
 
