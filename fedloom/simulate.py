@@ -197,7 +197,20 @@ def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = 
         export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder, beside=beside)
     else:
         words = card.model_card(summary) if summary else card.unmeasured(experiment)
-        _save(folder, experiment, machine, adapter, machine.base_sha256, bool(machine.describe()["conv1d"]), words)
+        with _whole(folder) as draft:
+            _save(draft, experiment, machine, adapter, machine.base_sha256, bool(machine.describe()["conv1d"]), words)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A place to write a folder that appears whole or not at all."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        yield draft
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _checked(experiment: Experiment, folder: Path, datasets: Sequence[Dataset], *, compared: bool) -> Skeleton:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,15 +173,15 @@ def test_a_folder_that_somebody_else_works_in_is_not_taken_away(here: Path) -> N
 
 
 def test_an_export_that_fails_leaves_no_half_of_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(source: Path, folder: Path) -> None:
+    def half(folder: Path, *_: object) -> None:
         folder.mkdir()
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device")
 
     begin(here / "run")
-    monkeypatch.setattr(simulate, "load_machine", lambda _: None)
+    monkeypatch.setattr(simulate, "load_machine", lambda _: SimpleNamespace(base_sha256="", describe=lambda: {"conv1d": False}))
     monkeypatch.setattr(simulate, "adapter_of", lambda *_: None)
-    monkeypatch.setattr(simulate.shutil, "copytree", half)
+    monkeypatch.setattr(simulate, "_save", half)
     with pytest.raises(OSError, match="No space"):
         simulate.export(here / "run", here / "out", merged=False)
     assert [p.name for p in here.iterdir()] == ["run"]

@@ -31,8 +31,10 @@ CALLS = ("tool_calls", "function_call")  # of a turn
 OFFERED = ("tools", "functions")  # of a conversation
 LISTS = ("messages", "conversations")  # what the turns are called
 KEYS = (("role", "content"), ("from", "value"))  # who speaks, and what is said
-READ = (*LISTS, "system")
-DEMANDS = {name: Field(required=False, blank=True, number=True) for name in ("category", "owner")}
+DEMANDS = {
+    **{name: Field(required=False, nested=True) for name in (*LISTS, "system")},
+    **{name: Field(required=False, blank=True, number=True) for name in ("category", "owner")},
+}
 
 
 class _Unusable(Exception):

@@ -38,11 +38,11 @@ Open = Callable[[], AbstractContextManager[BinaryIO]]
 
 
 def recognise(
-    open_: Open, name: str, *, suffix: str, required: Sequence[str], limit: int, wanted: str | None = None
+    open_: Open, name: str, *, suffix: str, required: Sequence[str], nested: Sequence[str] = (), limit: int, wanted: str | None = None
 ) -> Shape:
     """The shape of a file that `open_` opens anew each time; `wanted` is the key that the user named.
 
-    Looks at two lines, and through the whole file only where it is one object or several.
+    A record has all of `required`, or one of `nested`, which are no lists of records. Looks at two lines, and through the whole file only where it is one object or several.
     """
     with open_() as stream:
         found = written(stream, limit)
@@ -68,7 +68,7 @@ def recognise(
         outline = _outline(stream)
     if outline.values == 0 and second is None and first.length <= limit:
         return LINES  # one line that breaks off
-    return _of_object(outline, name, required, wanted, one_line=second is None)
+    return _of_object(outline, name, required, nested, wanted, one_line=second is None)
 
 
 def _lines(wanted: str | None, name: str, by_line: bool) -> Shape:
@@ -131,7 +131,9 @@ def _outline(stream: BinaryIO) -> _Outline:
     return found
 
 
-def _of_object(outline: _Outline, name: str, required: Sequence[str], wanted: str | None, *, one_line: bool) -> Shape:
+def _of_object(
+    outline: _Outline, name: str, required: Sequence[str], nested: Sequence[str], wanted: str | None, *, one_line: bool
+) -> Shape:
     if outline.values > 1:
         return Shape("values", said="read as objects that follow one another")
     if outline.keyless is not None:
@@ -147,7 +149,7 @@ def _of_object(outline: _Outline, name: str, required: Sequence[str], wanted: st
             f"{name}: holds columns where records were expected (shape). Save it record by record; in pandas: "
             'to_json(path, orient="records", lines=True).'
         )
-    if ours:
+    if ours or any(k in parts for k in nested):
         return Shape("values", said="" if one_line else "read as one object over several lines")
     holding = [p for p in outline.parts if p.holds_records or (p.opener == b"[" and not p.children)]
     if len(holding) > 1 and (any(p.opener == b"[" for p in holding) or len(holding) == outline.members):

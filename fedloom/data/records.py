@@ -85,6 +85,7 @@ class Field:
     required: bool = True
     blank: bool = False  # may be empty or white space
     number: bool = False  # may be a whole number, as labels often are
+    nested: bool = False  # may hold anything; whoever reads it looks inside
 
 
 def _silent(file: str, what: str) -> None:
@@ -199,7 +200,8 @@ def _json(
 ) -> Iterator[Record | BadRecord]:
     shape = json_shape.recognise(
         lambda: opening.opened(path, reading.encoding), name, suffix=suffix, limit=reading.max_bytes,
-        required=[field for field, its in fields.items() if its.required], wanted=reading.field,
+        required=[field for field, its in fields.items() if its.required],
+        nested=[field for field, its in fields.items() if its.nested], wanted=reading.field,
     )  # fmt: skip
     if shape.said:
         reading.tell(name, shape.said)
@@ -531,7 +533,7 @@ def _check_fields(values: Mapping[str, Any], fields: Mapping[str, Field]) -> Non
             raise _Fault("missing", f"no field {name!r}")
         if value is None:
             raise _Fault("null", f"{name!r} is null")
-        if field.number and type(value) is int:
+        if field.nested or (field.number and type(value) is int):
             continue
         if not isinstance(value, str):
             raise _Fault("type", f"{name!r} is a {_json_type(value)}, not text")

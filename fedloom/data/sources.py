@@ -151,7 +151,7 @@ def table(
 
 def chat(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
     """Conversations, OpenAI's `messages` or ShareGPT's `conversations`: one example of each, see chat.py."""
-    return records.load(map(conversations.checked, _records(path, conversations.DEMANDS, reading, also=conversations.READ)), conversations.example, reading)
+    return records.load(map(conversations.checked, _records(path, conversations.DEMANDS, reading)), conversations.example, reading)
 
 
 def hub(
@@ -173,7 +173,7 @@ def hub(
     parquet.check_columns(repr(name), rows.column_names, demands, reading)
     short = Path(name).name if Path(name).is_dir() else name
     checked = (records.check_row(Place(short, n), row, demands) for n, row in enumerate(rows, 1))
-    return records.load(_unused(checked, demands.keys(), reading), lambda record: _example(record, columns), reading)
+    return records.load(_unused(checked, demands, reading), lambda record: _example(record, columns), reading)
 
 
 SOURCES: dict[str, Callable[..., Loaded[Example]]] = {
@@ -280,10 +280,7 @@ def _read(
     return records.load(_records(path, demands, reading), lambda record: _example(record, columns), reading)
 
 
-def _records(
-    path: Paths, demands: Mapping[str, Field], reading: Reading, *, also: Sequence[str] = ()
-) -> Iterator[Record | BadRecord]:
-    """Every record of the files; `also` are fields that are read beside those of `demands`, and checked elsewhere."""
+def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Iterator[Record | BadRecord]:
     files = _files(path, reading)
     together = os.path.commonpath([file.parent for file in files])
 
@@ -293,7 +290,7 @@ def _records(
         read = parquet.read if file.suffix.lower() == PARQUET else records.read_records
         return read(file, demands, reading, name=name)
 
-    return _unused(chain.from_iterable(map(one, files)), {*demands, *also}, reading)
+    return _unused(chain.from_iterable(map(one, files)), demands, reading)
 
 
 def _unused(

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedloom.data import records
 from fedloom.data.example import Example
-from fedloom.data.records import BadRecord, Reading, Record
+from fedloom.data.records import BadRecord, Field, Reading, Record
 from fedloom.errors import DataError
 
 # Ours -> what published files call it; the first that a record has is taken.
@@ -23,6 +23,8 @@ NAMES = {
     "context": ("context", "input"),
     "response": ("response", "output", "answer", "reference"),
 }
+# Every field there is has its say, in whatever form; _question() looks.
+FIELDS = {name: Field(required=False, nested=True) for name in (*(n for names in NAMES.values() for n in names), "instances")}
 LABELS = frozenset({"id", "question_id", "category", "topic", "type", "view", "difficulty", "rule", "owner", "source",
                     "motivation_app", "turns", "instances"})  # fmt: skip
 
@@ -36,7 +38,7 @@ class Question:
 def load(path: str | Path) -> list[Question]:
     """Every question of the file, in its order. Raises DataError, under the strict reader's rules, where one has no instruction."""
     path = Path(path)
-    return list(records.load(map(_checked, records.read_records(path, {}, name=path.name)), _question, Reading()))
+    return list(records.load(map(_checked, records.read_records(path, FIELDS, name=path.name)), _question, Reading()))
 
 
 def without(questions: Sequence[Question], held: Iterable[Example]) -> list[Question]:

@@ -9,7 +9,7 @@ import pytest
 from fedloom.config import load
 from fedloom.data import sources
 from fedloom.data.example import Example, Turn
-from fedloom.data.partition import hold_out
+from fedloom.data.held_out import hold_out
 from fedloom.data.records import Reading
 from fedloom.errors import ConfigError, DataError
 from fedloom.experiment import build_algorithm
