@@ -36,11 +36,13 @@ from fedloom.results import (
     method_of,
     model_of,
     read_judged,
+    read_summary,
     write_json,
 )
 
 SAMPLES = 4  # questions kept with everybody's answers, for the report
 REFERENCE = "reference"
+LEAKS = ("exposure", "extraction", "auc")  # the first that was measured stands beside quality
 
 Ask = Callable[[str], None]  # is told something before it happens
 
@@ -77,7 +79,7 @@ def judge(folder: Path, experiment: Experiment, *, agreed: bool = False, say: As
             for pair in its:
                 by_seed[pair.seed].append(compare(the_judge, *pair.shown, cache=kept, **how(settings)))
             found[row, opponent] = by_seed
-        table = _table(settings, the_judge, experiment, asked, found, list(seeds.values()))
+        table = _table(settings, the_judge, experiment, asked, found, list(seeds.values()), _leaks(folder))
         _keep(folder, table)
     return table
 
@@ -208,7 +210,7 @@ def task_of(row: str, experiment: Experiment) -> str:
 
 def _table(
     settings: Settings, the_judge: Judge, experiment: Experiment, asked: Sequence[Asked],
-    found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]], seeds: Sequence[Experiment],
+    found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]], seeds: Sequence[Experiment], leaks: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     categories = [[q.category for q in its.questions] for its in asked]
     crossed = all([question_files.key(q) for q in its.questions] == [question_files.key(q) for q in asked[0].questions] for its in asked)
@@ -223,7 +225,7 @@ def _table(
             made = {"win": None} if counted is None else asdict(counted)
         rows.append({
             "row": row, "opponent": opponent, "model": model_of(row), "method": method_of(row, experiment),
-            "task": task_of(row, experiment), **made,
+            "task": task_of(row, experiment), "private_share": _private_share(row, experiment), "leakage": leaks.get(row), **made,
             "judged": sum(c.judged for c in every), "of": sum(c.questions for c in every), **_orders(every),
         })  # fmt: skip
     return {
@@ -239,6 +241,23 @@ def _table(
         "rows": rows,
         "samples": _samples(asked[0], found),
     }  # fmt: skip
+
+
+def _leaks(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the models that others see give away, as the comparison measured it: row -> the first of its metrics of leakage."""
+    leaks: dict[str, dict[str, Any]] = {}
+    for name in LEAKS:
+        for entry in (read_summary(folder) or {"rows": []})["rows"]:
+            if entry["metric"] == name:
+                leaks.setdefault(entry["row"], {k: entry[k] for k in ("metric", "mean", "ci95")})
+    return leaks
+
+
+def _private_share(row: str, experiment: Experiment) -> float | None:
+    """beta of FewFedPIT; None of other rows."""
+    chosen = experiment.algorithm if row == "federated" else experiment.compare.methods.get(row)
+    share = None if chosen is None else chosen.plain().get("private_share")
+    return None if share is None else float(share)
 
 
 def _orders(every: Sequence[Comparison]) -> dict[str, Any]:

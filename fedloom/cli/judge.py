@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fedloom.config import Experiment
     from fedloom.evaluation.pairwise import Comparison, Share
     from fedloom.report.judged import Table as Judged
+
+
+DROPPED_FIRST = ("model", "orders disagree", "paper's own", "tie")  # columns, where a terminal is narrow
 
 
 class Kind(StrEnum):
@@ -128,13 +131,25 @@ def print_judged(judged: Mapping[str, Any], experiment: Experiment) -> None:
 
 
 def rich_table(found: Judged) -> Table:
+    """As many columns as the terminal has room for; the page has them all."""
+    shown = list(range(len(found.head)))
+    table = _rich_table(found, shown)
+    while out.measure(table, options=out.options.update(width=1000)).maximum > out.width and (
+        wide := [i for name in DROPPED_FIRST for i in shown if found.head[i] == name]
+    ):
+        shown.remove(wide[0])
+        table = _rich_table(found, shown)
+    return table
+
+
+def _rich_table(found: Judged, shown: Sequence[int]) -> Table:
     from rich.table import Table
 
     table = Table(title=found.title, title_justify="left")
-    for i, name in enumerate(found.head):
-        table.add_column(name, justify="left" if i < 2 else "right")
+    for i in shown:
+        table.add_column(found.head[i], justify="left" if i == 0 or found.head[i] in ("task", "model") else "right")
     for cells, bold in zip(found.body, found.bold, strict=True):
-        table.add_row(*cells, style="bold" if bold else "")
+        table.add_row(*(cells[i] for i in shown), style="bold" if bold else "")
     return table
 
 

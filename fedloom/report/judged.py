@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.report.findings import short
+from fedloom.report.findings import arrow, half_width, metric_title, short, value
 
 Judged = Mapping[str, Any]  # one table of judged.json
 
@@ -28,6 +28,7 @@ PAPER_WINS = {
     ("global", "fewfedweight"): (22.4, 33.3, 44.3),
     ("global", "fewfedpit"): (26.2, 35.8, 38.0),
 }
+PAPER_SHARE = 0.5  # beta of its row
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _wins(judged: Judged, own: str) -> list[Table]:
     made = []
     for opponent in dict.fromkeys(r["opponent"] for r in judged["rows"]):
         rows = [r for r in judged["rows"] if r["opponent"] == opponent]
-        paper = {i: p for i, r in enumerate(rows) if (p := PAPER_WINS.get((r["row"] if r["row"] == "centralised" else r["model"], r["method"]))) is not None}
+        paper = {i: p for i, r in enumerate(rows) if (p := _paper_wins(r)) is not None}
+        leak = next((r["leakage"]["metric"] for r in rows if r.get("leakage")), None)
         body = []
         for i, r in enumerate(rows):
             if r["win"] is None:
@@ -96,9 +98,13 @@ def _wins(judged: Judged, own: str) -> list[Table]:
             else:
                 line = [_percent(r[k]) for k in ("win", "tie", "lose", "win_or_tie")]
                 body.append([_name(r["row"], own), r["model"], *line, _share(r["order_disagreement"])])
+            if leak:
+                found = r.get("leakage") or {"mean": None, "ci95": None}
+                body[-1].append(f"{value(leak, found['mean'])} {half_width(leak, found['ci95'])}".strip())
             if paper:
                 body[-1].append("{:.1f} / {:.1f} / {:.1f}".format(*paper[i]) if i in paper else "")
-        head = ["method", "model", "win", "tie", "lose", "win + tie", "orders disagree"] + (["paper's own"] if paper else [])
+        head = ["method", "model", "win", "tie", "lose", "win + tie", "orders disagree"]
+        head += ([f"{metric_title(leak)} {arrow(leak)}"] if leak else []) + (["paper's own"] if paper else [])
         notes = ["Shares of judged questions" + ("; mean over seeds ± half of the 95% interval." if len(judged["seeds"]) > 1 else "; 95% intervals over questions.")]
         if paper:
             notes.append("The paper's own: PPFedIT's Table 2, mean of three data sets against their references, GPT-4, one seed; not comparable in size.")
@@ -142,6 +148,12 @@ def _notes(judged: Judged) -> list[str]:
     if biases:
         notes.append(f"The answer shown first scored {sum(biases) / len(biases):+.3f} over the second, on average.")
     return notes
+
+
+def _paper_wins(r: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    if r["method"] == "fewfedpit" and r.get("private_share") != PAPER_SHARE:
+        return None
+    return PAPER_WINS.get((r["row"] if r["row"] == "centralised" else r["model"], r["method"]))
 
 
 def _name(row: str, own: str) -> str:
