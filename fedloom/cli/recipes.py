@@ -13,11 +13,11 @@ def command() -> None:
 
     from fedloom.config import recipes
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0), expand=True)
     table.add_column("recipe", no_wrap=True)
     table.add_column("shows", ratio=3)
-    table.add_column("takes", ratio=2)
-    table.add_column("needs", ratio=2)
+    table.add_column("takes", ratio=2, overflow="fold")
+    table.add_column("needs", ratio=2, overflow="fold")
     for name, text in recipes().items():
         table.add_row(name, *about(text))
     out.print(table)
