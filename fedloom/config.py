@@ -202,6 +202,14 @@ def _label(text: str) -> str:
 Label = Annotated[str, AfterValidator(_label)]
 
 
+def _apart(methods: dict[str, Any]) -> dict[str, Any]:
+    """Each has a folder of its own, in which capitals and blanks do not tell."""
+    folded = [label.lower().replace(" ", "-") for label in methods]
+    if alike := {name for name in folded if folded.count(name) > 1}:
+        raise ValueError(f"expected names that differ by more than capitals, blanks and hyphens; got {', '.join(alike)} twice")
+    return methods
+
+
 # --- the tree --------------------------------------------------------------------------------------------
 
 
@@ -287,7 +295,7 @@ class Audit(Section):
 class Compare(Section):
     seeds: int = Field(5, gt=0)  # runs with seed, seed + 1, ...: everything random differs
     local: list[Annotated[list[str], Field(min_length=1)]] = []  # FedIT's rows Local-1, Local-2, ...: the categories of each
-    methods: dict[Label, AlgorithmChoice] = {}  # further rows: label -> algorithm, on the same data and settings
+    methods: Annotated[dict[Label, AlgorithmChoice], AfterValidator(_apart)] = {}  # further rows: label -> algorithm, on the same data and settings
     leakage: bool = False  # attack every shared model, too
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
     local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all

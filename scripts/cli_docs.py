@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from fedloom.cli.main import app
+from fedloom.cli.recipes import about
 from fedloom.config import recipes
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -30,9 +31,9 @@ Results go to standard output, progress and complaints to standard error.
 
 
 def page() -> str:
-    shipped = "".join(f"| `{name}` | {text.splitlines()[0].removeprefix('# ')} |\n" for name, text in recipes().items())
+    shipped = "".join(f"| `{name}` | {' | '.join(about(text))} |\n" for name, text in recipes().items())
     commands = "\n".join(_command(str(info.name), info.callback) for info in app.registered_commands)
-    return f"{HEAD}\n## Recipes\n\n| recipe | |\n|---|---|\n{shipped}\n{commands}"
+    return f"{HEAD}\n## Recipes\n\n| recipe | shows | takes | needs |\n|---|---|---|---|\n{shipped}\n{commands}"
 
 
 def _command(name: str, function: Any) -> str:

@@ -139,6 +139,11 @@ def test_a_name_stays_in_its_folder(name: str) -> None:
         load("quickstart").with_(name=name)
 
 
+def test_two_methods_do_not_share_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"compare\.methods: expected names that differ .* a-b twice"):
+        load("quickstart").with_(compare={"methods": {"A b": "fedavg", "a-b": "flexlora"}})
+
+
 @pytest.mark.parametrize("name", ["x", "quickstart", "my run 2", "tâche", "a+b=c_d-e.f", "α1", "a" * 60])
 def test_ordinary_names_are_names(name: str) -> None:
     assert load("quickstart").with_(name=name).name == name
