@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 DROPPED_FIRST = ("model", "orders disagree", "paper's own", "tie")  # columns, where a terminal is narrow
+FEW = 5  # columns that any terminal shows, with cells of several lines
 
 
 class Kind(StrEnum):
@@ -134,7 +135,7 @@ def rich_table(found: Judged) -> Table:
     """As many columns as the terminal has room for; the page has them all."""
     shown = list(range(len(found.head)))
     table = _rich_table(found, shown)
-    while out.measure(table, options=out.options.update(width=1000)).maximum > out.width and (
+    while len(shown) > FEW and out.measure(table, options=out.options.update(width=1000)).maximum > out.width and (
         wide := [i for name in DROPPED_FIRST for i in shown if found.head[i] == name]
     ):
         shown.remove(wide[0])
