@@ -25,6 +25,7 @@ class Relative:
     scores: tuple[float, float]  # (baseline, federated), summed over questions, mean over seeds
     ratio: float | None  # federated / baseline; None where the scale has no zero or the baseline scores nothing
     ci95: tuple[float, float | None] | None  # percentiles of a bootstrap over questions and seeds; (low, None): no upper bound
+    difference: Estimate  # federated - baseline a judged question; over seeds, of one seed over its questions
     categories: Mapping[str, float | None]  # the ratio within each category of questions
 
 
@@ -46,6 +47,7 @@ def relative(comparisons: Sequence[Comparison], categories: Sequence[Sequence[st
         (float(total[0]) / len(tables), float(total[1]) / len(tables)),
         _ratio(total) if divides else None,
         _interval(tables, crossed=crossed) if divides else None,
+        _difference(tables),
         {name: _ratio(part) if divides else None for name, part in parts.items()},
     )
 
@@ -94,6 +96,12 @@ def _scores(comparison: Comparison) -> np.ndarray:
 
 def _ratio(total: np.ndarray) -> float | None:
     return float(total[1] / total[0]) if total[0] > 0 else None
+
+
+def _difference(tables: Sequence[np.ndarray]) -> Estimate:
+    apart = [found[np.isfinite(found)] for found in (t[:, 1] - t[:, 0] for t in tables)]  # a seed: of its judged questions
+    means = [float(a.mean()) for a in apart if len(a)]
+    return estimate(means if len(means) > 1 else [float(x) for x in apart[0]] or [0.0])
 
 
 def _interval(tables: Sequence[np.ndarray], *, crossed: bool) -> tuple[float, float | None] | None:

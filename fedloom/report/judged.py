@@ -79,7 +79,8 @@ def _relative(judged: Judged, own: str) -> list[Table]:
         f"Intervals: 95%, bootstrap over questions{' and seeds' if len(judged['seeds']) > 1 else ''}.",
     ]
     if any(r["ratio"] is None for r in judged["rows"]):
-        notes.append("No ratio where the baseline scores nothing" + (" or the scale has no zero." if judged["rubric"] == "likelihood" else "."))
+        why = "the scale has no zero" if judged["rubric"] == "likelihood" else "the baseline scores nothing"
+        notes.append(f"No ratio where {why}: there the mean difference, federated - baseline, stands in brackets, with its own interval.")
     if paper:
         notes.append("The paper's own: LLaMA-7B on Dolly, GPT-4 on 20 of Vicuna's questions, one seed; not comparable in size.")
     return [Table(_title(judged, "baselines beside the federated model"), head, body, [False] * len(body), [*notes, *_notes(judged)])]
@@ -130,7 +131,7 @@ def by_category(judged: Judged, own: str) -> list[Table]:
 
 def _title(judged: Judged, what: str) -> str:
     asked = judged["questions"]
-    order = "both orders" if judged["both_orders"] else "ONE ORDER, as in the paper"
+    order = "both orders" if judged["both_orders"] else "ONE ORDER, as in FedIT's paper"
     seeds = f"{len(judged['seeds'])} seed{'s' if len(judged['seeds']) > 1 else ''}"
     return f"{what[0].upper()}{what[1:]}: {asked['count']} questions ({asked['from']}), {seeds}, judged by {judge_name(judged)}, {order}"
 
@@ -162,7 +163,9 @@ def _name(row: str, own: str) -> str:
 
 def _ratio(r: Mapping[str, Any]) -> str:
     if r["ratio"] is None:
-        return "–"
+        apart = r["difference"]
+        said = f"– ({apart['mean']:+.3f} a question"
+        return said + (f", {apart['ci95'][0]:+.3f} to {apart['ci95'][1]:+.3f})" if apart["ci95"] else ")")
     if r["ci95"] is None:
         return f"{r['ratio']:.3f}"
     low, high = r["ci95"]

@@ -63,6 +63,16 @@ def test_a_baseline_that_scores_nothing_has_no_ratio() -> None:
     assert (found.ratio, found.ci95, found.categories) == (None, None, {"x": None, "y": None})
 
 
+def test_where_there_is_no_ratio_there_is_a_difference_a_question() -> None:
+    found = table([(2, 3), (4, 6), None], [(1, 3), (5, 6)], divides=False)
+    assert found.difference.values == (1.5, 1.5)  # ((3 - 2) + (6 - 4)) / 2, ((3 - 1) + (6 - 5)) / 2
+    assert found.difference.ci95 == (1.5, 1.5)
+    one = table([(1, 2), (1, 4)], divides=False)
+    assert one.difference.mean == 2.0  # over its questions: (1 + 3) / 2
+    assert one.difference.ci95 is not None
+    assert one.difference.ci95[0] < 0 < one.difference.ci95[1]
+
+
 def test_where_the_baseline_may_score_nothing_the_interval_has_no_upper_end() -> None:
     found = relative([compared_rule([(0, 1)] * 9 + [(1, 1)])], [["x"] * 10], divides=True, crossed=False)
     assert found.ratio == 10.0
