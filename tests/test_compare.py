@@ -64,6 +64,7 @@ def untimed(summary: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(summary))
     for line in plain["rounds"]:
         del line["seconds"]
+    del plain["provenance"]["started"], plain["provenance"]["finished"]
     return plain  # type: ignore[no-any-return]
 
 

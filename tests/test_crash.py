@@ -57,6 +57,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     for timed in (*lines, *summary["rounds"]):
         del timed["seconds"]
+    del summary["provenance"]["started"], summary["provenance"]["finished"]
     # A crash after the last commit may leave one older round in place, which nobody reads.
     rounds = sorted(folder.glob("state/round-*.safetensors"))[-2:]
     binary = [*folder.glob("adapter/*"), *rounds, folder / "experiment.toml"]

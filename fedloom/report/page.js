@@ -217,7 +217,8 @@
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(stream).text();
-    document.head.append(script); // the page's policy admits this text by its hash, and no other
+    document.head.append(script); // runs: the page's policy admits this text by its hash, and no other
+    script.remove();
   };
   const start = async () => {
     const sources = [...document.querySelectorAll("script[data-figure]")];

@@ -30,7 +30,7 @@ def test_every_figure_is_drawn_and_every_table_and_figure_can_be_taken_along(com
     folder = compare_folder(seeds=2, rounds=2)
     seen = drawn(page.write(folder))
     assert "This figure is drawn by a script" not in seen.split("<main>")[1].split("<script")[0]
-    assert seen.count(">Save as SVG</button>") == seen.count('js-plotly-plot"') == 8
+    assert seen.count(">Save as SVG</button>") == seen.count('<div class="plot js-plotly-plot"') == 8
     assert seen.count(">Copy as CSV</button>") == seen.count(">Copy as LaTeX</button>") == seen.count("<table")
 
 
