@@ -266,17 +266,25 @@ def _doing_better(summary: Summary, metric: str, row: str) -> list[str]:
     return [f"Better on average {'is' if len(said) == 1 else 'are'} {listed}."]
 
 
+def own_mix(summary: Summary) -> tuple[str, Mapping[str, Any]] | None:
+    """Who gains by taking part, by the first metric that tells it of as many clients as any does: where few questions
+    are asked, a client may hold groups of which none is, and only its loss is known."""
+    found: Mapping[str, Any] = summary.get("own_mix", {})
+    told = {m: sum(len(seed["clients"]) for seed in found[m]["seeds"]) for m in metrics(summary) if m in found}
+    return next(((m, found[m]) for m, n in told.items() if n == max(told.values())), None)
+
+
 def taking_part(summary: Summary) -> list[str]:
     """What each client decides, in a sentence: how many gain, tie and lose on their own mix of data; none where that
     was not measured."""
-    metric = main_metric(summary)
-    found = summary.get("own_mix", {}).get(metric)
-    if found is None:
+    judged_by = own_mix(summary)
+    if judged_by is None:
         return []
+    metric, found = judged_by
     counts = [len(seed["clients"]) for seed in found["seeds"]]
     clients = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     gain, tie, lose = (found[outcome] for outcome in OUTCOMES)
-    of = f"Taking part or tuning alone, each judged on its own mix of data ({metric_title(metric)}): of {clients} clients "
+    of = f"Taking part or tuning alone, each judged on its own mix of data ({metric_title(metric)}): of {clients} client{'' if clients == '1' else 's'} "
     if gain["ci95"] is None:
         return [f"{of}{gain['mean']:.0f} gain by taking part, {tie['mean']:.0f} tie and {lose['mean']:.0f} lose; one seed, so no interval."]
     written = [count(one, most=max(counts)) for one in (gain, tie, lose)]

@@ -121,7 +121,7 @@ def render(summary: Summary, journals: Journals, audited: Mapping[str, Any] | No
         lower=LOWER,
         arrow=findings.arrow,
         metric_title=findings.metric_title,
-        mixes=_own_mix(summary, metric),
+        mixes=_own_mix(summary),
         judgements=[judged.shown(table, own) for table in judgements],
     )
 
@@ -262,17 +262,18 @@ def _sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[st
     }
 
 
-def _own_mix(summary: Summary, metric: str) -> dict[str, Any] | None:
+def _own_mix(summary: Summary) -> dict[str, Any] | None:
     """How many clients gain, tie and lose by taking part, a line a seed and one of means; and what a tie is."""
-    found = summary.get("own_mix", {}).get(metric)
-    if found is None:
+    judged_by = findings.own_mix(summary)
+    if judged_by is None:
         return None
+    metric, found = judged_by
     lines = [[f"{s['seed']}", *(f"{found[o]['values'][i]:.0f}" for o in OUTCOMES)] for i, s in enumerate(found["seeds"])]
     if len(lines) > 1:
         most = max(len(s["clients"]) for s in found["seeds"])
         lines.append(["mean, 95% interval", *(findings.count(found[o], most=most) for o in OUTCOMES)])
-    one_answer = metric in COUNTED
-    return {"lines": lines, "tie": "less than what one answer weighs" if one_answer else "a difference too small to be written"}
+    tie = "less than what one answer weighs" if metric in COUNTED else "a difference too small to be written"
+    return {"metric": metric, "lines": lines, "tie": tie}
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str]]:
@@ -300,7 +301,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("Base model's sha256", str(engine["base_sha256"])),
         ("Adapter's sha256", summary["adapter_sha256"]),
         ("Prompt format", str(engine["format"])),
-        ("Engine path", f"{engine['path']}: {engine['reason']}"),
+        ("Engine path", f"{engine['path']}: {engine['reason']}" if engine["reason"] else str(engine["path"])),
         ("Tokens trained on", f"{tokens:,}{speed}"),
         ("Time in rounds", findings.duration(seconds)),
         *((name, version) for name, version in summary["environment"].items()),

@@ -153,6 +153,15 @@ def test_of_one_seed_the_clients_that_gain_are_counted_without_an_interval() -> 
     ]
 
 
+def test_where_few_questions_are_asked_the_loss_tells_of_the_clients_that_answers_do_not() -> None:
+    table = with_own_mix(2)
+    loss = table["own_mix"]["rule"]
+    few = {**loss, "seeds": [{"seed": 0, "clients": {"c0": {}}}]}
+    rows = [*table["rows"], *({**r, "metric": "loss"} for r in table["rows"])]
+    said = findings.taking_part({**table, "rows": rows, "own_mix": {"loss": loss, "rule": few}})
+    assert "(Held-out loss): of 8 clients" in said[0]
+
+
 def test_an_earlier_summary_tells_nothing_of_own_mixes() -> None:
     assert findings.taking_part(summary(TABLE)) == []
 
