@@ -167,6 +167,12 @@ def trained(
     return rows, synthesis
 
 
+def untrained(experiment: Experiment, folder: Path) -> list[str]:
+    """The rows whose training in this seed's folder has not ended."""
+    return [label for name, (label, _) in trainings(experiment).items()
+            if len(journal.read(folder / name / "metrics.jsonl")) <= experiment.rounds]  # fmt: skip
+
+
 def models_of(training: Training, label: str, state: ServerState) -> dict[str, AdapterState]:
     """The rows a finished training makes: the shared model, and the personal ones of its clients."""
     rows = {label: state.adapter} if training.algorithm.shared else {}

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import checkpoint
-from fedloom.compare import seed_folders, trained
+from fedloom.compare import seed_folders, trained, untrained
 from fedloom.config import ByLikelihood, ByRule, Experiment
 from fedloom.config import Judge as Settings
 from fedloom.data.example import Example
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, RunError
 from fedloom.evaluation import questions as question_files
 from fedloom.evaluation.answers import answers_of
 from fedloom.evaluation.cache import Cache
@@ -150,6 +150,11 @@ def _asked(experiment: Experiment, folder: Path, machine: Machine, say: Ask) -> 
     say(f"answers of {folder.name}")
     dataset = load_data(experiment)
     questions, left_out = questions_of(experiment, dataset)
+    if missing := untrained(experiment, folder):
+        raise RunError(
+            f"{folder} holds no finished training of {', '.join(missing)}, and judging trains nothing. "
+            f"Train first: fedloom compare --resume --out {folder.parent}"
+        )
     rows, _ = trained(experiment, dataset, machine, folder)
     if experiment.judge is None or experiment.judge.table == "relative":
         rows = {row: adapter for row, adapter in rows.items() if not is_single(row)}

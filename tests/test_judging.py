@@ -13,7 +13,7 @@ import pytest
 from fedloom import compare, judging, simulate
 from fedloom.config import Experiment, load
 from fedloom.data.example import Example
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, RunError
 from fedloom.experiment import load_data
 from fedloom.report import judged as reading
 from fedloom.report import page
@@ -114,6 +114,14 @@ def test_the_page_and_the_terminal_show_the_same_table(table: tuple[Path, Experi
     for line in shown.body:
         assert line[2] in html
     assert "paper&#39;s own" in html or "paper's own" in html
+
+
+def test_judging_trains_no_method_that_was_not_compared(table: tuple[Path, Experiment]) -> None:
+    folder, experiment = table
+    more = experiment.plain()["compare"] | {"methods": {"New": "flexlora"}}
+    with pytest.raises(RunError, match=r"no finished training of New, and judging trains nothing"):
+        judging.judge(folder, experiment.with_(compare=more))
+    assert not list(folder.rglob("method-new"))
 
 
 QUESTIONS = [{"instruction": f"Question {i}?", "category": "x", "gpt": f"G{i}", "claude": f"C{i}"} for i in range(6)]

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from fedloom.cli.arguments import Overrides, RunFolder, load_finished
 from fedloom.cli.console import note, out, say
+from fedloom.config import Judge
 from fedloom.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def command(
     if compared:
         judge_and_print(run, experiment, yes)
     else:
-        _judge_run(run, experiment, (against or ["base"])[0], field, yes)
+        _judge_run(run, experiment, experiment.judge or Judge(), (against or ["base"])[0], field, yes)
 
 
 def _with_judge(experiment: Experiment, kind: Kind | None, options: dict[str, Any], settings: dict[str, Any]) -> Experiment:
@@ -154,7 +155,7 @@ def _rich_table(found: Judged, shown: Sequence[int]) -> Table:
     return table
 
 
-def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes: bool) -> None:
+def _judge_run(run: Path, experiment: Experiment, settings: Judge, against: str, field: str, yes: bool) -> None:
     from fedloom.evaluation.answers import answers_of
     from fedloom.evaluation.cache import Cache
     from fedloom.evaluation.judge import compare
@@ -165,8 +166,6 @@ def _judge_run(run: Path, experiment: Experiment, against: str, field: str, yes:
     from fedloom.results import ANSWERS, write_json
     from fedloom.simulate import adapter_of
 
-    settings = experiment.judge
-    assert settings is not None  # put there by _with_judge
     test, _ = questions_of(experiment, load_data(experiment))
     machine = load_machine(experiment)
     by = judged_by(settings, test)
