@@ -575,6 +575,7 @@ def _keys(section: Sequence[str]) -> list[str]:
     schema: Any = Experiment
     for part in section:
         schema = schema.model_fields[part].annotation if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields else None
+        schema = next((s for s in typing.get_args(schema) if s is not type(None)), schema) if type(None) in typing.get_args(schema) else schema
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return list(schema.model_fields)
     return [f.name for f in fields(schema)] if is_dataclass(schema) and schema is not Choice else []

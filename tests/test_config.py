@@ -274,3 +274,9 @@ def test_with_changes_what_it_says_and_nothing_else() -> None:
 def test_an_experiment_cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
         read().rounds = 3
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("judge.tabel=wins", "table"), ("data.clusters.cuont=3", "count"), ("model.vllm.pyton=x", "python")])
+def test_a_misspelt_key_of_a_section_that_may_be_left_out_is_named_too(wrong: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
+        load("quickstart", [wrong])
