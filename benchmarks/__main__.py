@@ -29,14 +29,26 @@ TITLES = {id: benchmark.title for id, benchmark in training.BENCHMARKS.items()} 
     "B7": "7B shape on one GPU: a round of FedIT",
     "B8": "7B shape on one GPU: generation of a FedPIT round",
 }
-GOALS: dict[str, Mapping[str, str]] = {id: benchmark.goals for id, benchmark in training.BENCHMARKS.items()} | {
+GOALS: dict[str, Mapping[str, str]] = {
+    id: benchmark.goals for id, benchmark in training.BENCHMARKS.items()
+} | {
     "B6": generation.GOALS,
     "memory": {"peak": "at most 1.10"},
     "B7": {"time": "8 s"},
     "B8": {"rate": "6,000 tokens/s"},
 }
-COLUMNS = ("", "measures", "contestant", "CPU s", "wall s, 2 threads", "times faster", "goal", "padding",
-           "labelled", "of peak")  # fmt: skip
+COLUMNS = (
+    "",
+    "measures",
+    "contestant",
+    "CPU s",
+    "wall s, 2 threads",
+    "times faster",
+    "goal",
+    "padding",
+    "labelled",
+    "of peak",
+)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -49,7 +61,9 @@ def table(record: Mapping[str, Any]) -> str:
         elif id == "memory":
             found = record[id]
             few, many = (f"{contest.spread(mb)} MB" for mb in found["peak_mb"])
-            lines.append(_line([id, title, f"{few}; {many}", "", "", f"{found['ratio']:.3f}", goal, "", "", ""]))
+            lines.append(
+                _line([id, title, f"{few}; {many}", "", "", f"{found['ratio']:.3f}", goal, "", "", ""])
+            )
         elif id in ("B7", "B8"):
             lines.append(_line([id, title, _told(record[id]), "", "", "", goal, "", "", ""]))
         else:
@@ -62,11 +76,22 @@ def _contestants(id: str, title: str, found: Mapping[str, Any]) -> list[str]:
     for place, row in enumerate(found["rows"]):
         taken = min(row["times"]["cpu"])
         share = f"{row['useful'] / taken / row['peak']:.0%}" if row["useful"] and row["peak"] else ""
-        lines.append(_line([
-            "" if place else id, "" if place else title, row["name"], contest.spread(row["times"]["cpu"]),
-            contest.spread(row["times"]["wall"]), f"{first / taken:.1f}", GOALS[id].get(row["name"], ""),
-            f"{row['padding']:.0%}", f"{row['labelled']:.0%}", share,
-        ]))  # fmt: skip
+        lines.append(
+            _line(
+                [
+                    "" if place else id,
+                    "" if place else title,
+                    row["name"],
+                    contest.spread(row["times"]["cpu"]),
+                    contest.spread(row["times"]["wall"]),
+                    f"{first / taken:.1f}",
+                    GOALS[id].get(row["name"], ""),
+                    f"{row['padding']:.0%}",
+                    f"{row['labelled']:.0%}",
+                    share,
+                ]
+            )
+        )
     return lines
 
 
@@ -106,15 +131,37 @@ def write(found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = contest.arguments(__doc__)
-    parser.add_argument("--only", nargs="+", metavar="ID", choices=[*training.BENCHMARKS, "B6", "memory", "B7", "B8", "B9", "B10"])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="ID",
+        choices=[*training.BENCHMARKS, "B6", "memory", "B7", "B8", "B9", "B10"],
+    )
     parser.add_argument("--record", action="store_true", help="write docs/benchmarks.json and the table")
     training.add_clones(parser)
     given = parser.parse_args()
-    chosen = given.only or [*training.BENCHMARKS, "B6", "memory", *(["B9", "B10"] if given.scale == "real" else [])]
+    chosen = given.only or [
+        *training.BENCHMARKS,
+        "B6",
+        "memory",
+        *(["B9", "B10"] if given.scale == "real" else []),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         out = given.out or Path(folder)
-        common = ["--scale", given.scale, "--repeats", str(given.repeats), "--out", str(out), *(["--wall"] if given.wall else [])]
-        clones = [word for name, path in training.clones_of(given).items() for word in (f"--{name.lower()}", str(path))]
+        common = [
+            "--scale",
+            given.scale,
+            "--repeats",
+            str(given.repeats),
+            "--out",
+            str(out),
+            *(["--wall"] if given.wall else []),
+        ]
+        clones = [
+            word
+            for name, path in training.clones_of(given).items()
+            for word in (f"--{name.lower()}", str(path))
+        ]
         failed = []
         for id in chosen:
             if id in training.BENCHMARKS:
@@ -122,13 +169,24 @@ def main() -> None:
             elif id == "B9":
                 words = ["benchmarks.codec"]  # prints its own table
             elif id == "B10":
-                words = ["benchmarks.aggregation", "--scale", given.scale, "--repeats", str(given.repeats)]  # prints, too
+                words = [
+                    "benchmarks.aggregation",
+                    "--scale",
+                    given.scale,
+                    "--repeats",
+                    str(given.repeats),
+                ]  # prints, too
             else:
-                words = [{"B6": "benchmarks.generation", "memory": "benchmarks.memory"}.get(id, "benchmarks.gpu"), *common]
+                words = [
+                    {"B6": "benchmarks.generation", "memory": "benchmarks.memory"}.get(id, "benchmarks.gpu"),
+                    *common,
+                ]
             if subprocess.run([sys.executable, "-m", *words], check=False).returncode:
                 failed.append(id)
         found = {path.stem: json.loads(path.read_text("utf-8")) for path in out.glob("*.json")}
-        found |= {id: {**figures[id]} for figures in [found.pop("gpu", {})] for id in ("B7", "B8") if id in figures}
+        found |= {
+            id: {**figures[id]} for figures in [found.pop("gpu", {})] for id in ("B7", "B8") if id in figures
+        }
         if given.record and given.scale == "real":
             write({id: value for id, value in found.items() if id in TITLES and id in chosen})
     if failed:

@@ -37,8 +37,12 @@ def adapter(size: Size, seed: int) -> AdapterState:
     stream = torch.Generator().manual_seed(seed)
     found = {}
     for target in range(size.targets):
-        found[f"base_model.model.{target}.lora_A.weight"] = torch.randn(size.rank, size.width, generator=stream)
-        found[f"base_model.model.{target}.lora_B.weight"] = torch.randn(size.width, size.rank, generator=stream)
+        found[f"base_model.model.{target}.lora_A.weight"] = torch.randn(
+            size.rank, size.width, generator=stream
+        )
+        found[f"base_model.model.{target}.lora_B.weight"] = torch.randn(
+            size.width, size.rank, generator=stream
+        )
     return AdapterState(found)
 
 
@@ -64,13 +68,20 @@ def measure(*, scale: str, repeats: int) -> dict[str, object]:
     off = float((ours[first[0]] @ ours[first[1]] - expected).norm() / expected.norm())
     contest.must_be("the product of the new factors, relative", off, CLOSE)
     return {
-        "id": "B10", "scale": scale, "difference": off, "targets": size.targets, "cpu": [w.cpu for w in watches],
-        "whole sum, one target": dense.cpu, "machine": contest.machine(),
-    }  # fmt: skip
+        "id": "B10",
+        "scale": scale,
+        "difference": off,
+        "targets": size.targets,
+        "cpu": [w.cpu for w in watches],
+        "whole sum, one target": dense.cpu,
+        "machine": contest.machine(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", choices=SIZES, default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()

@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")  # before torch reads them
+os.environ.update(
+    OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1"
+)  # before torch reads them
 
 import torch
 
@@ -34,7 +36,9 @@ from fedloom.transport.codec import Bf16, Codec, Fp32, Int4, Int8
 SHAPES = {"self_attn": (4096, 4096), "mlp": (4096, 11008)}  # inputs and outputs
 LINEARS = ["self_attn"] * 4 + ["mlp"] * 3
 LAYERS, RANK = 32, 8
-CODECS: list[tuple[str, Codec, float]] = [  # and the largest error of a value, as a part of the largest of its block
+CODECS: list[
+    tuple[str, Codec, float]
+] = [  # and the largest error of a value, as a part of the largest of its block
     ("fp32", Fp32(), 0.0),
     ("bf16", Bf16(), 2**-8),
     ("int8", Int8(), 0.5 / 127),
@@ -51,14 +55,20 @@ def learnt() -> torch.Tensor:
     experiment = load("quickstart")
     data, machine = load_data(experiment), load_machine(experiment)
     start, client = machine.engine.initial_adapter(), "client-000"
-    fitted = machine.engine.answer({client: Fit(start, data.clients[client], stream=(client, "local"))})[client]
+    fitted = machine.engine.answer({client: Fit(start, data.clients[client], stream=(client, "local"))})[
+        client
+    ]
     return torch.cat([t.flatten() for t in (fitted.adapter - start).values()])
 
 
 def large(values: Callable[[int], torch.Tensor]) -> AdapterState:
     """In the shapes of the 7B adapter."""
-    sizes = {f"{layer:02}.{i}.{ab}": n for layer in range(LAYERS) for i, kind in enumerate(LINEARS)
-             for ab, n in zip("AB", (RANK * width for width in SHAPES[kind]), strict=True)}  # fmt: skip
+    sizes = {
+        f"{layer:02}.{i}.{ab}": n
+        for layer in range(LAYERS)
+        for i, kind in enumerate(LINEARS)
+        for ab, n in zip("AB", (RANK * width for width in SHAPES[kind]), strict=True)
+    }
     flat = values(sum(sizes.values()))
     parts = zip(sizes.items(), flat.split(list(sizes.values())), strict=True)
     return AdapterState({name: part.view(RANK, -1) for (name, _), part in parts})
@@ -98,17 +108,24 @@ def row(codec: Codec, bound: float, state: AdapterState, repeats: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     own = learnt()
     for title, state in (
         ("learnt in a quickstart round", large(lambda n: like(own, n))),
-        ("normally distributed", large(lambda n: 1e-3 * torch.randn(n, generator=torch.Generator().manual_seed(1)))),
+        (
+            "normally distributed",
+            large(lambda n: 1e-3 * torch.randn(n, generator=torch.Generator().manual_seed(1))),
+        ),
     ):
         print(f"\n{title}: {state.numel():,} values, {4 * state.numel() / 1e6:.1f} MB in float32")
-        print(f"{'codec':24} {'MB':>6} {'smaller':>8}  {'encode, ms':>16}  {'decode, ms':>16}  relative L2 error")
+        print(
+            f"{'codec':24} {'MB':>6} {'smaller':>8}  {'encode, ms':>16}  {'decode, ms':>16}  relative L2 error"
+        )
         for name, codec, bound in CODECS:
             print(f"{name:24} {row(codec, bound, state, repeats)}")
 

@@ -176,40 +176,58 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-HEADER = ("contestant", "CPU s, 1 thread", "wall s, 2 threads", "us/token", "times faster", "goal", "padding",
-          "labelled", "GFLOP/s", "of peak")  # fmt: skip
+HEADER = (
+    "contestant",
+    "CPU s, 1 thread",
+    "wall s, 2 threads",
+    "us/token",
+    "times faster",
+    "goal",
+    "padding",
+    "labelled",
+    "GFLOP/s",
+    "of peak",
+)
 
 
 def cells(report: Report) -> list[list[str]]:
     table = []
     for row in report.rows:
         rate = row.useful / row.seconds
-        table.append([
-            row.name,
-            spread(row.times.cpu),
-            spread(row.times.wall),
-            f"{1e6 * row.seconds / max(row.tokens, 1):.0f}",
-            f"{report.ratio(row):.1f}",
-            report.goals.get(row.name, ""),
-            f"{row.padding:.0%}",
-            f"{row.labelled:.0%}",
-            f"{rate / 1e9:.1f}" if row.useful else "-",
-            f"{rate / row.peak:.0%}" if row.useful and row.peak else "-",
-        ])  # fmt: skip
+        table.append(
+            [
+                row.name,
+                spread(row.times.cpu),
+                spread(row.times.wall),
+                f"{1e6 * row.seconds / max(row.tokens, 1):.0f}",
+                f"{report.ratio(row):.1f}",
+                report.goals.get(row.name, ""),
+                f"{row.padding:.0%}",
+                f"{row.labelled:.0%}",
+                f"{rate / 1e9:.1f}" if row.useful else "-",
+                f"{rate / row.peak:.0%}" if row.useful and row.peak else "-",
+            ]
+        )
     return table
 
 
 def printed(report: Report) -> str:
     table = [list(HEADER), *cells(report)]
     widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-    lines = [f"{report.id}{'' if report.scale == 'real' else ', a tiny copy'}: {report.title}", f"  equal: {_pairs(report.equality)}"]
+    lines = [
+        f"{report.id}{'' if report.scale == 'real' else ', a tiny copy'}: {report.title}",
+        f"  equal: {_pairs(report.equality)}",
+    ]
     lines += [f"  work: {_pairs(report.workload)}"]
     lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in table]
     return "\n".join(lines + [f"  {note}" for note in report.notes])
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
 
 
 def save(report: Report, path: Path) -> None:
@@ -246,7 +264,9 @@ def relative_difference(one: AdapterState, other: AdapterState, start: AdapterSt
 def must_be(what: str, value: float, bound: float) -> float:
     """`value`, if it is within `bound`; results that are not equal must not be timed."""
     if not value <= bound:
-        raise AssertionError(f"{what} differ by {value:.2e}, more than {bound:.0e}: this is not the same work")
+        raise AssertionError(
+            f"{what} differ by {value:.2e}, more than {bound:.0e}: this is not the same work"
+        )
     return value
 
 
@@ -254,7 +274,9 @@ def must_be(what: str, value: float, bound: float) -> float:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", choices=("tiny", "real"), default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--wall", action="store_true", help="also with two threads, by the wall clock")

@@ -32,9 +32,14 @@ ONE, BATCHES = "one prompt at a time", "per-client batches"
 GOALS = {FEDLOOM: "5 (8)"}
 NO_STOP: frozenset[int] = frozenset()
 SETTING = Setting(
-    size="15M", clients=5, samples=8, per_round=5, batch=8, micro_batch=8,
+    size="15M",
+    clients=5,
+    samples=8,
+    per_round=5,
+    batch=8,
+    micro_batch=8,
     targets=("q_proj", "k_proj", "v_proj", "o_proj"),
-)  # fmt: skip
+)
 TINY = replace(SETTING, size="tiny", clients=2, per_round=2, samples=3, batch=3, micro_batch=3)
 
 
@@ -77,9 +82,14 @@ def by_hugging_face(peft: Any, given: Round, *, width: int | None) -> Answers:
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part])
             with torch.no_grad():
                 out = peft.generate(
-                    input_ids=ids.to(peft.device), attention_mask=mask.to(peft.device), do_sample=False, use_cache=True, pad_token_id=0,
-                    max_new_tokens=given.new, min_new_tokens=given.new,
-                )  # fmt: skip
+                    input_ids=ids.to(peft.device),
+                    attention_mask=mask.to(peft.device),
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=0,
+                    max_new_tokens=given.new,
+                    min_new_tokens=given.new,
+                )
             mine += out[:, longest:].tolist()
         answers.append(mine)
     return answers
@@ -125,7 +135,9 @@ def synthetic(given: Round, answers: Answers) -> list[list[Tokens]]:
     ]
 
 
-def tuned_by_trainer(peft: Any, given: Round, made: Sequence[Sequence[Tokens]]) -> tuple[list[AdapterState], list[Any], Work]:
+def tuned_by_trainer(
+    peft: Any, given: Round, made: Sequence[Sequence[Tokens]]
+) -> tuple[list[AdapterState], list[Any], Work]:
     """Private, then public, client by client; the order in which each consumed its examples; the work."""
     found, orders, done = [], [], Outcome(given.adapters[0], Stopwatch())
     for adapter, local, new in zip(given.adapters, given.local, made, strict=True):
@@ -142,14 +154,18 @@ def _as_is(tokens: Any) -> Tokens:
     return tokens  # type: ignore[no-any-return]
 
 
-def tuned_by_fedloom(engine: Any, given: Round, made: Sequence[Sequence[Tokens]], orders: Sequence[Any]) -> list[AdapterState]:
+def tuned_by_fedloom(
+    engine: Any, given: Round, made: Sequence[Sequence[Tokens]], orders: Sequence[Any]
+) -> list[AdapterState]:
     requests: dict[Hashable, Any] = {}
     for k, (adapter, local, new) in enumerate(zip(given.adapters, given.local, made, strict=True)):
         for kind, examples in enumerate(([*map(given.encode, local), *new], list(new))):
             known = {tokens.ids: tokens for tokens in examples}
             taken: Any = [known[ids] for ids in orders[2 * k + kind]]
             stream = (k, kind)
-            requests[k, kind] = Fit(adapter, rounds.arranged(taken, given.setting.local, stream), stream=stream)
+            requests[k, kind] = Fit(
+                adapter, rounds.arranged(taken, given.setting.local, stream), stream=stream
+            )
     answered = engine.answer(requests)
     return [answered[key].adapter for key in requests]
 
@@ -221,7 +237,9 @@ def measure(*, scale: str = "tiny", repeats: int = 3, wall: bool = False) -> lis
         wall=wall,
     )
     tuning = contest.take_turns(
-        {hf_trainer.NAME: by_trainer} | {name: by_engine(name) for name in engines}, repeats=repeats, wall=wall
+        {hf_trainer.NAME: by_trainer} | {name: by_engine(name) for name in engines},
+        repeats=repeats,
+        wall=wall,
     )
     off = {
         name: max(
@@ -238,31 +256,57 @@ def measure(*, scale: str = "tiny", repeats: int = 3, wall: bool = False) -> lis
     equal = {"small copy in float64, largest difference": exact}
     same = {f"equal tokens, {name}": equal_share(answers[name], answers[ONE]) for name in (BATCHES, *engines)}
     close = {f"{name}, relative difference": value for name, value in off.items()}
-    shown: dict[str, Any] = {"clients": given.setting.clients, "prompts a client": given.setting.samples, "new tokens": given.new}
+    shown: dict[str, Any] = {
+        "clients": given.setting.clients,
+        "prompts a client": given.setting.samples,
+        "new tokens": given.new,
+    }
     whole = {
         f"{ONE}, {hf_trainer.NAME}": _sum(generating[ONE], tuning[hf_trainer.NAME]),
         f"{BATCHES}, {hf_trainer.NAME}": _sum(generating[BATCHES], tuning[hf_trainer.NAME]),
     } | {name: _sum(generating[name], tuning[name]) for name in engines}
     return [
         Report(
-            "B6-generation", "generation of a FedPIT round", scale,
-            [Row(name, times, new, 0.0, 1.0) for name, times in generating.items()], equal | same, shown,
+            "B6-generation",
+            "generation of a FedPIT round",
+            scale,
+            [Row(name, times, new, 0.0, 1.0) for name, times in generating.items()],
+            equal | same,
+            shown,
         ),
         Report(
-            "B6-tuning", "two adapters of each client in a FedPIT round", scale,
+            "B6-tuning",
+            "two adapters of each client in a FedPIT round",
+            scale,
             [
-                Row(hf_trainer.NAME, tuning[hf_trainer.NAME], work.tokens, work.padding, work.labelled_share, useful, peaks[FEDLOOM]),
-                *(Row(n, tuning[n], work.tokens, 0.0, work.labelled / work.tokens, useful, peak) for n, peak in peaks.items()),
+                Row(
+                    hf_trainer.NAME,
+                    tuning[hf_trainer.NAME],
+                    work.tokens,
+                    work.padding,
+                    work.labelled_share,
+                    useful,
+                    peaks[FEDLOOM],
+                ),
+                *(
+                    Row(n, tuning[n], work.tokens, 0.0, work.labelled / work.tokens, useful, peak)
+                    for n, peak in peaks.items()
+                ),
             ],
-            equal | close, {"real tokens": work.tokens},
+            equal | close,
+            {"real tokens": work.tokens},
         ),
         Report(
-            "B6", "a FedPIT round: 5 clients, 8 prompts of 48 new tokens each, two adapters", scale,
+            "B6",
+            "a FedPIT round: 5 clients, 8 prompts of 48 new tokens each, two adapters",
+            scale,
             [Row(name, times, work.tokens + new, 0.0, 1.0) for name, times in whole.items()],
-            equal | same | close, shown, GOALS if scale == "real" else {},
+            equal | same | close,
+            shown,
+            GOALS if scale == "real" else {},
             ["Its times are the sums of the two parts'."],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _sum(one: Times, other: Times) -> Times:

@@ -72,13 +72,18 @@ class Findings:
             self.found.setdefault(group, {})[name] = value
         except Exception as error:  # whatever befell this part, the others are worth their time
             value = None
-            reason = "no time was left" if isinstance(error, TimeUp) else f"{type(error).__name__}: {error}"[:500]
+            reason = (
+                "no time was left" if isinstance(error, TimeUp) else f"{type(error).__name__}: {error}"[:500]
+            )
             self.found.setdefault("missing", {})[f"{group}, {name}"] = reason
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         took = {"seconds": round(time.monotonic() - began, 1), "left": round(self.left)}
         reason = self.found.get("missing", {}).get(f"{group}, {name}")
-        print(json.dumps({f"{group}, {name}": value if reason is None else {"missing": reason}} | took), flush=True)
+        print(
+            json.dumps({f"{group}, {name}": value if reason is None else {"missing": reason}} | took),
+            flush=True,
+        )
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1) + "\n")
@@ -144,9 +149,11 @@ class Work:
         off = contest.relative_difference(ours.adapter, theirs.adapter, self.start)
         contest.must_be(f"what was learnt in {dtype}", off, limit)
         return {
-            "us_per_token": 1e6 * min(times) / theirs.work.tokens, "padding": theirs.work.padding,
-            "fedloom_on_the_same": 1e6 * min(our_times) / theirs.work.tokens, "relative_difference": off,
-        }  # fmt: skip
+            "us_per_token": 1e6 * min(times) / theirs.work.tokens,
+            "padding": theirs.work.padding,
+            "fedloom_on_the_same": 1e6 * min(our_times) / theirs.work.tokens,
+            "relative_difference": off,
+        }
 
     def whole_round(self, repeats: int, peak: float, *, in_8_bits: bool) -> dict[str, Any]:
         """fedloom alone with everything there is to do, at least twice on a GPU and for half a minute at most."""
@@ -169,11 +176,15 @@ class Work:
         useful = workload.flops(self.blank, tokens=tokens, head_rows=rows)
         memory = {"gigabytes": torch.cuda.max_memory_allocated() / 1e9} if self.device == "cuda" else {}
         return {
-            "seconds": seconds, "tokens": tokens, "us_per_token": 1e6 * min(seconds) / tokens,
-            "tflops": useful / min(seconds) / 1e12, "measured_peak_tflops": peak / 1e12,
-            "of_peak": useful / min(seconds) / peak, "goal_seconds": 6.0 if in_8_bits else 8.0,
+            "seconds": seconds,
+            "tokens": tokens,
+            "us_per_token": 1e6 * min(seconds) / tokens,
+            "tflops": useful / min(seconds) / 1e12,
+            "measured_peak_tflops": peak / 1e12,
+            "of_peak": useful / min(seconds) / peak,
+            "goal_seconds": 6.0 if in_8_bits else 8.0,
             "relative_difference_to_bfloat16": contest.relative_difference(done.adapter, other, self.start),
-        } | memory  # fmt: skip
+        } | memory
 
 
 def equality(findings: Findings, device: str) -> None:
@@ -201,8 +212,15 @@ def tuning(findings: Findings, work: Work, *, repeats: int) -> None:
     findings.part("B7", LIKE_SHEPHERD, 80, lambda: work.beside(work.trainer, padded, bf16, DIFFERENT))
     findings.part("B7", IN_8_BITS, 100, lambda: work.whole_round(repeats, peak, in_8_bits=True))
     if packed_trainer.has_liger():
-        findings.part("B7", packed_trainer.LIGER, 80, lambda: work.beside(work.packed(liger=True), part, bf16, DIFFERENT))
-    findings.part("B7", packed_trainer.PLAIN, 60, lambda: work.beside(work.packed(liger=False), part, bf16, DIFFERENT))
+        findings.part(
+            "B7",
+            packed_trainer.LIGER,
+            80,
+            lambda: work.beside(work.packed(liger=True), part, bf16, DIFFERENT),
+        )
+    findings.part(
+        "B7", packed_trainer.PLAIN, 60, lambda: work.beside(work.packed(liger=False), part, bf16, DIFFERENT)
+    )
 
 
 def answering(findings: Findings, setting: Setting, new: int, *, device: str, repeats: int) -> None:

@@ -43,10 +43,14 @@ def peak_of(clients: int, rounds: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         said = subprocess.run(
             [sys.executable, "-m", "benchmarks.memory", "--one", str(clients), str(rounds), f"{folder}/run"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if said.returncode:
-        raise RuntimeError(f"the run with {clients} clients ended with {said.returncode}:\n{said.stderr[-2000:]}")
+        raise RuntimeError(
+            f"the run with {clients} clients ended with {said.returncode}:\n{said.stderr[-2000:]}"
+        )
     return float(said.stdout.split()[-1])
 
 
@@ -64,9 +68,15 @@ def measure(*, scale: str, repeats: int) -> dict[str, object]:
     few = [peak_of(10, rounds) for _ in range(repeats)]
     lots = [peak_of(many, rounds) for _ in range(repeats)]
     return {
-        "id": "memory", "scale": scale, "rounds": rounds, "clients": [10, many],
-        "peak_mb": [few, lots], "ratio": min(lots) / min(few), "allowed": ALLOWED, "machine": contest.machine(),
-    }  # fmt: skip
+        "id": "memory",
+        "scale": scale,
+        "rounds": rounds,
+        "clients": [10, many],
+        "peak_mb": [few, lots],
+        "ratio": min(lots) / min(few),
+        "allowed": ALLOWED,
+        "machine": contest.machine(),
+    }
 
 
 def main() -> None:
@@ -75,8 +85,10 @@ def main() -> None:
         return
     given = contest.arguments(__doc__).parse_args()
     found = measure(scale=given.scale, repeats=given.repeats)
-    print(f"memory, {found['scale']}: peak MB {found['peak_mb']} for {found['clients']} clients,"
-          f" ratio {found['ratio']:.3f}, goal at most {ALLOWED}")  # fmt: skip
+    print(
+        f"memory, {found['scale']}: peak MB {found['peak_mb']} for {found['clients']} clients,"
+        f" ratio {found['ratio']:.3f}, goal at most {ALLOWED}"
+    )
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "memory.json").write_text(json.dumps(found, indent=1) + "\n")

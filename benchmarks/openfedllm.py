@@ -57,9 +57,16 @@ def trl(recorders: list[Recorder]) -> Any:
 
     class SFTTrainer(transformers.Trainer):
         def __init__(
-            self, *, model: Any, tokenizer: Any, args: Any, max_seq_length: int, train_dataset: Any,
-            formatting_func: Any, data_collator: Any,
-        ):  # fmt: skip
+            self,
+            *,
+            model: Any,
+            tokenizer: Any,
+            args: Any,
+            max_seq_length: int,
+            train_dataset: Any,
+            formatting_func: Any,
+            data_collator: Any,
+        ):
             def tokenize(rows: Any) -> dict[str, Any]:
                 said = tokenizer(formatting_func(rows), truncation=True, max_length=max_seq_length)
                 return {"input_ids": said["input_ids"], "attention_mask": said["attention_mask"]}
@@ -73,12 +80,20 @@ def trl(recorders: list[Recorder]) -> Any:
         return CompletionOnly(template, tokenizer)
 
     return peers.blank(
-        "trl", SFTTrainer=SFTTrainer, DPOTrainer=type("DPOTrainer", (), {}), DataCollatorForCompletionOnlyLM=collator
+        "trl",
+        SFTTrainer=SFTTrainer,
+        DPOTrainer=type("DPOTrainer", (), {}),
+        DataCollatorForCompletionOnlyLM=collator,
     )
 
 
 def run(
-    clone: Path, model: Any, setting: Setting, start: AdapterState, data: Sequence[Sequence[Example]], tokenizer: Any
+    clone: Path,
+    model: Any,
+    setting: Setting,
+    start: AdapterState,
+    data: Sequence[Sequence[Example]],
+    tokenizer: Any,
 ) -> Outcome:
     """The rounds of `setting`, from `start`. The clock runs from the moment its model has an adapter."""
     datasets = peers.needed("datasets", NAME)
@@ -104,21 +119,33 @@ def run(
         tokenizer.save_pretrained(base)
         _write(data, Path(folder, "data", "vicgalle", "alpaca-gpt4"))
         words = {
-            "model_name_or_path": base, "output_dir": out, "local_data_dir": f"{folder}/data/",
-            "dataset_name": "vicgalle/alpaca-gpt4", "template": "alpaca", "use_peft": True,
-            "learning_rate": LEARNING_RATE, "batch_size": setting.batch, "seq_length": CUTOFF,
-            "max_steps": setting.steps, "peft_lora_r": setting.lora.rank,
-            "peft_lora_alpha": int(setting.lora.alpha), "gradient_checkpointing": setting.checkpointing,
-            "num_rounds": setting.rounds, "num_clients": setting.clients, "sample_clients": setting.per_round,
+            "model_name_or_path": base,
+            "output_dir": out,
+            "local_data_dir": f"{folder}/data/",
+            "dataset_name": "vicgalle/alpaca-gpt4",
+            "template": "alpaca",
+            "use_peft": True,
+            "learning_rate": LEARNING_RATE,
+            "batch_size": setting.batch,
+            "seq_length": CUTOFF,
+            "max_steps": setting.steps,
+            "peft_lora_r": setting.lora.rank,
+            "peft_lora_alpha": int(setting.lora.alpha),
+            "gradient_checkpointing": setting.checkpointing,
+            "num_rounds": setting.rounds,
+            "num_clients": setting.clients,
+            "sample_clients": setting.per_round,
             "save_model_freq": setting.rounds + 1,
-        }  # fmt: skip
+        }
         with (
             peers.at_home(clone, {"trl": trl(recorders)}),
             patch.object(peft, "get_peft_model", begin),
             patch.object(peft, "LoraConfig", lambda **options: lora(**{**options, "lora_dropout": 0.0})),
             patch.object(transformers, "TrainingArguments", arguments),
             patch.object(datasets.config, "HF_DATASETS_CACHE", Path(folder, "cache")),
-            patch.object(sys, "argv", ["main_sft.py", *(str(w) for k, v in words.items() for w in (f"--{k}", v))]),
+            patch.object(
+                sys, "argv", ["main_sft.py", *(str(w) for k, v in words.items() for w in (f"--{k}", v))]
+            ),
         ):
             datasets.disable_progress_bars()
             left = runpy.run_path("main_sft.py", run_name="__main__")
@@ -138,5 +165,9 @@ def run(
 def _write(data: Sequence[Sequence[Example]], folder: Path) -> None:
     """All examples in one file: it deals them out to clients itself."""
     folder.mkdir(parents=True)
-    rows = [{"instruction": e.instruction, "input": e.context, "output": e.response, "text": ""} for d in data for e in d]
+    rows = [
+        {"instruction": e.instruction, "input": e.context, "output": e.response, "text": ""}
+        for d in data
+        for e in d
+    ]
     (folder / "train.json").write_text(json.dumps(rows))

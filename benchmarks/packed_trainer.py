@@ -34,7 +34,13 @@ def has_liger() -> bool:
 
 
 def run(
-    model: Any, setting: Setting, encode: Encode, start: AdapterState, data: Sequence[Sequence[Example]], *, liger: bool
+    model: Any,
+    setting: Setting,
+    encode: Encode,
+    start: AdapterState,
+    data: Sequence[Sequence[Example]],
+    *,
+    liger: bool,
 ) -> Outcome:
     """The rounds of `setting`, from `start`. The clock runs once the model has its adapter."""
     with _with_liger(model) if liger else nullcontext():
@@ -60,7 +66,10 @@ def _fit(
 ) -> list[Ids]:
     tokens = [encode(example) for example in examples]
     rows = [
-        {"input_ids": list(t.ids), "labels": [i if counts else -100 for i, counts in zip(t.ids, t.labelled, strict=True)]}
+        {
+            "input_ids": list(t.ids),
+            "labels": [i if counts else -100 for i, counts in zip(t.ids, t.labelled, strict=True)],
+        }
         for t in tokens
     ]
     collator = _Flattened()
@@ -110,7 +119,8 @@ def _attend(
     sizes = cu_seq_lens_q.flatten().diff().tolist()
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     attended = [
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in parts
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        for q, k, v in parts
     ]
     return torch.cat(attended, 2).transpose(1, 2), None
 

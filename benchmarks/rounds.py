@@ -59,8 +59,12 @@ class Outcome:
 
     adapter: AdapterState  # after the last round
     watch: Stopwatch
-    consumed: list[list[list[Ids]]] = field(default_factory=list)  # by round, by client: examples in their order
-    shares: list[list[float]] = field(default_factory=list)  # by round: the weight of each client in the average
+    consumed: list[list[list[Ids]]] = field(
+        default_factory=list
+    )  # by round, by client: examples in their order
+    shares: list[list[float]] = field(
+        default_factory=list
+    )  # by round: the weight of each client in the average
     work: Work = Work(0, 0, 0)
 
 
@@ -86,7 +90,9 @@ class Recorder:
         return batch
 
 
-def arranged(examples: Sequence[Example], local: LocalTraining, stream: tuple[str | int, ...]) -> list[Example]:
+def arranged(
+    examples: Sequence[Example], local: LocalTraining, stream: tuple[str | int, ...]
+) -> list[Example]:
     """`examples` in an order in which the engine's own shuffling brings them back."""
     blank = Fit(AdapterState({}), examples, stream=stream)
     places = [index for batch in batches(blank, local, 0) for index, _ in batch]
@@ -97,23 +103,39 @@ def arranged(examples: Sequence[Example], local: LocalTraining, stream: tuple[st
 
 
 def engine(model: Any, setting: Setting, encode: Encode) -> LoraEngine:
-    return LoraEngine.build(model, encode, lora=setting.lora, local=setting.local, path="fast", tokens_per_pass=setting.tokens_per_pass)
+    return LoraEngine.build(
+        model,
+        encode,
+        lora=setting.lora,
+        local=setting.local,
+        path="fast",
+        tokens_per_pass=setting.tokens_per_pass,
+    )
 
 
 def by_fedloom(
-    model: Any, setting: Setting, encode: Encode, start: AdapterState, peer: Outcome, data: Sequence[Sequence[Example]]
+    model: Any,
+    setting: Setting,
+    encode: Encode,
+    start: AdapterState,
+    peer: Outcome,
+    data: Sequence[Sequence[Example]],
 ) -> Outcome:
     """The peer's rounds again. The model is the engine's from here on."""
     known = {encode(example).ids: example for examples in data for example in examples}
     rounds = []
     for number, consumed in enumerate(peer.consumed):
-        chosen = [[replace(known[ids]) for ids in mine] for mine in consumed]  # new objects: no tokens are kept
+        chosen = [
+            [replace(known[ids]) for ids in mine] for mine in consumed
+        ]  # new objects: no tokens are kept
         rounds.append([arranged(e, setting.local, (client, number)) for client, e in enumerate(chosen)])
     machine = engine(model, setting, encode)
     outcome = Outcome(start.to(torch.promote_types(model.dtype, torch.float32)), Stopwatch())
     with outcome.watch.running():
         for number, cohort in enumerate(rounds):
-            fits: dict[Hashable, Any] = {c: Fit(outcome.adapter, e, stream=(c, number)) for c, e in enumerate(cohort)}
+            fits: dict[Hashable, Any] = {
+                c: Fit(outcome.adapter, e, stream=(c, number)) for c, e in enumerate(cohort)
+            }
             fitted = machine.answer(fits)
             shares = peer.shares[number]
             outcome.adapter = weighted([fitted[c].adapter for c in fits], shares)

@@ -34,7 +34,12 @@ URL = "https://github.com/JayZhang42/FederatedGPT-Shepherd"
 
 
 def run(
-    clone: Path, model: Any, setting: Setting, start: AdapterState, data: Sequence[Sequence[Example]], tokenizer: Any
+    clone: Path,
+    model: Any,
+    setting: Setting,
+    start: AdapterState,
+    data: Sequence[Sequence[Example]],
+    tokenizer: Any,
 ) -> Outcome:
     """The rounds of `setting`, from `start`. The clock runs from the moment its model has an adapter."""
     datasets = peers.needed("datasets", NAME)
@@ -122,5 +127,7 @@ def run(
 def _write(data: Sequence[Sequence[Example]], folder: Path) -> None:
     folder.mkdir(parents=True)
     for number, examples in enumerate(data):
-        rows = [{"instruction": e.instruction, "context": e.context, "response": e.response} for e in examples]
+        rows = [
+            {"instruction": e.instruction, "context": e.context, "response": e.response} for e in examples
+        ]
         (folder / f"local_training_{number}.json").write_text(json.dumps(rows))

@@ -49,30 +49,46 @@ B1 = Setting(size="15M", clients=20, samples=60, per_round=5, batch=32, micro_ba
 BENCHMARKS = {
     "B1": Benchmark(
         "15M model, 5 of 20 clients with about 60 examples, batch 32 in micro-batches of 8, loss on all tokens",
-        shepherd.NAME, B1, {FP32: "6.5 (7.5)", BF16: "10 (13)"},
+        shepherd.NAME,
+        B1,
+        {FP32: "6.5 (7.5)", BF16: "10 (13)"},
     ),
     "B2": Benchmark(
         "B1 with batches of like length (group_by_length)",
-        shepherd.NAME, replace(B1, group_by_length=True), {FP32: "3.2 (3.8)", BF16: "5.2 (6.5)"},
+        shepherd.NAME,
+        replace(B1, group_by_length=True),
+        {FP32: "3.2 (3.8)", BF16: "5.2 (6.5)"},
     ),
     "B3": Benchmark(
         "15M model, 5 of 20 clients, 4 steps of 16, loss on responses, gradient checkpointing as it sets it",
         openfedllm.NAME,
         Setting(
-            size="15M", clients=20, samples=60, per_round=5, batch=16, micro_batch=16, steps=4,
-            targets=("q_proj", "v_proj"), response_only=True, checkpointing=True,
+            size="15M",
+            clients=20,
+            samples=60,
+            per_round=5,
+            batch=16,
+            micro_batch=16,
+            steps=4,
+            targets=("q_proj", "v_proj"),
+            response_only=True,
+            checkpointing=True,
         ),
         {FP32: "12 (15)", BF16: "18 (24)"},
     ),
     "B4": Benchmark(
         "1M model, 20 of 100 clients with 8 examples each",
-        shepherd.NAME, replace(B1, size="1M", clients=100, samples=8, per_round=20), {FP32: "7.4 (12)"},
+        shepherd.NAME,
+        replace(B1, size="1M", clients=100, samples=8, per_round=20),
+        {FP32: "7.4 (12)"},
     ),
     "B5": Benchmark(
         "1M model, three rounds of 5 of 20 clients with about 150 examples",
-        shepherd.NAME, replace(B1, size="1M", samples=150, rounds=3), {FP32: "4.5 (7)"},
+        shepherd.NAME,
+        replace(B1, size="1M", samples=150, rounds=3),
+        {FP32: "4.5 (7)"},
     ),
-}  # fmt: skip
+}
 
 
 def tokens_of(setting: Setting) -> tuple[Any, Encode]:
@@ -174,13 +190,18 @@ def measure(
     ]
     lengths = workload.lengths_of([encode(example) for examples in data for example in examples])
     return Report(
-        id, benchmark.title, scale, rows,
+        id,
+        benchmark.title,
+        scale,
+        rows,
         equality={"small copy in float64, largest difference": exact}
         | {f"{label}, relative difference": value for label, value in off.items()},
         workload={**lengths, "real tokens": work.tokens, "padded slots of the peer": work.slots},
         goals=benchmark.goals if scale == "real" else {},
-        notes=[] if name == benchmark.peer else [f"{name} is ours and stands in for {benchmark.peer}: no clone was named."],
-    )  # fmt: skip
+        notes=[]
+        if name == benchmark.peer
+        else [f"{name} is ours and stands in for {benchmark.peer}: no clone was named."],
+    )
 
 
 def add_clones(parser: argparse.ArgumentParser) -> None:

@@ -39,9 +39,11 @@ SIZES = {  # hidden, layers, heads, intermediate, vocabulary, tied embeddings
 TASK = "Below is an instruction that describes a task"
 ASK = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 WITH_CONTEXT = (
-    TASK + ", paired with an input that provides further context. " + ASK
+    TASK
+    + ", paired with an input that provides further context. "
+    + ASK
     + "{instruction}\n\n### Input:\n{context}\n\n### Response:\n"
-)  # fmt: skip
+)
 WITHOUT = TASK + ". " + ASK + "{instruction}\n\n### Response:\n"
 OPENFEDLLM = TASK + ". " + ASK + "{instruction} \n\n### Response: {response}{eos}"
 
@@ -218,7 +220,9 @@ def flops(model: Any, *, tokens: int, head_rows: int) -> float:
     The head works where `head_rows` says. Attention scores and LoRA, a few per cent, are left out.
     """
     head = model.get_output_embeddings().weight
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head)
+    linear = sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head
+    )
     return 4.0 * (tokens * linear + head_rows * head.numel())
 
 

@@ -134,7 +134,9 @@ for name, factor in factors.items():
         module = name.removeprefix("base_model.model.").split(".lora_A.")[0]
         bound = 1 / math.sqrt(factor.shape[1])
         start = rng.numpy_stream(seed, "adapter", module).uniform(-bound, bound, tuple(factor.shape))
-        adapter[name] = torch.from_numpy(start).float().to(factor.dtype)  # float32 first, so that both dtypes start alike
+        adapter[name] = (
+            torch.from_numpy(start).float().to(factor.dtype)
+        )  # float32 first, so that both dtypes start alike
 print(f"base model: held-out loss {held_out_loss(adapter):.3f} nats a token")
 
 taken = dict.fromkeys(clients, 0)

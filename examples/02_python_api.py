@@ -37,7 +37,13 @@ def main(folder: Path, overrides: list[str]) -> None:
     adapter = adapter_of(folder / "run", machine)
     questions = data.test[:3]
     said = answers_of(
-        machine.engine, machine.template, questions, {"tuned": adapter}, weights=machine.base_hash, max_new_tokens=32, cache=Cache()
+        machine.engine,
+        machine.template,
+        questions,
+        {"tuned": adapter},
+        weights=machine.base_hash,
+        max_new_tokens=32,
+        cache=Cache(),
     )
     for question, answer in zip(questions, said["tuned"], strict=True):
         print(f"  {question.instruction} -> {answer.text}")

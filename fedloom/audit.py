@@ -72,7 +72,9 @@ def audit(
     experiment = _same_training(saved, load(run, overrides))
     limits.check(references=experiment.audit.references, canaries=experiment.data.canaries is not None)
     if not experiment.algorithm.shared:
-        raise RunError(f'algorithm = "{experiment.algorithm.name}" shares no model: nothing of this run is released.')
+        raise RunError(
+            f'algorithm = "{experiment.algorithm.name}" shares no model: nothing of this run is released.'
+        )
     home = run if (run / "state").exists() else run / f"seed-{saved.seed}" / "federated"
     say("data and model")
     dataset, machine = load_data(experiment), load_machine(experiment)
@@ -90,7 +92,9 @@ def audit(
     server = (
         of_server(training, earlier)
         if earlier
-        else {"reason": f"the last two committed rounds are needed to replay one, and are not in {home.name}/state"}
+        else {
+            "reason": f"the last two committed rounds are needed to replay one, and are not in {home.name}/state"
+        }
     )
     found: dict[str, Any] = {
         "schema": SCHEMA,
@@ -103,13 +107,16 @@ def audit(
             "full": full,
         },
         "targets": {
-            "members": len(on.members), "held_out": len(on.held_out), "canaries": len(on.canaries),
-            "twins": len(on.twins), "references": len(on.references),
+            "members": len(on.members),
+            "held_out": len(on.held_out),
+            "canaries": len(on.canaries),
+            "twins": len(on.twins),
+            "references": len(on.references),
         },
         "positions": {"public": public, "client": client, "server": server},
         "synthesis": of_synthesis(dataset, committed.memories if committed else {}, seed=experiment.seed),
         "one_run": lower_bound(public),
-    }  # fmt: skip
+    }
     found |= gate(found, limits)
     write_json(run / AUDIT, found)
     return found
@@ -120,7 +127,9 @@ def audit(
 
 def _same_training(saved: Experiment, wanted: Experiment) -> Experiment:
     then, now = saved.plain(), wanted.plain()
-    if odd := sorted(key for key in then.keys() | now.keys() if key not in CHANGEABLE and then.get(key) != now.get(key)):
+    if odd := sorted(
+        key for key in then.keys() | now.keys() if key not in CHANGEABLE and then.get(key) != now.get(key)
+    ):
         raise ConfigError(
             f"An audit looks for what this run was trained on, so it cannot change {odd[0]!r}. "
             f"Expected settings of {', '.join(CHANGEABLE)} only."
@@ -133,9 +142,13 @@ def _same_inputs(path: Path, dataset: Dataset, machine: Machine) -> None:
     try:
         odd = other_inputs(path, dataset, machine)
     except (OSError, ValueError) as damaged:
-        raise RunError(f"{path} is missing or damaged, so nobody can tell what the run was trained on.") from damaged
+        raise RunError(
+            f"{path} is missing or damaged, so nobody can tell what the run was trained on."
+        ) from damaged
     if odd:
-        raise RunError(f"The {odd} not what this run was trained with ({path}). Put the old back, then audit.")
+        raise RunError(
+            f"The {odd} not what this run was trained with ({path}). Put the old back, then audit."
+        )
 
 
 def _committed(home: Path, fingerprint: str, *, before: int | None = None) -> Checkpoint | None:
@@ -146,15 +159,24 @@ def _committed(home: Path, fingerprint: str, *, before: int | None = None) -> Ch
 
 
 def of_public(
-    experiment: Experiment, dataset: Dataset, machine: Machine, adapter: AdapterState, on: Targets, *, samples: int, full: bool
-) -> dict[str, Any]:  # fmt: skip
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
+    adapter: AdapterState,
+    on: Targets,
+    *,
+    samples: int,
+    full: bool,
+) -> dict[str, Any]:
     """Whoever downloads the adapter, and knows prompts, beginnings or candidates of what was trained on."""
     engine, template = machine.engine, machine.template
     rows, length = {RELEASED: adapter}, experiment.evaluation.max_new_tokens
     every = with_base(rows)
     said = extract(engine, template, rows, on.members, on.held_out, max_new_tokens=length)
     brought_back = discoverable.discover(engine, template, rows, on.members, on.held_out)
-    text = ranking.TrainingText([e for own in dataset.clients.values() for e in own], dataset.test, shortest=SHORTEST)
+    text = ranking.TrainingText(
+        [e for own in dataset.clients.values() for e in own], dataset.test, shortest=SHORTEST
+    )
     # A prompt without an instruction: where responses alone were learnt, they begin after it.
     talk = ranking.rank(
         engine, template, rows, text, samples=samples, max_new_tokens=length, opening=template.prompt_ids("")
@@ -179,11 +201,15 @@ def _exposure(machine: Machine, rows: Mapping[str, AdapterState | None], on: Tar
     known = exposures(machine.engine, [Pool(list(on.canaries), on.twins, on.references)], rows)
     released: Exposure = known[RELEASED]["calibrated"]
     groups = sorted(set(on.canaries.values()))
-    bits = {n: [b for b, m in zip(released.planted.bits, on.canaries.values(), strict=True) if m == n] for n in groups}
+    bits = {
+        n: [b for b, m in zip(released.planted.bits, on.canaries.values(), strict=True) if m == n]
+        for n in groups
+    }
     return {
         **{row: {score: one.plain() for score, one in by.items()} for row, by in known.items()},
         "by_copies": [
-            {"copies": n, "canaries": len(of), "mean": fmean(of), "p_value": p_value(of)} for n, of in bits.items()
+            {"copies": n, "canaries": len(of), "mean": fmean(of), "p_value": p_value(of)}
+            for n, of in bits.items()
         ],
         "held_out": asdict(released.held_out),
     }
@@ -205,9 +231,15 @@ def of_client(
         for a in attackers
     }
     fished = cross_client.attack(
-        machine.engine, machine.template, {RELEASED: adapter}, known, secrets, [code(e) for e in on.twins],
-        attackers=attackers, max_new_tokens=experiment.evaluation.max_new_tokens,
-    )  # fmt: skip
+        machine.engine,
+        machine.template,
+        {RELEASED: adapter},
+        known,
+        secrets,
+        [code(e) for e in on.twins],
+        attackers=attackers,
+        max_new_tokens=experiment.evaluation.max_new_tokens,
+    )
     return {"cross_client": {row: {a: one.plain() for a, one in by.items()} for row, by in fished.items()}}
 
 
@@ -253,20 +285,32 @@ def replay(training: Training, before: Checkpoint) -> dict[str, ServerView]:
         clients[name].memory = dict(memory)
     sent = {c: training.algorithm.broadcast(before.state, c) for c in training.select(before.state.round)}
     how = training.experiment.transport
-    transport = InProcess(training.algorithm, training.machine.engine, clients, how.width, Downlink.of(before.state, how.codec.build()))
+    transport = InProcess(
+        training.algorithm,
+        training.machine.engine,
+        clients,
+        how.width,
+        Downlink.of(before.state, how.codec.build()),
+    )
     return {d.update.client: ServerView(sent[d.update.client], d.update) for d in transport.exchange(sent)}
 
 
 def _inverted(
-    training: Training, view: ServerView, inputs: inversion.FirstInputs | inversion.Inapplicable, client: str, steps: int
-) -> dict[str, Any]:  # fmt: skip
+    training: Training,
+    view: ServerView,
+    inputs: inversion.FirstInputs | inversion.Inapplicable,
+    client: str,
+    steps: int,
+) -> dict[str, Any]:
     local, template = training.experiment.local, training.machine.template
     if isinstance(inputs, inversion.Inapplicable):
         return {"reason": inputs.reason}
     gone = inversion.shrinkage(
-        learning_rate=local.learning_rate_at(view.broadcast.round), weight_decay=local.weight_decay, steps=steps,
+        learning_rate=local.learning_rate_at(view.broadcast.round),
+        weight_decay=local.weight_decay,
+        steps=steps,
         momentum=local.momentum if local.optimizer == "sgd" else 0.0,
-    )  # fmt: skip
+    )
     # Adam's blur misleads a long search; the span test alone does not mind.
     ranked = inversion.invert(view, inputs, guesses=64 if local.optimizer == "sgd" else 0, decayed=gone)
     if isinstance(ranked, inversion.Inapplicable):
@@ -289,7 +333,9 @@ def _inverted(
 
 def _told(training: Training, view: ServerView, client: str) -> dict[str, Any]:
     data, most = training.dataset, training.experiment.audit.examples
-    own = draw({client: [e for e in data.clients[client] if not e.private]}, most, seed=training.experiment.seed)
+    own = draw(
+        {client: [e for e in data.clients[client] if not e.private]}, most, seed=training.experiment.seed
+    )
     if not own:
         return {"reason": "the client has nothing but secrets"}
     scores = inversion.membership(view, training.machine.engine, [*own, *in_the_mix_of(own, data)])
@@ -342,7 +388,10 @@ def lower_bound(public: Mapping[str, Any]) -> dict[str, Any]:
     planted, twins = (known["calibrated"][side]["bits"] for side in ("planted", "held_out"))
     guesses = max(1, (len(planted) + len(twins)) // 4)
     bound = one_run(planted, twins, guesses=[guesses], delta=DELTA)
-    return {**bound.plain(), "approximate": "which canaries were planted was fixed, not decided by a coin for each"}
+    return {
+        **bound.plain(),
+        "approximate": "which canaries were planted was fixed, not decided by a coin for each",
+    }
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

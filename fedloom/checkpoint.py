@@ -108,7 +108,9 @@ def _read(manifest: Path, fingerprint: str) -> Checkpoint:
     if hashlib.sha256(_canonical(body)).hexdigest() != seal:
         raise _Damaged("the manifest's checksum does not match")
     if body["schema"] != SCHEMA:
-        raise RunError(f"{manifest}: expected schema {SCHEMA}, got {body['schema']}; it needs another fedloom version.")
+        raise RunError(
+            f"{manifest}: expected schema {SCHEMA}, got {body['schema']}; it needs another fedloom version."
+        )
     if body["fingerprint"] != fingerprint:
         raise RunError(
             f"{manifest.parent.parent} holds another experiment than the one given. Resume it as it is "
@@ -157,4 +159,6 @@ def lock(folder: Path) -> Iterator[None]:
         with held:
             yield
     except Timeout as taken:
-        raise RunError(f"{folder} is in use by another process. Wait for it, or choose another --out.") from taken
+        raise RunError(
+            f"{folder} is in use by another process. Wait for it, or choose another --out."
+        ) from taken

@@ -64,7 +64,9 @@ def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder
     clients = federated_clients(experiment, dataset)
     select = experiment.cohort.build(clients=sorted(clients), seed=experiment.seed)
     algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
-    return Training(folder, experiment, dataset, machine, algorithm, clients, select, experiment.fingerprint())
+    return Training(
+        folder, experiment, dataset, machine, algorithm, clients, select, experiment.fingerprint()
+    )
 
 
 def method(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
@@ -83,26 +85,50 @@ def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Pa
     clients = federated_clients(experiment, dataset)
     wanted = experiment.compare.local_clients
     if wanted is not None and wanted < len(clients):
-        drawn = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))[:wanted]
+        drawn = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))[
+            :wanted
+        ]
         clients = {str(c): clients[str(c)] for c in sorted(drawn)}
     quiet = experiment.with_(evaluation={**experiment.plain()["evaluation"], "every": experiment.rounds})
     algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
-    return Training(folder, quiet, dataset, machine, algorithm, clients, All(sorted(clients)), "alone " + experiment.fingerprint())
+    return Training(
+        folder,
+        quiet,
+        dataset,
+        machine,
+        algorithm,
+        clients,
+        All(sorted(clients)),
+        "alone " + experiment.fingerprint(),
+    )
 
 
 def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
     select = experiment.cohort.build(clients=sorted(dataset.clients), seed=experiment.seed)
     cohort = fmean(len(select(r)) for r in range(experiment.rounds))
     clients = pooled_client(experiment, dataset, cohort)
-    return Training(folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), "centralised " + experiment.fingerprint())
+    return Training(
+        folder,
+        experiment,
+        dataset,
+        machine,
+        FedAvg(),
+        clients,
+        All(sorted(clients)),
+        "centralised " + experiment.fingerprint(),
+    )
 
 
-def specialist(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
+def specialist(
+    label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path
+) -> Training:
     """A row of FedIT's table: one owner of all training examples of the categories that `compare.local` names for it."""
     categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
     fingerprint = f"{label} {json.dumps(categories)} {experiment.fingerprint()}"
     clients = {label: specialist_client(experiment, dataset, label)}
-    return Training(folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), fingerprint)
+    return Training(
+        folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), fingerprint
+    )
 
 
 def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
@@ -119,8 +145,15 @@ def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener
             if experiment.compare.leakage:
                 listener.phase("measuring leakage")
             leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
-            measured = measure(experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS), say=listener.phase)
-        result = {**measured, "synthesis": synthesis, "engine": machine.describe(), "settings": _measuring(experiment)}
+            measured = measure(
+                experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS), say=listener.phase
+            )
+        result = {
+            **measured,
+            "synthesis": synthesis,
+            "engine": machine.describe(),
+            "settings": _measuring(experiment),
+        }
         write_json(folder / RESULT, result)
     return result
 
@@ -140,8 +173,13 @@ def measuring(folder: Path, command: str) -> Iterator[None]:
 def _measuring(experiment: Experiment) -> dict[str, Any]:
     """The settings that decide what a seed's result holds, beside those of its training."""
     tree = experiment.plain()
-    return {"evaluation": tree["evaluation"], "audit": tree["audit"],
-            "local": tree["compare"]["local"], "methods": tree["compare"]["methods"], "leakage": tree["compare"]["leakage"]}  # fmt: skip
+    return {
+        "evaluation": tree["evaluation"],
+        "audit": tree["audit"],
+        "local": tree["compare"]["local"],
+        "methods": tree["compare"]["methods"],
+        "leakage": tree["compare"]["leakage"],
+    }
 
 
 def _measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
@@ -169,8 +207,11 @@ def trained(
 
 def untrained(experiment: Experiment, folder: Path) -> list[str]:
     """The rows whose training in this seed's folder has not ended."""
-    return [label for name, (label, _) in trainings(experiment).items()
-            if len(journal.read(folder / name / "metrics.jsonl")) <= experiment.rounds]  # fmt: skip
+    return [
+        label
+        for name, (label, _) in trainings(experiment).items()
+        if len(journal.read(folder / name / "metrics.jsonl")) <= experiment.rounds
+    ]
 
 
 def models_of(training: Training, label: str, state: ServerState) -> dict[str, AdapterState]:
@@ -196,13 +237,19 @@ def synthesis_of(training: Training) -> dict[str, Any] | None:
     for client in training.clients.values():
         for fate, texts in client.memory.get("synthetic", {}).get("samples", {}).items():
             samples.setdefault(fate, []).extend({"client": client.id, **text} for text in texts)
-    return {"counts": dict(counts), "samples": {fate: texts[:SAMPLES] for fate, texts in sorted(samples.items())}}
+    return {
+        "counts": dict(counts),
+        "samples": {fate: texts[:SAMPLES] for fate, texts in sorted(samples.items())},
+    }
 
 
 def trainings(experiment: Experiment) -> dict[str, tuple[str, Callable[..., Training]]]:
     """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
     owners = {label.lower(): (label, partial(specialist, label)) for label in experiment.compare.local_labels}
-    methods = {"method-" + label.lower().replace(" ", "-"): (label, partial(method, label)) for label in experiment.compare.methods}
+    methods = {
+        "method-" + label.lower().replace(" ", "-"): (label, partial(method, label))
+        for label in experiment.compare.methods
+    }
     return {
         "local_only": ("local", local_only),
         **owners,
@@ -252,13 +299,17 @@ def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Pr
             while waiting and len(running) < jobs:
                 seed, its = waiting.pop(0)
                 here, there = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True)
+                process: BaseProcess = context.Process(
+                    target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True
+                )
                 process.start()
                 there.close()
                 running[seed], doing[seed] = (process, here), Doing()
             connection.wait([p.sentinel for p, _ in running.values()], timeout=POLL)
             for seed, (process, here) in list(running.items()):
-                ended = process.exitcode is not None  # before it is listened to, so that its last words are heard
+                ended = (
+                    process.exitcode is not None
+                )  # before it is listened to, so that its last words are heard
                 for said in _said(here):
                     if isinstance(said, str):
                         raise RunError(said)
@@ -266,7 +317,9 @@ def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Pr
                 if ended:
                     del running[seed], doing[seed]
                     if process.exitcode != 0:
-                        raise RunError(f"The process of {seed.name} ended with exit code {process.exitcode}; go on with --resume.")
+                        raise RunError(
+                            f"The process of {seed.name} ended with exit code {process.exitcode}; go on with --resume."
+                        )
             yield progress(experiment, folder, doing)
     finally:
         for process, _ in running.values():
@@ -286,7 +339,10 @@ def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experime
 
 
 def _names(experiment: Experiment, folder: Path) -> dict[Path, int]:
-    return {folder / f"seed-{seed}": seed for seed in range(experiment.seed, experiment.seed + experiment.compare.seeds)}
+    return {
+        folder / f"seed-{seed}": seed
+        for seed in range(experiment.seed, experiment.seed + experiment.compare.seeds)
+    }
 
 
 def progress(experiment: Experiment, folder: Path, doing: Mapping[Path, Doing] = {}) -> Progress:

@@ -53,17 +53,38 @@ from fedloom.transport.codec import Bf16, Fp32, Int4, Int8
 # Settings that change no adapter, but by rounding: names, what is measured, where and how fast things are computed.
 # Where the base and the data lie is among them, since what they are is checked by their hashes (run.INPUTS).
 UNTRAINED = (
-    "name", "evaluation", "audit", "judge", "compare.seeds", "compare.local", "compare.methods", "compare.leakage",
-    "model.base", "model.device", "model.allow_download", "model.checkpointing", "model.tokens_per_pass", "model.path",
-    "model.vllm", "data.path", "data.test_path", "transport.width",
-)  # fmt: skip
+    "name",
+    "evaluation",
+    "audit",
+    "judge",
+    "compare.seeds",
+    "compare.local",
+    "compare.methods",
+    "compare.leakage",
+    "model.base",
+    "model.device",
+    "model.allow_download",
+    "model.checkpointing",
+    "model.tokens_per_pass",
+    "model.path",
+    "model.vllm",
+    "data.path",
+    "data.test_path",
+    "transport.width",
+)
 # ... unless training generates text: so long, and by what.
 GENERATING = ("evaluation.max_new_tokens", "model.vllm")
 # Settings that name files, and are written into a run's folder in full: a run may be read from another place.
 PATHS = (
-    "model.base", "model.vllm.python", "data.path", "data.test_path", "evaluation.questions", "evaluation.references",
-    "judge.by.model", "judge.by.prompt",
-)  # fmt: skip
+    "model.base",
+    "model.vllm.python",
+    "data.path",
+    "data.test_path",
+    "evaluation.questions",
+    "evaluation.references",
+    "judge.by.model",
+    "judge.by.prompt",
+)
 
 STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
 
@@ -81,7 +102,9 @@ class Choice:
     options: Mapping[str, Any]
 
     def build(self, **given: Any) -> Any:
-        made = {key: value.build() if isinstance(value, Choice) else value for key, value in self.options.items()}
+        made = {
+            key: value.build() if isinstance(value, Choice) else value for key, value in self.options.items()
+        }
         return self.make(**made, **given)
 
     @property
@@ -93,7 +116,10 @@ class Choice:
         return any(f.name == parameter for f in fields(self.make))  # type: ignore[arg-type]
 
     def plain(self) -> dict[str, Any]:
-        return {self.tag: self.name, **{k: v.plain() if isinstance(v, Choice) else v for k, v in self.options.items()}}
+        return {
+            self.tag: self.name,
+            **{k: v.plain() if isinstance(v, Choice) else v for k, v in self.options.items()},
+        }
 
 
 def choice(
@@ -116,15 +142,20 @@ def choice(
         options = {tag: raw} if isinstance(raw, str) else dict(raw) if isinstance(raw, Mapping) else {}
         name = options.pop(tag, next(iter(table)))
         if name not in table:
-            raise ValueError(f"expected {tag} = one of {', '.join(table)}; got {name!r}{did_you_mean(str(name), table)}")
+            raise ValueError(
+                f"expected {tag} = one of {', '.join(table)}; got {name!r}{did_you_mean(str(name), table)}"
+            )
         known = {f.name: f for f in fields(table[name]) if f.name not in given}
         hints = typing.get_type_hints(table[name])
-        schema = create_model(name, __config__=STRICT, **{
-            key: (nested[key], {}) if key in nested
-            else (hints[key], _default(f))
-            for key, f in known.items()
-            if key in nested or not _is_callable_type(hints[key])
-        })  # type: ignore[call-overload]  # fmt: skip
+        schema = create_model(
+            name,
+            __config__=STRICT,
+            **{
+                key: (nested[key], {}) if key in nested else (hints[key], _default(f))
+                for key, f in known.items()
+                if key in nested or not _is_callable_type(hints[key])
+            },
+        )  # type: ignore[call-overload]
         checked = schema.model_validate(options)
         made = Choice(tag, name, table[name], {key: getattr(checked, key) for key in schema.model_fields})
         if stand_ins is not None or not given:
@@ -170,13 +201,18 @@ if TYPE_CHECKING:  # made at run time, of which a type checker sees nothing
     SynthesisChoice: TypeAlias = Any
 else:
     AlgorithmChoice = choice(
-        "name", ALGORITHMS, given=PARTS, stand_ins=dict.fromkeys(PARTS),
+        "name",
+        ALGORITHMS,
+        given=PARTS,
+        stand_ins=dict.fromkeys(PARTS),
         nested={"server_optimizer": choice("name", SERVER_OPTIMIZERS)},
-    )  # fmt: skip
+    )
     SynthesisChoice = choice(
-        "kind", SYNTHESES, given=("encode", "decode", "stop", "seed", "context_length", "pool"),
+        "kind",
+        SYNTHESES,
+        given=("encode", "decode", "stop", "seed", "context_length", "pool"),
         nested={"wording": choice("style", WORDINGS)},
-    )  # fmt: skip
+    )
     CodecChoice = choice("name", CODECS)
     CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
     PartitionChoice = choice("kind", partition.PARTITIONS)
@@ -184,7 +220,9 @@ else:
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"\w[\w .+=-]{0,59}(?<![ .])", text):  # it names a folder
-        raise ValueError(f"expected up to 60 letters, digits, blanks and .+=_-, a letter or digit first and no blank or dot last; got {text[:80]!r}")
+        raise ValueError(
+            f"expected up to 60 letters, digits, blanks and .+=_-, a letter or digit first and no blank or dot last; got {text[:80]!r}"
+        )
     return text
 
 
@@ -206,7 +244,9 @@ def _apart(methods: dict[str, Any]) -> dict[str, Any]:
     """Each has a folder of its own, in which capitals and blanks do not tell."""
     folded = [label.lower().replace(" ", "-") for label in methods]
     if alike := {name for name in folded if folded.count(name) > 1}:
-        raise ValueError(f"expected names that differ by more than capitals, blanks and hyphens; got {', '.join(alike)} twice")
+        raise ValueError(
+            f"expected names that differ by more than capitals, blanks and hyphens; got {', '.join(alike)} twice"
+        )
     return methods
 
 
@@ -230,32 +270,50 @@ class Model(Section):
     quantize: Literal["none", "8bit", "4bit", "fp8"] = "none"  # 8bit, 4bit: with the extra "quant"
     allow_download: bool = False  # a Hugging Face id that is not in the local cache
     checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
-    tokens_per_pass: int = Field(4096, gt=0)  # how many tokens run together; changes no result but by rounding
+    tokens_per_pass: int = Field(
+        4096, gt=0
+    )  # how many tokens run together; changes no result but by rounding
     path: Literal["auto", "fast", "reference"] = "auto"  # auto: fast where the self-check agrees
     vllm: Vllm | None = None  # answers are generated by vLLM, in a process of its own
 
 
 class Clusters(Section):
     count: int = Field(100, gt=0)
-    of: Literal["tfidf", "base"] = "tfidf"  # k-means over TF-IDF, or over the base model's own mean hidden states
+    of: Literal["tfidf", "base"] = (
+        "tfidf"  # k-means over TF-IDF, or over the base model's own mean hidden states
+    )
 
 
 class Data(Section):
-    source: Literal["microworld", "dolly", "alpaca", "alpacare", "medquad", "chat", "table", "hub"] = "microworld"
+    source: Literal["microworld", "dolly", "alpaca", "alpacare", "medquad", "chat", "table", "hub"] = (
+        "microworld"
+    )
     path: str | list[str] | None = None  # a file, a folder, a pattern or several; for "hub" the id
     columns: dict[str, str] = {}  # ours -> theirs, for "table" and "hub"
-    owner: Literal["file"] | None = None  # "file": each file's examples are one owner's; None: as the data say
-    test_path: str | list[str] | None = None  # a test set of one's own, read like `path`; nothing is held out then
+    owner: Literal["file"] | None = (
+        None  # "file": each file's examples are one owner's; None: as the data say
+    )
+    test_path: str | list[str] | None = (
+        None  # a test set of one's own, read like `path`; nothing is held out then
+    )
     test_columns: dict[str, str] | None = None  # ours -> theirs, where the test set names them otherwise
     field: str | None = None  # JSON: the key whose list or object holds the records, where that is in doubt
-    delimiter: str | None = None  # CSV: what separates columns, such as ";" or "tab"; None: told from the header
-    encoding: str | None = None  # of text files, such as "cp1252"; None: UTF-8, or what a byte order mark says
+    delimiter: str | None = (
+        None  # CSV: what separates columns, such as ";" or "tab"; None: told from the header
+    )
+    encoding: str | None = (
+        None  # of text files, such as "cp1252"; None: UTF-8, or what a byte order mark says
+    )
     split: str = "train"  # for "hub"
     revision: str | None = None  # for "hub"
     on_bad: Literal["fail", "skip"] = "fail"
-    examples: int | None = Field(None, gt=0)  # microworld: how many to make; elsewhere a random part of the data
+    examples: int | None = Field(
+        None, gt=0
+    )  # microworld: how many to make; elsewhere a random part of the data
     clusters: Clusters | None = None  # categories of our own making: groups of alike texts
-    pool: int | None = Field(None, gt=0)  # training examples in the federation, as many of each category; None: all
+    pool: int | None = Field(
+        None, gt=0
+    )  # training examples in the federation, as many of each category; None: all
     private_facts: int = Field(0, ge=0)  # microworld: access codes that only one client knows, each
     canaries: Canaries | None = None  # secrets planted in each client's data, for an audit to look for
     clients: int | None = Field(None, gt=0)  # None: what the partition says (by_owner)
@@ -265,7 +323,9 @@ class Data(Section):
 
 
 class Prompt(Section):
-    format: Literal["auto", "chat", "alpaca", "plain"] = "auto"  # auto: the tokenizer's chat template, else alpaca
+    format: Literal["auto", "chat", "alpaca", "plain"] = (
+        "auto"  # auto: the tokenizer's chat template, else alpaca
+    )
     max_length: int = Field(512, ge=32)  # tokens of prompt and response
     loss_on: Literal["response", "assistant", "all"] = "response"  # assistant: every answer of a conversation
     system: str = ""
@@ -278,9 +338,13 @@ class Transport(Section):
 
 class Evaluation(Section):
     every: int = Field(1, gt=0)  # rounds between evaluations of held-out loss; the last round always is
-    questions: str | None = None  # a file of questions that the judge's table is made of; None: the held-out examples
+    questions: str | None = (
+        None  # a file of questions that the judge's table is made of; None: the held-out examples
+    )
     references: str | None = None  # a file of stored answers to them, in one column or several
-    reference_columns: list[str] = []  # of that file; none: every column of text that is not part of the question
+    reference_columns: list[
+        str
+    ] = []  # of that file; none: every column of text that is not part of the question
     examples: int | None = Field(None, gt=0)  # of the held-out set, drawn once; None: all
     answers: int | None = Field(None, ge=0)  # held-out instructions to answer after the last round; None: all
     max_new_tokens: int = Field(64, gt=0)
@@ -289,13 +353,19 @@ class Evaluation(Section):
 class Audit(Section):
     examples: int = Field(100, gt=0)  # training examples attacked, drawn over all clients
     references: int = Field(2048, gt=1)  # secrets that were never planted, to rank a canary among
-    every: int | None = Field(None, gt=0)  # rounds between measurements of leakage while a run goes on; None: never
+    every: int | None = Field(
+        None, gt=0
+    )  # rounds between measurements of leakage while a run goes on; None: never
 
 
 class Compare(Section):
     seeds: int = Field(5, gt=0)  # runs with seed, seed + 1, ...: everything random differs
-    local: list[Annotated[list[str], Field(min_length=1)]] = []  # FedIT's rows Local-1, Local-2, ...: the categories of each
-    methods: Annotated[dict[Label, AlgorithmChoice], AfterValidator(_apart)] = {}  # further rows: label -> algorithm, on the same data and settings
+    local: list[
+        Annotated[list[str], Field(min_length=1)]
+    ] = []  # FedIT's rows Local-1, Local-2, ...: the categories of each
+    methods: Annotated[
+        dict[Label, AlgorithmChoice], AfterValidator(_apart)
+    ] = {}  # further rows: label -> algorithm, on the same data and settings
     leakage: bool = False  # attack every shared model, too
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
     local_clients: int | None = Field(None, gt=0)  # how many clients to tune alone; None: all
@@ -323,7 +393,9 @@ class ByLikelihood(Section):
 class InWords(Section):
     """Of a judge that is asked in words."""
 
-    rubric: Literal["aspects", "total"] = "aspects"  # FedPIT's four aspects from 1 to 5, or FedIT's total from 1 to 10
+    rubric: Literal["aspects", "total"] = (
+        "aspects"  # FedPIT's four aspects from 1 to 5, or FedIT's total from 1 to 10
+    )
     prompt: str | None = None  # a text file with words of your own; None: ours
     repeats: int = Field(1, ge=1)  # ratings of each pair in each order
     retries: int = Field(2, ge=0)  # how often a malformed reply is asked for again
@@ -358,9 +430,15 @@ JudgedBy = Annotated[ByRule | ByLikelihood | ByModel | ByEndpoint, Field(discrim
 
 class Judge(Section):
     # Who judges; None: the rule where every question has one, else the likelihood.
-    by: Annotated[JudgedBy | None, BeforeValidator(lambda raw: {"kind": raw} if isinstance(raw, str) else raw)] = None
-    table: Literal["relative", "wins"] = "relative"  # FedIT's: every row's summed scores beside the federated row's; or FedPIT's: win, tie, lose
-    against: list[str] = []  # of "wins": columns of evaluation.references, "reference", or rows; none: every column, else "reference"
+    by: Annotated[
+        JudgedBy | None, BeforeValidator(lambda raw: {"kind": raw} if isinstance(raw, str) else raw)
+    ] = None
+    table: Literal["relative", "wins"] = (
+        "relative"  # FedIT's: every row's summed scores beside the federated row's; or FedPIT's: win, tie, lose
+    )
+    against: list[
+        str
+    ] = []  # of "wins": columns of evaluation.references, "reference", or rows; none: every column, else "reference"
     both_orders: bool = True  # false: each pair is shown once, the baseline or the row first, as FedIT's paper is thought to have done
     questions: int | None = Field(None, gt=0)  # how many are judged, at equal steps; None: all
 
@@ -418,13 +496,19 @@ class Experiment(Section):
         for path in PATHS:
             *parents, leaf = path.split(".")
             table = _at(tree, ".".join(parents))
-            if not isinstance(table, dict) or leaf not in table or (path == "data.path" and self.data.source == "hub"):
+            if (
+                not isinstance(table, dict)
+                or leaf not in table
+                or (path == "data.path" and self.data.source == "hub")
+            ):
                 continue
             if leaf == "python" and not os.path.dirname(table[leaf]):
                 continue  # a program of that name, wherever the system finds it
             always = parents[0] == "data"
             found = table[leaf]
-            table[leaf] = [_whole(p, always) for p in found] if isinstance(found, list) else _whole(found, always)
+            table[leaf] = (
+                [_whole(p, always) for p in found] if isinstance(found, list) else _whole(found, always)
+            )
         return _validate(tree, "this experiment")
 
     def with_(self, **changes: Any) -> Experiment:
@@ -467,7 +551,11 @@ def _without_none(value: Any) -> Any:
 def recipes() -> dict[str, str]:
     """Shipped recipes: name -> TOML text."""
     folder = resources.files("fedloom") / "recipes"
-    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith(".toml")}
+    return {
+        f.name.removesuffix(".toml"): f.read_text("utf-8")
+        for f in sorted(folder.iterdir(), key=lambda f: f.name)
+        if f.name.endswith(".toml")
+    }
 
 
 def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -496,17 +584,23 @@ def _read(what: str) -> tuple[str, str]:
         return f"recipe {what}", shipped[what]
     path = Path(what)
     if DATA & set(path.suffixes) and os.path.isfile(path):
-        raise ConfigError(f"{path} is data. Expected a recipe ({', '.join(shipped)}) or a TOML file, and there data.path={path}.")
+        raise ConfigError(
+            f"{path} is data. Expected a recipe ({', '.join(shipped)}) or a TOML file, and there data.path={path}."
+        )
     try:
         if path.is_dir():
             path = path / "experiment.toml"
         return str(path), path.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError) as missing:
         hint = did_you_mean(what, shipped)
-        raise ConfigError(f"Expected a recipe ({', '.join(shipped)}) or a TOML file; there is no {str(path)!r}{hint}") from missing
+        raise ConfigError(
+            f"Expected a recipe ({', '.join(shipped)}) or a TOML file; there is no {str(path)!r}{hint}"
+        ) from missing
     except UnicodeDecodeError as foreign:
         line = foreign.object.count(b"\n", 0, foreign.start) + 1
-        raise ConfigError(f"{path}:{line} is not UTF-8. Expected a TOML file, which always is: save it as UTF-8.") from foreign
+        raise ConfigError(
+            f"{path}:{line} is not UTF-8. Expected a TOML file, which always is: save it as UTF-8."
+        ) from foreign
     except OSError as failed:
         raise ConfigError(f"Could not read {path}: {failed.strerror or failed}.") from failed
 
@@ -524,7 +618,9 @@ def _override(tree: dict[str, Any], item: str) -> None:
     for parent in parents:
         below = table.setdefault(parent, {})
         if isinstance(below, str):  # `cohort = "all"` is short for `cohort = { kind = "all" }`
-            below = table[parent] = {"name" if parent in ("algorithm", "server_optimizer", "codec") else "kind": below}
+            below = table[parent] = {
+                "name" if parent in ("algorithm", "server_optimizer", "codec") else "kind": below
+            }
         if not isinstance(below, dict):
             raise ConfigError(f"Cannot set {path}: {parent} is a value, not a section.")
         table = below
@@ -546,7 +642,9 @@ def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
         local = {**tree.get("local", {}), "rounds": experiment.rounds}
         return Experiment.model_validate({**tree, "local": local})
     except ValidationError as bad:
-        raise ConfigError("\n".join([f"{name} cannot be used:", *(f"  {_explain(e)}" for e in bad.errors())])) from bad
+        raise ConfigError(
+            "\n".join([f"{name} cannot be used:", *(f"  {_explain(e)}" for e in bad.errors())])
+        ) from bad
 
 
 def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
@@ -562,7 +660,12 @@ def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "str", "tuple["))) or "file"
+    where = (
+        ".".join(
+            str(part) for part in error["loc"] if not str(part).startswith(("function-", "str", "tuple["))
+        )
+        or "file"
+    )
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         *section, key = [str(p) for p in error["loc"]]
         return f"{where}: there is no such key{did_you_mean(key, _keys(section))}"
@@ -574,8 +677,16 @@ def _explain(error: Any) -> str:
 def _keys(section: Sequence[str]) -> list[str]:
     schema: Any = Experiment
     for part in section:
-        schema = schema.model_fields[part].annotation if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields else None
-        schema = next((s for s in typing.get_args(schema) if s is not type(None)), schema) if type(None) in typing.get_args(schema) else schema
+        schema = (
+            schema.model_fields[part].annotation
+            if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields
+            else None
+        )
+        schema = (
+            next((s for s in typing.get_args(schema) if s is not type(None)), schema)
+            if type(None) in typing.get_args(schema)
+            else schema
+        )
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return list(schema.model_fields)
     return [f.name for f in fields(schema)] if is_dataclass(schema) and schema is not Choice else []

@@ -29,7 +29,18 @@ if TYPE_CHECKING:  # settings and data are read without waiting for torch
     from fedloom.engine.lora_engine import Generation, LoraEngine
 
 MICROWORLD = 640  # examples, where data.examples does not say
-FOREIGN = ("path", "columns", "owner", "test_path", "field", "delimiter", "encoding", "split", "revision", "on_bad")
+FOREIGN = (
+    "path",
+    "columns",
+    "owner",
+    "test_path",
+    "field",
+    "delimiter",
+    "encoding",
+    "split",
+    "revision",
+    "on_bad",
+)
 CONTEXT_LENGTH = 2048  # tokens of a prompt for synthesis and its answer, at most
 
 
@@ -78,16 +89,22 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     def tell_lost(kept: Sequence[Example], by: str) -> None:
         """Who takes examples away says whose last ones these were."""
         if lost := sorted(owners - {e.owner for e in kept}):
-            notes.append(f"{len(lost)} of {len(owners)} owners have no example left after {by}, and are no clients: {_some(lost)}.")
+            notes.append(
+                f"{len(lost)} of {len(owners)} owners have no example left after {by}, and are no clients: {_some(lost)}."
+            )
             owners.difference_update(lost)
 
     if data.examples is not None and data.examples < len(examples) and data.source != "microworld":
         drawn = numpy_stream(seed, "data", "examples").permutation(len(examples))[: data.examples].tolist()
-        notes.append(f"data.examples = {data.examples}: {data.examples:,} of {len(examples):,} examples, drawn at random.")
+        notes.append(
+            f"data.examples = {data.examples}: {data.examples:,} of {len(examples):,} examples, drawn at random."
+        )
         examples = [examples[i] for i in sorted(drawn)]
         tell_lost(examples, f"data.examples = {data.examples}")
     if data.clusters is not None:
-        examples = _clustered(experiment, examples, data.clusters)  # a test set of one's own has no say in them
+        examples = _clustered(
+            experiment, examples, data.clusters
+        )  # a test set of one's own has no say in them
     if (along := data.partition.options.get("by")) is not None:
         partition.check_labels(examples, along, f'data.partition.kind = "{data.partition.name}"')
     if data.test_path is None:
@@ -96,11 +113,15 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
         )
         pool, test = [examples[i] for i in train], [examples[i] for i in held]
         if data.hold_out_by == "category" and not any(e.category for e in examples):
-            notes.append(f"No example names a category: {len(held)} of all {len(examples):,} examples are held out.")
+            notes.append(
+                f"No example names a category: {len(held)} of all {len(examples):,} examples are held out."
+            )
     else:
         pool = held_out.apart(examples, test)
         if twins := len(examples) - len(pool):
-            notes.append(f"{twins:,} of {len(examples):,} training examples ask what the test set asks, and are left out of training.")
+            notes.append(
+                f"{twins:,} of {len(examples):,} training examples ask what the test set asks, and are left out of training."
+            )
         tell_lost(pool, "leaving those out")
     if not test or not pool:
         raise ConfigError(
@@ -149,24 +170,40 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
     return clustered(examples, features, count=wanted.count, seed=experiment.seed)
 
 
-def _read(experiment: Experiment, quarantine: Path | None) -> tuple[list[Example], list[Example], dict[str, Any]]:
+def _read(
+    experiment: Experiment, quarantine: Path | None
+) -> tuple[list[Example], list[Example], dict[str, Any]]:
     """Examples, a test set where the user has one, and what the reader reports."""
     data = experiment.data
     if wrong := list(_misplaced(experiment)):
         if data.examples is not None and data.source != "microworld":
-            wrong.append(f"data.examples = {data.examples}: would be that many of the records, drawn at random; raise it for all")
-        raise ConfigError("\n  ".join([f'These settings do not go with data.source = "{data.source}":', *wrong]))
+            wrong.append(
+                f"data.examples = {data.examples}: would be that many of the records, drawn at random; raise it for all"
+            )
+        raise ConfigError(
+            "\n  ".join([f'These settings do not go with data.source = "{data.source}":', *wrong])
+        )
     if data.source == "microworld":
         return microworld.corpus(examples=data.examples or MICROWORLD, seed=experiment.seed), [], {}
     load = partial(
-        sources.load, data.source, split=data.split, revision=data.revision, on_bad=data.on_bad, owner=data.owner,
-        field=data.field, delimiter=data.delimiter, encoding=data.encoding, allow_download=experiment.model.allow_download,
-    )  # fmt: skip
+        sources.load,
+        data.source,
+        split=data.split,
+        revision=data.revision,
+        on_bad=data.on_bad,
+        owner=data.owner,
+        field=data.field,
+        delimiter=data.delimiter,
+        encoding=data.encoding,
+        allow_download=experiment.model.allow_download,
+    )
     examples, read = load(data.path, columns=data.columns, quarantine=quarantine)
     if data.test_path is None:
         return examples, [], read
     apart = quarantine and quarantine.with_name(f"test-{quarantine.name}")
-    test, its = load(data.test_path, columns=data.columns, test_columns=data.test_columns or {}, quarantine=apart)
+    test, its = load(
+        data.test_path, columns=data.columns, test_columns=data.test_columns or {}, quarantine=apart
+    )
     notes = [*read.pop("notes"), *(f"test set: {note}" for note in its.pop("notes"))]
     return examples, test, {**read, "test_set": its, "notes": notes}
 
@@ -177,7 +214,9 @@ def _misplaced(experiment: Experiment) -> Iterator[str]:
     generated = data.source == "microworld"
     for key in FOREIGN if generated else () if data.source == "hub" else ("split", "revision"):
         if getattr(data, key) != getattr(default, key):
-            yield f"data.{key}: " + ("the microworld is generated, and nothing is read" if generated else "only for the Hub")
+            yield f"data.{key}: " + (
+                "the microworld is generated, and nothing is read" if generated else "only for the Hub"
+            )
     if not generated and data.private_facts:
         yield f"data.private_facts = {data.private_facts}: only the microworld has such facts; set it to 0"
     if not generated and experiment.synthesis.name == "restyled":
@@ -187,7 +226,11 @@ def _misplaced(experiment: Experiment) -> Iterator[str]:
             f'data.partition.kind = "{data.partition.name}": splits by category, and Alpaca\'s format has none. '
             + partition.WAYS_OUT["category"]
         )
-    if data.owner == "file" and "owner" not in (data.partition.options.get("by"), data.hold_out_by) and data.partition.make is not partition.ByOwner:
+    if (
+        data.owner == "file"
+        and "owner" not in (data.partition.options.get("by"), data.hold_out_by)
+        and data.partition.make is not partition.ByOwner
+    ):
         yield f'data.owner = "file": no use is made of owners; for a client of each file set data.partition.kind = "by_owner" (now "{data.partition.name}")'
     if data.test_columns is not None and data.test_path is None:
         yield "data.test_columns: there is no data.test_path"
@@ -199,7 +242,12 @@ def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Templat
 
     p, most = experiment.prompt, positions(model) or sys.maxsize
     return Template(
-        tokenizer, format=p.format, max_length=p.max_length, positions=most, loss_on=p.loss_on, system=p.system
+        tokenizer,
+        format=p.format,
+        max_length=p.max_length,
+        positions=most,
+        loss_on=p.loss_on,
+        system=p.system,
     )
 
 
@@ -251,10 +299,17 @@ class Machine:
 
     def describe(self) -> dict[str, Any]:
         """How it computes: for the record, and for whoever wonders about the speed."""
-        return {"path": self.engine.path, "reason": self.engine.path_reason,
-                "decoding_reason": self.engine.decoding_reason, "base_sha256": self.base_sha256,
-                "trained_parameters": self.engine.layout.size, "format": self.template.format, "end": self.template.end_text, "end_reachable": self.end_reachable,
-                "conv1d": any(t.kind == "conv1d" for t in self.engine.layout)}  # fmt: skip
+        return {
+            "path": self.engine.path,
+            "reason": self.engine.path_reason,
+            "decoding_reason": self.engine.decoding_reason,
+            "base_sha256": self.base_sha256,
+            "trained_parameters": self.engine.layout.size,
+            "format": self.template.format,
+            "end": self.template.end_text,
+            "end_reachable": self.end_reachable,
+            "conv1d": any(t.kind == "conv1d" for t in self.engine.layout),
+        }
 
 
 def load_machine(experiment: Experiment) -> Machine:
@@ -268,9 +323,16 @@ def load_machine(experiment: Experiment) -> Machine:
     base_hash, base_sha256 = models.base_hash(model), models.identity(m.base, allow_download=m.allow_download)
     end_reachable = reachable(model, template.end)
     engine = LoraEngine.build(
-        model, template.encode, lora=experiment.adapter, local=experiment.local, seed=experiment.seed,
-        tokens_per_pass=m.tokens_per_pass, path=m.path, checkpointing=m.checkpointing, generation=_generation(m),
-    )  # fmt: skip
+        model,
+        template.encode,
+        lora=experiment.adapter,
+        local=experiment.local,
+        seed=experiment.seed,
+        tokens_per_pass=m.tokens_per_pass,
+        path=m.path,
+        checkpointing=m.checkpointing,
+        generation=_generation(m),
+    )
     return Machine(engine, template, tokenizer, base_hash, base_sha256, end_reachable)
 
 
@@ -292,12 +354,17 @@ def _load_base(experiment: Experiment) -> tuple[Any, Any]:
 
     m = experiment.model
     return models.load_base(
-        m.base, dtype=m.dtype, device=m.device, quantize=None if m.quantize == "none" else m.quantize,
+        m.base,
+        dtype=m.dtype,
+        device=m.device,
+        quantize=None if m.quantize == "none" else m.quantize,
         allow_download=m.allow_download,
-    )  # fmt: skip
+    )
 
 
-def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton) -> Algorithm:
+def build_algorithm(
+    chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton
+) -> Algorithm:
     """An algorithm with the parts it needs, which are made from the experiment's other sections."""
     template = machine.template
     parts: Mapping[str, Callable[[], Any]] = {
@@ -305,9 +372,11 @@ def build_algorithm(chosen: Choice, experiment: Experiment, dataset: Dataset, ma
         "contrast": lambda: template.contrast,
         "relabel": lambda: PseudoLabels(
             prompt=lambda e: template.prompt_ids(e, room=experiment.evaluation.max_new_tokens),
-            decode=template.decode, stop=template.stop, response_tokens=experiment.evaluation.max_new_tokens,
+            decode=template.decode,
+            stop=template.stop,
+            response_tokens=experiment.evaluation.max_new_tokens,
         ),
-    }  # fmt: skip
+    }
     built: Algorithm = chosen.build(**{name: parts[name]() for name in PARTS if chosen.takes(name)})
     return built
 
@@ -329,9 +398,12 @@ def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine | Sk
         )
     tokenizer = machine.tokenizer
     return chosen.build(
-        encode=machine.template.document_ids, decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        stop=machine.template.stop, seed=seed, context_length=min(machine.positions, CONTEXT_LENGTH),
-    )  # fmt: skip
+        encode=machine.template.document_ids,
+        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        stop=machine.template.stop,
+        seed=seed,
+        context_length=min(machine.positions, CONTEXT_LENGTH),
+    )
 
 
 def _restyled(experiment: Experiment, dataset: Dataset) -> list[Example]:
@@ -359,7 +431,11 @@ def specialist_client(experiment: Experiment, dataset: Dataset, label: str) -> C
     if unknown := [c for c in categories if c not in known]:
         raise ConfigError(
             f"compare.local names the category {unknown[0]!r}, which no training example has. "
-            + (f"Expected some of {', '.join(known)}." if known else "The examples have no categories; data.clusters makes some.")
+            + (
+                f"Expected some of {', '.join(known)}."
+                if known
+                else "The examples have no categories; data.clusters makes some."
+            )
         )
     return client_of(experiment, label, [e for e in everything if e.category in categories])
 
@@ -373,11 +449,15 @@ def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) 
     local = experiment.local
     everything = [e for examples in dataset.clients.values() for e in examples]
     sizes = [len(examples) for examples in dataset.clients.values()]
-    counts = [_limit(experiment, n) or local.epochs * n for n in sizes]  # examples that each client takes in a round
+    counts = [
+        _limit(experiment, n) or local.epochs * n for n in sizes
+    ]  # examples that each client takes in a round
     share = cohort_size if experiment.compare.budget == "epochs" else 1.0
     limit = max(1, round(float(np.mean(counts)) * share))
     if experiment.compare.budget == "steps":  # clients with few examples take more steps on as many
-        steps = round(float(np.mean([local.steps_of(n, count) for n, count in zip(sizes, counts, strict=True)])))
+        steps = round(
+            float(np.mean([local.steps_of(n, count) for n, count in zip(sizes, counts, strict=True)]))
+        )
         while local.steps_of(len(everything), limit) < steps:
             limit += 1
     return {"centralised": Client("centralised", everything, limit=limit)}

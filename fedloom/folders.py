@@ -52,10 +52,14 @@ def expect_finished(path: Path) -> None:
     if kind(path) == "compare":
         seeds = experiment.compare.seeds
         finished = len(list(path.glob("seed-*/result.json")))
-        raise RunError(f"{path} is not finished: {finished} of {seeds} seeds are done. Go on with it: {resume(path)}")
+        raise RunError(
+            f"{path} is not finished: {finished} of {seeds} seeds are done. Go on with it: {resume(path)}"
+        )
     done = max((record["round"] for record in journal.read(path / "metrics.jsonl")), default=0)
     if done < experiment.rounds:
-        raise RunError(f"{path} is not finished: {done} of {experiment.rounds} rounds are done. Go on with it: {resume(path)}")
+        raise RunError(
+            f"{path} is not finished: {done} of {experiment.rounds} rounds are done. Go on with it: {resume(path)}"
+        )
 
 
 def expect_room(path: Path) -> None:
@@ -76,7 +80,9 @@ def expect_kind(path: Path, wanted: Kind) -> None:
 
 def known(around: Path = Path(".")) -> list[Path]:
     """The runs under runs/ and beside one, newest first."""
-    places = dict.fromkeys(folder for place in (RUNS, around) if place.is_dir() for folder in place.glob("*/") if _is_run(folder))
+    places = dict.fromkeys(
+        folder for place in (RUNS, around) if place.is_dir() for folder in place.glob("*/") if _is_run(folder)
+    )
     return sorted(places, key=lambda folder: (folder / EXPERIMENT).stat().st_mtime, reverse=True)
 
 
@@ -96,7 +102,11 @@ def _not_a_run(path: Path) -> str:
             return f"{name!r} is {_part(path, above)}"
     if path.is_dir():
         within = [folder for folder in sorted(path.glob("*/")) if _is_run(folder)]
-        return f"{name!r} is a folder that holds runs." if within else f"{name!r} is a folder, but no run: it has no {EXPERIMENT}."
+        return (
+            f"{name!r} is a folder that holds runs."
+            if within
+            else f"{name!r} is a folder, but no run: it has no {EXPERIMENT}."
+        )
     if path.suffix == ".toml":
         return f"{name!r} is an experiment to run, not the folder of a run. Run it first: fedloom run {shlex.quote(name)}."
     return f"{name!r} is a file. Expected the folder of a run."
@@ -123,7 +133,11 @@ def _instead(path: Path) -> str:
     around = path if os.path.isdir(path) else path.parent
     runs = known(around if os.path.isdir(around) else Path("."))
     if not runs:
-        return "" if exists or str(path) in recipes() else "There are no runs here yet; make one: fedloom run quickstart."
+        return (
+            ""
+            if exists or str(path) in recipes()
+            else "There are no runs here yet; make one: fedloom run quickstart."
+        )
     if close := [run for run in runs if _alike(path.name, run.name)]:
         return f"Did you mean {_listed(close)}?"
     return f"Runs here: {_listed(runs)}."

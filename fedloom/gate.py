@@ -26,14 +26,19 @@ def admit(update: Update, broadcast: Broadcast, admitted: Collection[str] = ()) 
         expected = broadcast.adapter
         if vector.keys() != expected.keys():
             odd = sorted(vector.keys() ^ expected.keys())
-            raise RefusedUpdate("keys", f"{state!r} differs from the broadcast in {len(odd)} tensors, first: {odd[0]!r}")
+            raise RefusedUpdate(
+                "keys", f"{state!r} differs from the broadcast in {len(odd)} tensors, first: {odd[0]!r}"
+            )
         for name, tensor in vector.items():
             if tensor.shape != expected[name].shape:
                 raise RefusedUpdate(
-                    "shape", f"{state}/{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
+                    "shape",
+                    f"{state}/{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}",
                 )
             if tensor.dtype != expected[name].dtype:
-                raise RefusedUpdate("dtype", f"{state}/{name}: expected {expected[name].dtype}, got {tensor.dtype}")
+                raise RefusedUpdate(
+                    "dtype", f"{state}/{name}: expected {expected[name].dtype}, got {tensor.dtype}"
+                )
         if not vector.is_finite():
             raise RefusedUpdate("non-finite", f"{state!r} holds NaN or infinity")
     return update

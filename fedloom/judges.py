@@ -41,12 +41,24 @@ def build(by: JudgedBy, experiment: Experiment, machine: Machine) -> Judge:
     text = shipped_prompt(rubric) if by.prompt is None else load_prompt(Path(by.prompt))
     if isinstance(by, ByEndpoint):
         writer: Any = Endpoint(
-            by.url, by.model, by.key_variable, temperature=by.temperature, max_tokens=by.max_tokens, timeout=by.timeout,
-            concurrency=by.concurrency, per_minute=by.per_minute,
-        )  # fmt: skip
+            by.url,
+            by.model,
+            by.key_variable,
+            temperature=by.temperature,
+            max_tokens=by.max_tokens,
+            timeout=by.timeout,
+            concurrency=by.concurrency,
+            per_minute=by.per_minute,
+        )
     else:
         other = _machine(experiment, by.model, by.max_length)
-        writer = LocalModel(other.engine, other.template, other.base_hash, max_new_tokens=by.max_tokens, temperature=by.temperature)
+        writer = LocalModel(
+            other.engine,
+            other.template,
+            other.base_hash,
+            max_new_tokens=by.max_tokens,
+            temperature=by.temperature,
+        )
     return PromptJudge(writer, rubric, text)
 
 
@@ -58,16 +70,23 @@ def how(settings: Settings) -> dict[str, Any]:
 
 
 def tell_cost(
-    settings: Settings, the_judge: Judge, shown: Sequence[tuple[Sequence[Example], Sequence[str], Sequence[str]]], kept: Cache,
-    *, agreed: bool, say: Callable[[str], None],
-) -> None:  # fmt: skip
+    settings: Settings,
+    the_judge: Judge,
+    shown: Sequence[tuple[Sequence[Example], Sequence[str], Sequence[str]]],
+    kept: Cache,
+    *,
+    agreed: bool,
+    say: Callable[[str], None],
+) -> None:
     """Of an endpoint: what it would be asked and what that costs. Raises ConfigError unless that is nothing, or agreed to."""
     by = settings.by
     if not isinstance(by, ByEndpoint) or not isinstance(the_judge, PromptJudge):
         return
     asked = [s for pair in shown for s in missing(the_judge, *pair, cache=kept, **how(settings))]
     prices = None if by.price_in is None or by.price_out is None else Prices(by.price_in, by.price_out)
-    cost = estimate_cost([the_judge.words(s) for s in asked], max_tokens=by.max_tokens, retries=by.retries, prices=prices)
+    cost = estimate_cost(
+        [the_judge.words(s) for s in asked], max_tokens=by.max_tokens, retries=by.retries, prices=prices
+    )
     say(cost_in_words(cost))
     if not cost.is_free and not agreed:
         raise ConfigError(
@@ -81,9 +100,13 @@ def cost_in_words(cost: Estimate) -> str:
     size = f"{cost.calls} requests, about {cost.prompt_tokens:,} tokens to send and at most {cost.reply_tokens:,} to receive"
     if cost.cost is None:
         return f"{size}; the cost is unknown without both prices, of prompt and of reply tokens."
-    return f"{size}: about {cost.cost:,.4f}, at most {cost.most:,.4f} if malformed replies are asked for again."
+    return (
+        f"{size}: about {cost.cost:,.4f}, at most {cost.most:,.4f} if malformed replies are asked for again."
+    )
 
 
 def _machine(experiment: Experiment, model: str, max_length: int) -> Machine:
     plain = experiment.plain()
-    return load_machine(experiment.with_(model={**plain["model"], "base": model}, prompt={"max_length": max_length}))
+    return load_machine(
+        experiment.with_(model={**plain["model"], "base": model}, prompt={"max_length": max_length})
+    )

@@ -57,7 +57,9 @@ class Asked:
     left_out: int  # questions of the file that a client holds
 
 
-def judge(folder: Path, experiment: Experiment, *, agreed: bool = False, say: Ask = lambda _: None) -> dict[str, Any]:
+def judge(
+    folder: Path, experiment: Experiment, *, agreed: bool = False, say: Ask = lambda _: None
+) -> dict[str, Any]:
     """The table that `experiment.judge` asks for, of the finished comparison in `folder`; it is kept in judged.json, too.
 
     `agreed` lets an endpoint that costs money be asked. Raises: FedloomError, before anything is sent where it is
@@ -71,7 +73,14 @@ def judge(folder: Path, experiment: Experiment, *, agreed: bool = False, say: As
         the_judge = build(judged_by(settings, asked[0].questions), experiment, machine)
         kept = Cache(folder / "judge" / "verdicts.jsonl")
         pairs = _pairs(settings, asked)
-        tell_cost(settings, the_judge, [p.shown for its in pairs.values() for p in its], kept, agreed=agreed, say=say)
+        tell_cost(
+            settings,
+            the_judge,
+            [p.shown for its in pairs.values() for p in its],
+            kept,
+            agreed=agreed,
+            say=say,
+        )
         found: dict[tuple[str, str], list[list[Comparison]]] = {}
         for (row, opponent), its in pairs.items():
             say(f"judging {row} against {opponent}")
@@ -111,7 +120,9 @@ def questions_of(experiment: Experiment, dataset: Dataset) -> tuple[list[Example
         free = question_files.without(given, (e for own in dataset.clients.values() for e in own))
         questions, left_out = [q.asked for q in free], len(given) - len(free)
         if not questions:
-            raise ConfigError(f"Every question of {path} is in some client's data. Expected questions that nobody trains on.")
+            raise ConfigError(
+                f"Every question of {path} is in some client's data. Expected questions that nobody trains on."
+            )
     questions = [questions[i] for i in evenly(range(len(questions)), settings.questions)]
     by = judged_by(settings, questions)
     if isinstance(by, ByRule) and (bare := sum(not q.rule for q in questions)):
@@ -120,7 +131,9 @@ def questions_of(experiment: Experiment, dataset: Dataset) -> tuple[list[Example
             'Choose another judge: judge.by = "likelihood", or { kind = "local", model = ... }, or { kind = "endpoint", ... }.'
         )
     if isinstance(by, ByLikelihood) and not any(q.response.strip() for q in questions):
-        raise ConfigError("The likelihood judge needs reference answers, and the questions have none. Choose another judge.")
+        raise ConfigError(
+            "The likelihood judge needs reference answers, and the questions have none. Choose another judge."
+        )
     return questions, left_out
 
 
@@ -159,10 +172,20 @@ def _asked(experiment: Experiment, folder: Path, machine: Machine, say: Ask) -> 
     if experiment.judge is None or experiment.judge.table == "relative":
         rows = {row: adapter for row, adapter in rows.items() if not is_single(row)}
     said = answers_of(
-        machine.engine, machine.template, questions, rows, weights=machine.base_hash,
-        max_new_tokens=experiment.evaluation.max_new_tokens, cache=Cache(folder / ANSWERS),
-    )  # fmt: skip
-    return Asked(questions, {row: [a.text for a in its] for row, its in said.items()}, stored_of(experiment, questions), left_out)
+        machine.engine,
+        machine.template,
+        questions,
+        rows,
+        weights=machine.base_hash,
+        max_new_tokens=experiment.evaluation.max_new_tokens,
+        cache=Cache(folder / ANSWERS),
+    )
+    return Asked(
+        questions,
+        {row: [a.text for a in its] for row, its in said.items()},
+        stored_of(experiment, questions),
+        left_out,
+    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +201,10 @@ def _pairs(settings: Settings, asked: Sequence[Asked]) -> dict[tuple[str, str], 
         if settings.table == "relative":
             against = {"federated": its.said["federated"]}
         else:
-            against = {name: its.stored.get(name) or its.said[name] for name in _opponents(settings, its.stored, its.said)}
+            against = {
+                name: its.stored.get(name) or its.said[name]
+                for name in _opponents(settings, its.stored, its.said)
+            }
         for row, ours in its.said.items():
             label = f"{row.partition(':')[0]} mean" if is_single(row) else row
             for opponent, theirs in against.items():
@@ -187,7 +213,9 @@ def _pairs(settings: Settings, asked: Sequence[Asked]) -> dict[tuple[str, str], 
     return pairs
 
 
-def _opponents(settings: Settings, stored: Mapping[str, Any], rows: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def _opponents(
+    settings: Settings, stored: Mapping[str, Any], rows: Sequence[str] | Mapping[str, Any]
+) -> list[str]:
     known = [*stored, *(row for row in rows if not is_single(row))]
     if unknown := [name for name in settings.against if name not in known]:
         raise ConfigError(f"judge.against names {unknown[0]!r}. Expected some of {', '.join(known)}.")
@@ -214,38 +242,64 @@ def task_of(row: str, experiment: Experiment) -> str:
 
 
 def _table(
-    settings: Settings, the_judge: Judge, experiment: Experiment, asked: Sequence[Asked],
-    found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]], seeds: Sequence[Experiment], leaks: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    settings: Settings,
+    the_judge: Judge,
+    experiment: Experiment,
+    asked: Sequence[Asked],
+    found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]],
+    seeds: Sequence[Experiment],
+    leaks: Mapping[str, Any],
+) -> dict[str, Any]:
     categories = [[q.category for q in its.questions] for its in asked]
-    crossed = all([question_files.key(q) for q in its.questions] == [question_files.key(q) for q in asked[0].questions] for its in asked)
+    crossed = all(
+        [question_files.key(q) for q in its.questions] == [question_files.key(q) for q in asked[0].questions]
+        for its in asked
+    )
     rows = []
     for (row, opponent), by_seed in found.items():
         every = [c for its in by_seed for c in its]
         made: dict[str, Any]
         if settings.table == "relative":
-            made = asdict(relative([c for [c] in by_seed], categories, divides=the_judge.rubric.low >= 0, crossed=crossed))
+            made = asdict(
+                relative(
+                    [c for [c] in by_seed], categories, divides=the_judge.rubric.low >= 0, crossed=crossed
+                )
+            )
         else:
             counted = wins(by_seed, categories)
             made = {"win": None} if counted is None else asdict(counted)
-        rows.append({
-            "row": row, "opponent": opponent, "model": model_of(row), "method": method_of(row, experiment),
-            "task": task_of(row, experiment), "private_share": _private_share(row, experiment), "leakage": leaks.get(row), **made,
-            "judged": sum(c.judged for c in every), "of": sum(c.questions for c in every), **_orders(every),
-        })  # fmt: skip
+        rows.append(
+            {
+                "row": row,
+                "opponent": opponent,
+                "model": model_of(row),
+                "method": method_of(row, experiment),
+                "task": task_of(row, experiment),
+                "private_share": _private_share(row, experiment),
+                "leakage": leaks.get(row),
+                **made,
+                "judged": sum(c.judged for c in every),
+                "of": sum(c.questions for c in every),
+                **_orders(every),
+            }
+        )
     return {
         "table": settings.table,
         "judge": {name: value for name, value in the_judge.identity.items() if name != "prompt"},
         "rubric": the_judge.rubric.name,
         "both_orders": settings.both_orders,
         "questions": {
-            "from": "held-out examples" if experiment.evaluation.questions is None else Path(experiment.evaluation.questions).name,
-            "count": len(asked[0].questions), "left_out": max(its.left_out for its in asked), "same_for_every_seed": crossed,
+            "from": "held-out examples"
+            if experiment.evaluation.questions is None
+            else Path(experiment.evaluation.questions).name,
+            "count": len(asked[0].questions),
+            "left_out": max(its.left_out for its in asked),
+            "same_for_every_seed": crossed,
         },
         "seeds": [e.seed for e in seeds],
         "rows": rows,
         "samples": _samples(asked[0], found),
-    }  # fmt: skip
+    }
 
 
 def _leaks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -276,7 +330,9 @@ def _orders(every: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
-def _samples(asked: Asked, found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]]) -> list[dict[str, Any]]:
+def _samples(
+    asked: Asked, found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]]
+) -> list[dict[str, Any]]:
     """A few questions of the first seed, with every answer that was judged and its score."""
     chosen = sorted({i * len(asked.questions) // SAMPLES for i in range(min(SAMPLES, len(asked.questions)))})
     samples = []
@@ -287,8 +343,16 @@ def _samples(asked: Asked, found: Mapping[tuple[str, str], Sequence[Sequence[Com
                 scores |= {row: pair.ours, opponent: pair.theirs}
         texts = {**{r: a for r, a in asked.said.items() if not is_single(r)}, **asked.stored}
         question = asked.questions[i]
-        samples.append({
-            "category": question.category, "instruction": question.instruction, "context": question.context,
-            "answers": [{"of": name, "text": texts[name][i], "score": score} for name, score in scores.items() if name in texts],
-        })  # fmt: skip
+        samples.append(
+            {
+                "category": question.category,
+                "instruction": question.instruction,
+                "context": question.context,
+                "answers": [
+                    {"of": name, "text": texts[name][i], "score": score}
+                    for name, score in scores.items()
+                    if name in texts
+                ],
+            }
+        )
     return samples

@@ -59,7 +59,12 @@ def leakage(
     tuned = {row: adapter for row, adapter in rows.items() if row != BASE}
     every = with_base(tuned)
     said = extract(
-        engine, machine.template, tuned, on.members, on.held_out, max_new_tokens=experiment.evaluation.max_new_tokens
+        engine,
+        machine.template,
+        tuned,
+        on.members,
+        on.held_out,
+        max_new_tokens=experiment.evaluation.max_new_tokens,
     )
     told = membership(engine, on.members, on.held_out, every)
     found = {

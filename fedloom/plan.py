@@ -48,9 +48,18 @@ def plan(experiment: Experiment) -> Plan:
     codec: Codec = experiment.transport.codec.build()
     noise = rng.numpy_stream(experiment.seed, "plan")
     delta = adapter.map(lambda t: 1e-3 * torch.from_numpy(noise.standard_normal(t.shape)).to(t.dtype))
-    up = len(wire.pack_update(Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec))
+    up = len(
+        wire.pack_update(
+            Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec
+        )
+    )
     base = models.count_parameters(model)
-    data, clients, disk, problem = list[str](), [f"client-{i:03d}" for i in range(experiment.data.clients or 1)], 0, None
+    data, clients, disk, problem = (
+        list[str](),
+        [f"client-{i:03d}" for i in range(experiment.data.clients or 1)],
+        0,
+        None,
+    )
     notes: Sequence[str] = ()
     try:
         dataset = load_data(experiment)
@@ -59,11 +68,18 @@ def plan(experiment: Experiment) -> Plan:
         sample = examples[:: max(1, len(examples) // 2000)]
         data = [
             f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
-            f"in {len(sample):,} of them: " + ", ".join(f"{k.replace('_', ' ')} {v:,.4g}" for k, v in template.measure(sample).items() if k != "examples"),
+            f"in {len(sample):,} of them: "
+            + ", ".join(
+                f"{k.replace('_', ' ')} {v:,.4g}"
+                for k, v in template.measure(sample).items()
+                if k != "examples"
+            ),
         ]
         room = experiment.evaluation.max_new_tokens
         if cut := sum(template.prompt_cut(e, room=room) != "none" for e in dataset.test):
-            data.append(f"{cut:,} held-out prompts are cut: the base model reads {template.positions:,} tokens, {room:,} of them for an answer")
+            data.append(
+                f"{cut:,} held-out prompts are cut: the base model reads {template.positions:,} tokens, {room:,} of them for an answer"
+            )
         clients = sorted(dataset.clients)
         disk = preflight.disk(experiment, dataset, layout.size, compared=False)
         preflight.check(experiment, [dataset], skeleton)
@@ -74,9 +90,21 @@ def plan(experiment: Experiment) -> Plan:
     cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
     width = min(experiment.transport.width, max(1, round(cohort)))
     return Plan(
-        base, layout.size, len(layout.targets), up, down, experiment.rounds, cohort, width,
-        experiment.model.tokens_per_pass, _memory(experiment, model, base, layout.size, width), disk, data, notes, problem,
-    )  # fmt: skip
+        base,
+        layout.size,
+        len(layout.targets),
+        up,
+        down,
+        experiment.rounds,
+        cohort,
+        width,
+        experiment.model.tokens_per_pass,
+        _memory(experiment, model, base, layout.size, width),
+        disk,
+        data,
+        notes,
+        problem,
+    )
 
 
 def _cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> list[Sequence[ClientId]]:
@@ -87,7 +115,9 @@ def _cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> list[Sequen
         return [clients] * experiment.rounds
 
 
-def _bytes_down(adapter: AdapterState, delta: AdapterState, codec: Codec, cohorts: Sequence[Sequence[ClientId]]) -> int:
+def _bytes_down(
+    adapter: AdapterState, delta: AdapterState, codec: Codec, cohorts: Sequence[Sequence[ClientId]]
+) -> int:
     """To a client in a round, on average: less where it was there not long before."""
     message = Broadcast(0, {"adapter": adapter})
     if not codec.label:
@@ -120,8 +150,12 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: 
     weight = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes
     number = 2 if m.dtype == "bfloat16" else 4
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    a_token = 24 * config.hidden_size + 6 * wide + 2 * config.num_attention_heads * experiment.prompt.max_length
-    activations = 1.5 * m.tokens_per_pass * config.num_hidden_layers * a_token * number / (4 if m.checkpointing else 1)
+    a_token = (
+        24 * config.hidden_size + 6 * wide + 2 * config.num_attention_heads * experiment.prompt.max_length
+    )
+    activations = (
+        1.5 * m.tokens_per_pass * config.num_hidden_layers * a_token * number / (4 if m.checkpointing else 1)
+    )
     return RUNTIME + base * weight + width * adapter * 16 + activations
 
 

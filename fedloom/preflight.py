@@ -46,7 +46,9 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
     held = dict.fromkeys(e for d in datasets for e in d.test)
     questions = dict.fromkeys(e for d in datasets for e in asked(experiment, d))
     relabelled = list(train) if any(a.takes("relabel") for a in algorithms) else []
-    check_examples(experiment, base, [*train, *(e for e in held if e not in train)], [*questions, *relabelled])
+    check_examples(
+        experiment, base, [*train, *(e for e in held if e not in train)], [*questions, *relabelled]
+    )
 
 
 def check_examples(
@@ -86,7 +88,9 @@ def _leave_room(experiment: Experiment, base: Skeleton, questions: Iterable[Exam
     """Every question can be answered in `evaluation.max_new_tokens`."""
     room = experiment.evaluation.max_new_tokens
     for question in questions:
-        advice = "Lower evaluation.max_new_tokens, or raise prompt.max_length where the base model reads more."
+        advice = (
+            "Lower evaluation.max_new_tokens, or raise prompt.max_length where the base model reads more."
+        )
         try:
             prompt = len(base.template.prompt_ids(question, room=room))
         except DataError as why:
@@ -113,7 +117,11 @@ def disk(experiment: Experiment, dataset: Dataset, numbers: int, *, compared: bo
     clients = len(dataset.clients)
     rows = 3 + len(experiment.compare.local) + len(experiment.compare.methods) if compared else 1
     states = checkpoint.KEPT + 1  # one more while it is written
-    remembered = 2 * clients if compared or not experiment.algorithm.shared or experiment.algorithm.takes("synthesize") else 2
+    remembered = (
+        2 * clients
+        if compared or not experiment.algorithm.shared or experiment.algorithm.takes("synthesize")
+        else 2
+    )
     one_seed = rows * states * (2 + remembered) * numbers * NUMBER
     return (experiment.compare.seeds if compared else 1) * one_seed + 2 * numbers * NUMBER
 

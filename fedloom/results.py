@@ -37,7 +37,13 @@ SAMPLES = 16  # held-out questions kept with everybody's answers, for the report
 LOCAL = "local:"  # prefix of the rows of clients that train alone
 JUDGED = "judged.json"  # of a comparison: the tables that a judge made of it
 ANSWERS = "answers.jsonl"  # of a run or a seed: what its models answered, so that nothing is generated twice
-LOWER = ("loss", "end_loss", "extraction", "exposure", "auc")  # metrics of which less is better; of an AUC its distance from 1/2
+LOWER = (
+    "loss",
+    "end_loss",
+    "extraction",
+    "exposure",
+    "auc",
+)  # metrics of which less is better; of an AUC its distance from 1/2
 COIN = 0.5  # the AUC of a coin
 
 
@@ -68,9 +74,18 @@ def measure(
     limit = experiment.evaluation.max_new_tokens
     say(f"answering {len(asked)} question{'s' if len(asked) != 1 else ''} by {len(rows)} models")
     said = (
-        answers_of(machine.engine, machine.template, questions, rows, weights=machine.base_hash, max_new_tokens=limit, cache=cache)
-        if asked else {}
-    )  # fmt: skip
+        answers_of(
+            machine.engine,
+            machine.template,
+            questions,
+            rows,
+            weights=machine.base_hash,
+            max_new_tokens=limit,
+            cache=cache,
+        )
+        if asked
+        else {}
+    )
     ends = end_loss(machine.engine, machine.template, questions, rows) if asked else {}
     cut = sum(machine.template.prompt_cut(q, room=limit) != "none" for q in questions)
     measured: dict[str, Any] = {}
@@ -141,7 +156,9 @@ def method_of(row: str, experiment: Experiment) -> str:
         return experiment.compare.methods[label].name
     if is_specialist(row):
         return "fedavg"
-    return {"federated": experiment.algorithm.name, "local": "local_only", "centralised": "fedavg"}.get(label, label)
+    return {"federated": experiment.algorithm.name, "local": "local_only", "centralised": "fedavg"}.get(
+        label, label
+    )
 
 
 def summarise(
@@ -190,17 +207,25 @@ def summarise(
         "own_mix": outcomes(results, shared="federated", alone=LOCAL, lower=LOWER),
         "groups": {row: part["groups"] for row, part in results[0]["rows"].items()},
         "samples": results[0]["samples"],
-        "prompts_cut": sum(r.get("prompts_cut", 0) for r in results),  # questions that models saw a part of, over all seeds
+        "prompts_cut": sum(
+            r.get("prompts_cut", 0) for r in results
+        ),  # questions that models saw a part of, over all seeds
         "synthesis": results[0].get("synthesis", {}),
-        "rounds": [{k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records],
+        "rounds": [
+            {k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records
+        ],
         "adapter_sha256": adapter_sha256,
-        "partition": {"by": dataset.by, "distance": dataset.table.distance, "totals": dict(dataset.table.totals),
-                      "clients": [asdict(c) for c in dataset.table.clients]},
+        "partition": {
+            "by": dataset.by,
+            "distance": dataset.table.distance,
+            "totals": dict(dataset.table.totals),
+            "clients": [asdict(c) for c in dataset.table.clients],
+        },
         "data": {"test": len(dataset.test), "train": sum(map(len, dataset.clients.values())), **dataset.read},
         "engine": dict(engine),
         "environment": environment(),
         "provenance": _provenance(experiment, dataset, when),
-    }  # fmt: skip
+    }
 
 
 def better(metric: str, a: float, b: float) -> bool:
@@ -239,7 +264,9 @@ def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {**out, **{row: found for row, found in table.items() if is_single(row)}}
 
 
-def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def _differences(
+    tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
     """Between the named rows (not single clients), each pair once, paired by seed; of AUCs, of their distances from 1/2."""
     names = [n for n in tables[0] if not is_single(n)]
     out = []
@@ -249,14 +276,27 @@ def _differences(tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: S
                 if any(metric not in t[row] for t in tables for row in (a, b)):
                     continue
                 found = paired(*([judged(metric, t[row][metric]) for t in tables] for row in (a, b)))
-                out.append({"a": a, "b": b, "metric": metric, "mean": found.estimate.mean,
-                            "ci95": found.estimate.ci95, "p_value": found.p_value, "constant": found.constant})  # fmt: skip
+                out.append(
+                    {
+                        "a": a,
+                        "b": b,
+                        "metric": metric,
+                        "mean": found.estimate.mean,
+                        "ci95": found.estimate.ci95,
+                        "p_value": found.p_value,
+                        "constant": found.constant,
+                    }
+                )
     return out
 
 
 def environment() -> dict[str, str]:
     packages = ("fedloom", "torch", "transformers", "peft")
-    return {"python": platform.python_version(), "machine": platform.machine(), **{p: version(p) for p in packages}}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{p: version(p) for p in packages},
+    }
 
 
 def _provenance(experiment: Experiment, dataset: Dataset, when: tuple[float, float] | None) -> dict[str, Any]:
@@ -288,11 +328,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
-
 def read_judged(folder: Path) -> list[dict[str, Any]]:
     """The tables that judges made of this comparison's models, the latest last. Raises: RunError."""
     path = folder / JUDGED
     try:
         return list(json.loads(path.read_text("utf-8"))["tables"]) if path.exists() else []
     except (ValueError, KeyError, TypeError) as damage:
-        raise RunError(f"{path} cannot be read: {type(damage).__name__}. Delete it and judge again: fedloom judge {folder}") from damage
+        raise RunError(
+            f"{path} cannot be read: {type(damage).__name__}. Delete it and judge again: fedloom judge {folder}"
+        ) from damage

@@ -21,7 +21,9 @@ def key(seed: int, *name: Name) -> int:
     >>> key(0, "a", "bc") == key(0, "ab", "c")
     False
     """
-    parts = (f"{type(part).__name__}:{part}".replace("\x1f", "\x1f\x1f") for part in (seed, *name))  # doubled: no separator
+    parts = (
+        f"{type(part).__name__}:{part}".replace("\x1f", "\x1f\x1f") for part in (seed, *name)
+    )  # doubled: no separator
     text = "\x1f".join(parts).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 

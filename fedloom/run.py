@@ -1,12 +1,12 @@
 """A run in a folder: started, killed, resumed, finished; and what it leaves there.
 
-    experiment.toml   what was asked for, every default written out
-    inputs.json       what the data, the base model and the prompts were: a resumed run goes on with no others
-    metrics.jsonl     one line a round
-    state/            the last two committed rounds (checkpoint.py)
-    adapter/          the tuned adapter in PEFT's format, with a model card
-    summary.json      the result, machine readable
-    report.html       the same for people, in one page
+experiment.toml   what was asked for, every default written out
+inputs.json       what the data, the base model and the prompts were: a resumed run goes on with no others
+metrics.jsonl     one line a round
+state/            the last two committed rounds (checkpoint.py)
+adapter/          the tuned adapter in PEFT's format, with a model card
+summary.json      the result, machine readable
+report.html       the same for people, in one page
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Training:
             for client, memory in found.checkpoint.memories.items():
                 self.clients[client].memory = dict(memory)
             if lost := journal.align(metrics, record):
-                listener.warned(f"{metrics} was damaged and lacks round {', '.join(map(str, lost))}; the result is not affected")
+                listener.warned(
+                    f"{metrics} was damaged and lacks round {', '.join(map(str, lost))}; the result is not affected"
+                )
         sizes = [len(self.select(r)) for r in range(self.experiment.rounds)]
         listener.phase("training")
         listener.started(rounds=self.experiment.rounds, completed=state.round, cohort=fmean(sizes))
@@ -88,15 +90,23 @@ class Training:
             clock = time.monotonic()
 
         how = self.experiment.transport
-        transport = InProcess(self.algorithm, self.machine.engine, self.clients, how.width, Downlink.of(state, how.codec.build()))
+        transport = InProcess(
+            self.algorithm,
+            self.machine.engine,
+            self.clients,
+            how.width,
+            Downlink.of(state, how.codec.build()),
+        )
         federation = Federation(self.algorithm, transport, self.select, after_round, listener.updated)
         return federation.run(state, self.experiment.rounds)
 
     def _inputs(self) -> dict[str, str]:
         machine = self.machine
         return {
-            "data_sha256": self.dataset.sha256(), "base_sha256": machine.base_sha256, "prompt_sha256": machine.template.sha256(),
-        }  # fmt: skip
+            "data_sha256": self.dataset.sha256(),
+            "base_sha256": machine.base_sha256,
+            "prompt_sha256": machine.template.sha256(),
+        }
 
     def _check_inputs(self) -> None:
         """Refuse to go on with other data or another base model than the run began with."""
@@ -112,18 +122,33 @@ class Training:
 
     def _commit(self, state: ServerState, record: Mapping[str, Any]) -> None:
         memories = {c: client.memory for c, client in self.clients.items() if client.memory}
-        checkpoint.commit(self.folder / "state", Checkpoint(state, memories, record), fingerprint=self.fingerprint)
+        checkpoint.commit(
+            self.folder / "state", Checkpoint(state, memories, record), fingerprint=self.fingerprint
+        )
         journal.append(self.folder / "metrics.jsonl", record)
 
     def _record(self, state: ServerState, seen: Round, *, seconds: float) -> dict[str, Any]:
         clients = {c: _numbers(u.metrics) for c, u in sorted(seen.updates.items())}
-        weights = {c: u.weight for c, u in seen.updates.items() if math.isfinite(u.metrics.get("loss", math.nan))}
-        loss = sum(seen.updates[c].metrics["loss"] * w for c, w in weights.items()) / sum(weights.values()) if weights else None
+        weights = {
+            c: u.weight for c, u in seen.updates.items() if math.isfinite(u.metrics.get("loss", math.nan))
+        }
+        loss = (
+            sum(seen.updates[c].metrics["loss"] * w for c, w in weights.items()) / sum(weights.values())
+            if weights
+            else None
+        )
         return {
             "round": state.round,
             "cohort": list(seen.cohort),
-            "clients": {c: {"examples": u, **clients[c]} for c, u in sorted((c, x.weight) for c, x in seen.updates.items())},
-            "unsent": {c: _numbers(self.clients[c].memory[UNSENT]) for c in clients if UNSENT in self.clients[c].memory},
+            "clients": {
+                c: {"examples": u, **clients[c]}
+                for c, u in sorted((c, x.weight) for c, x in seen.updates.items())
+            },
+            "unsent": {
+                c: _numbers(self.clients[c].memory[UNSENT])
+                for c in clients
+                if UNSENT in self.clients[c].memory
+            },
             "refused": dict(sorted(seen.refused.items())),
             "loss": loss,
             "bytes_up": seen.bytes_up,
@@ -149,7 +174,11 @@ class Training:
     def _leakage(self, state: ServerState) -> dict[str, Any] | None:
         """What the server's adapter gives away, where the experiment wants to know it in this round."""
         every = self.experiment.audit.every
-        if every is None or not self.algorithm.shared or (state.round % every and state.round != self.experiment.rounds):
+        if (
+            every is None
+            or not self.algorithm.shared
+            or (state.round % every and state.round != self.experiment.rounds)
+        ):
             return None
         rows = {"global": state.adapter} if state.round else {}
         found = leakage(self.experiment, self.dataset, self.machine, rows)
@@ -159,7 +188,10 @@ class Training:
 def other_inputs(saved: Path, dataset: Dataset, machine: Machine) -> str | None:
     """What is not as `saved` (INPUTS) has it: "data are", say; None: nothing. Raises OSError, ValueError."""
     prompts = machine.template.sha256()
-    then = {"prompt_sha256": prompts, **json.loads(saved.read_bytes())}  # version 0.1.0 did not record the prompts
+    then = {
+        "prompt_sha256": prompts,
+        **json.loads(saved.read_bytes()),
+    }  # version 0.1.0 did not record the prompts
     if then.get("data_sha256") != dataset.sha256():
         return "data are"
     if not machine.is_base(then.get("base_sha256", "")):

@@ -1,9 +1,9 @@
 """The two things one does with an experiment, as functions: `run` it, or `compare` its rows.
 
-    from fedloom.config import load
-    from fedloom.simulate import run
+from fedloom.config import load
+from fedloom.simulate import run
 
-    summary = run(load("quickstart", ["rounds=4"]), Path("runs/mine"))
+summary = run(load("quickstart", ["rounds=4"]), Path("runs/mine"))
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ from fedloom.run import INPUTS, Listener
 from fedloom.state import AdapterState
 
 
-def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener: Listener = Listener()) -> dict[str, Any]:
+def run(
+    experiment: Experiment, folder: Path, *, resume: bool = False, listener: Listener = Listener()
+) -> dict[str, Any]:
     """Train, evaluate and export one experiment in `folder`; returns what summary.json holds.
 
     With `resume`, goes on from the newest committed round; a finished run is only read. However often
@@ -68,24 +70,45 @@ def run(experiment: Experiment, folder: Path, *, resume: bool = False, listener:
         training = federated(experiment, dataset, machine, folder)
         state = training.finish(listener)
         conv1d = bool(machine.describe()["conv1d"])
-        _save(folder / "adapter", experiment, machine, state.adapter, machine.base_sha256, conv1d, card.unmeasured(experiment))
+        _save(
+            folder / "adapter",
+            experiment,
+            machine,
+            state.adapter,
+            machine.base_sha256,
+            conv1d,
+            card.unmeasured(experiment),
+        )
         rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
         with measuring(folder, "run"):
-            result = measure(experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase)
+            result = measure(
+                experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase
+            )
         if made := synthesis_of(training):
             result["synthesis"] = {"federated": made}
         summary = summarise(
-            "run", experiment, dataset, [result], records=journal.read(folder / "metrics.jsonl"),
-            adapter_sha256=state.adapter.sha256(), engine=machine.describe(), when=_when(folder),
-        )  # fmt: skip
+            "run",
+            experiment,
+            dataset,
+            [result],
+            records=journal.read(folder / "metrics.jsonl"),
+            adapter_sha256=state.adapter.sha256(),
+            engine=machine.describe(),
+            when=_when(folder),
+        )
         _finish(folder, summary)
     return summary
 
 
 def compare(
-    experiment: Experiment, folder: Path, *, jobs: int = 1, resume: bool = False,
-    on_progress: Callable[[Progress], None] = lambda _: None, on_notes: Callable[[Sequence[str]], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+    experiment: Experiment,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_notes: Callable[[Sequence[str]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
 
     `jobs` seeds run at a time, each in a process of its own. Resumes like `run`, seed by seed.
@@ -118,11 +141,19 @@ def compare(
         results = [read_result(seed) for seed in seeds]
         first = next(iter(seeds))
         if exported is None:
-            raise RunError(f"{first / 'federated'} holds no committed round any more; start again with another --out.")
+            raise RunError(
+                f"{first / 'federated'} holds no committed round any more; start again with another --out."
+            )
         summary = summarise(
-            "compare", experiment, datasets[0], results, records=journal.read(first / "federated" / "metrics.jsonl"),
-            adapter_sha256=exported.sha256(), engine=results[0]["engine"], when=_when(folder),
-        )  # fmt: skip
+            "compare",
+            experiment,
+            datasets[0],
+            results,
+            records=journal.read(first / "federated" / "metrics.jsonl"),
+            adapter_sha256=exported.sha256(),
+            engine=results[0]["engine"],
+            when=_when(folder),
+        )
         _finish(folder, summary)
     return summary
 
@@ -138,18 +169,27 @@ def _export_first(folder: Path, seeds: Mapping[Path, Experiment], base: Skeleton
         return None
     sha256 = json.loads((home / INPUTS).read_bytes())["base_sha256"]
     conv1d = any(t.kind == "conv1d" for t in AdapterLayout.of(base.model, experiment.adapter))
-    _save(folder / "adapter", experiment, base, found.state.adapter, sha256, conv1d, card.unmeasured(experiment))
+    _save(
+        folder / "adapter", experiment, base, found.state.adapter, sha256, conv1d, card.unmeasured(experiment)
+    )
     return found.state.adapter
 
 
 def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Measure a finished run's adapter beside the base, on the held-out part of `experiment`'s data."""
     dataset = load_data(experiment)
-    preflight.check_examples(experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset))
+    preflight.check_examples(
+        experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset)
+    )
     machine = load_machine(experiment)
     adapter = adapter_of(folder, machine)
-    result = measure(experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS))
-    write_json(folder / "evaluation.json", {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()})
+    result = measure(
+        experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS)
+    )
+    write_json(
+        folder / "evaluation.json",
+        {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()},
+    )
     return result
 
 
@@ -194,11 +234,21 @@ def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = 
             _serving(machine, machine.base_sha256).save(draft)
             (draft / "README.md").write_text(words.strip() + "\n", "utf-8")
 
-        export_merged(machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder, beside=beside)
+        export_merged(
+            machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder, beside=beside
+        )
     else:
         words = card.model_card(summary) if summary else card.unmeasured(experiment)
         with _whole(folder) as draft:
-            _save(draft, experiment, machine, adapter, machine.base_sha256, bool(machine.describe()["conv1d"]), words)
+            _save(
+                draft,
+                experiment,
+                machine,
+                adapter,
+                machine.base_sha256,
+                bool(machine.describe()["conv1d"]),
+                words,
+            )
 
 
 @contextmanager
@@ -213,7 +263,9 @@ def _whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _checked(experiment: Experiment, folder: Path, datasets: Sequence[Dataset], *, compared: bool) -> Skeleton:
+def _checked(
+    experiment: Experiment, folder: Path, datasets: Sequence[Dataset], *, compared: bool
+) -> Skeleton:
     """What can be known before any training, then the settings in the folder: those of a run that can be finished."""
     base = load_skeleton(experiment)
     preflight.check(experiment, datasets, base)
@@ -231,7 +283,11 @@ def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     Where only settings of measuring differ, the training is finished and is measured again.
     """
     summary = read_summary(folder)
-    if summary is None or parse(tomli_w.dumps(summary["experiment"]), "summary.json").anchored().plain() != experiment.plain():
+    if (
+        summary is None
+        or parse(tomli_w.dumps(summary["experiment"]), "summary.json").anchored().plain()
+        != experiment.plain()
+    ):
         return None
     if not (folder / "report.html").exists():
         page.write(folder)
@@ -294,21 +350,37 @@ def _same_training(saved: Experiment, wanted: Experiment, path: Path) -> None:
 
 
 def _save(
-    folder: Path, experiment: Experiment, base: Machine | Skeleton, adapter: AdapterState, base_sha256: str, conv1d: bool, words: str
-) -> None:  # fmt: skip
+    folder: Path,
+    experiment: Experiment,
+    base: Machine | Skeleton,
+    adapter: AdapterState,
+    base_sha256: str,
+    conv1d: bool,
+    words: str,
+) -> None:
     """The adapter in PEFT's format, with all that other tools need to ask and stop as training taught."""
     folder.mkdir(parents=True, exist_ok=True)
     _serving(base, base_sha256).save(folder)
     save_adapter(
-        folder, adapter, experiment.adapter, base_name=_base_name(experiment), card=words, fan_in_fan_out=conv1d
-    )  # fmt: skip
+        folder,
+        adapter,
+        experiment.adapter,
+        base_name=_base_name(experiment),
+        card=words,
+        fan_in_fan_out=conv1d,
+    )
     durable.sync_folder(folder)
 
 
 def _serving(base: Machine | Skeleton, base_sha256: str) -> Serving:
     template = base.template
     return Serving(
-        base.tokenizer, chat_template(template, base.tokenizer), template.stop, template.format, template.system, base_sha256
+        base.tokenizer,
+        chat_template(template, base.tokenizer),
+        template.stop,
+        template.format,
+        template.system,
+        base_sha256,
     )
 
 

@@ -108,4 +108,3 @@ class AdapterState(Mapping[str, "Tensor"]):
     # A Mapping compares by value, which tensors cannot; use sha256() or torch.equal by tensor.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-

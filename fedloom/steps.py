@@ -64,7 +64,9 @@ class LocalTraining:
 
     epochs: int = 1
     batch_size: int = 16
-    batches: Literal["within_epochs", "across_epochs"] = "within_epochs"  # does an epoch end with a short batch
+    batches: Literal["within_epochs", "across_epochs"] = (
+        "within_epochs"  # does an epoch end with a short batch
+    )
     learning_rate: float = 3e-4
     schedule: Literal["constant", "cosine"] = "constant"  # across rounds; it never restarts
     rounds: int = 1  # the length of the cosine
@@ -194,7 +196,9 @@ class TokenScores:
 class Scored:
     nll: float  # nats, summed over the labelled tokens
     targets: int  # labelled tokens
-    energy: float | None = None  # -logsumexp of the logits, mean over the labelled tokens; None: not asked for
+    energy: float | None = (
+        None  # -logsumexp of the logits, mean over the labelled tokens; None: not asked for
+    )
     tokens: TokenScores | None = None  # None: not asked for
 
 

@@ -21,8 +21,14 @@ def export(run: Path, folder: Path) -> None:
     with SummaryWriter(str(folder)) as writer:
         for r in records:
             step, held = r["round"], r["held_out"] or {}
-            scalars = {"loss/train": r["loss"], "loss/held-out": held.get("loss"), "bytes/up": r["bytes_up"],
-                       "bytes/down": r["bytes_down"], "clients/refused": len(r["refused"]), "seconds": r["seconds"]}  # fmt: skip
+            scalars = {
+                "loss/train": r["loss"],
+                "loss/held-out": held.get("loss"),
+                "bytes/up": r["bytes_up"],
+                "bytes/down": r["bytes_down"],
+                "clients/refused": len(r["refused"]),
+                "seconds": r["seconds"],
+            }
             scalars |= {f"client loss/{c}": found.get("loss") for c, found in r["clients"].items()}
             scalars |= {f"client held-out/{c}": loss for c, loss in (held.get("clients") or {}).items()}
             for name, value in scalars.items():

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")  # before torch reads them
+os.environ.update(
+    OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1"
+)  # before torch reads them
 
 from fedloom import checkpoint
 from fedloom.attacks import discoverable
@@ -45,11 +47,26 @@ EXPOSURE, AUC, EPSILON = 10.0, 0.98, 1.5  # what an audit has to find
 
 
 def settings(base: Path, rounds: int) -> Experiment:
-    return parse("", "acceptance", [
-        "name=acceptance", f"rounds={rounds}", f"model.base={base}", "model.device=cpu", "prompt.format=plain",
-        "adapter.rank=32", "adapter.alpha=64.0", "local.batch_size=8", "local.learning_rate=5e-3", "cohort=all",
-        f"evaluation.every={rounds}", "evaluation.answers=0", "evaluation.max_new_tokens=32", "audit.references=2048",
-    ])  # fmt: skip
+    return parse(
+        "",
+        "acceptance",
+        [
+            "name=acceptance",
+            f"rounds={rounds}",
+            f"model.base={base}",
+            "model.device=cpu",
+            "prompt.format=plain",
+            "adapter.rank=32",
+            "adapter.alpha=64.0",
+            "local.batch_size=8",
+            "local.learning_rate=5e-3",
+            "cohort=all",
+            f"evaluation.every={rounds}",
+            "evaluation.answers=0",
+            "evaluation.max_new_tokens=32",
+            "audit.references=2048",
+        ],
+    )
 
 
 def vocabulary(tokenizer: Any) -> list[str]:
@@ -71,7 +88,11 @@ def secrets(words: Sequence[str], count: int, name: str) -> list[Example]:
 def stories(machine: Machine, count: int) -> list[Example]:
     start = tuple(machine.template.document_ids(""))
     asked = Generate(
-        [start] * count, max_new_tokens=96, stop=machine.template.stop, temperature=1.0, stream=("acceptance",)
+        [start] * count,
+        max_new_tokens=96,
+        stop=machine.template.stop,
+        temperature=1.0,
+        stream=("acceptance",),
     )
     texts = [machine.template.decode(ids) for ids in machine.engine.answer({0: asked})[0]]
     return [Example("", text, category="story", id=f"story:{n}") for n, text in enumerate(texts)]
@@ -92,7 +113,9 @@ def federation(machine: Machine) -> tuple[Dataset, Targets]:
     return data, Targets(planted, twins, dict.fromkeys(planted, 1), twins, secrets(words, 2048, "references"))
 
 
-def figures(experiment: Experiment, data: Dataset, machine: Machine, adapter: AdapterState, on: Targets) -> dict[str, Any]:
+def figures(
+    experiment: Experiment, data: Dataset, machine: Machine, adapter: AdapterState, on: Targets
+) -> dict[str, Any]:
     """Of the untuned base and of the adapter: what the acceptance is about, and the gate's word on it."""
     public = of_public(experiment, data, machine, adapter, on, samples=16, full=False)
     exact = discoverable.greedy(
@@ -116,20 +139,34 @@ def figures(experiment: Experiment, data: Dataset, machine: Machine, adapter: Ad
             "ROUGE-L out": public["extraction"][row]["held_out"]["rouge_l"]["mean"],
         }
     found = {"positions": {"public": public, "server": {"reason": "not part of this"}}}
-    return {"rows": rows, "epsilon": lower_bound(public)["epsilon"], "gate": gate(found, Limits(exposure=2.0, auc=0.65))}
+    return {
+        "rows": rows,
+        "epsilon": lower_bound(public)["epsilon"],
+        "gate": gate(found, Limits(exposure=2.0, auc=0.65)),
+    }
 
 
 def misses(found: dict[str, Any]) -> list[str]:
     """What the audit should have seen and has not."""
     row = found["rows"]["released"]
-    wanted = [("exposure in", row["exposure in"], EXPOSURE), ("AUC", row["AUC"], AUC), ("epsilon", found["epsilon"], EPSILON)]
-    said = [f"{name}: expected at least {least}, got {value:.3f}" for name, value, least in wanted if value < least]
+    wanted = [
+        ("exposure in", row["exposure in"], EXPOSURE),
+        ("AUC", row["AUC"], AUC),
+        ("epsilon", found["epsilon"], EPSILON),
+    ]
+    said = [
+        f"{name}: expected at least {least}, got {value:.3f}"
+        for name, value, least in wanted
+        if value < least
+    ]
     return said + (["the gate let it pass"] if found["gate"]["passed"] else [])
 
 
 def shown(found: dict[str, Any], row: str) -> str:
     values = found["rows"][row].items()
-    return ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.3f}'}" for name, value in values)
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:.3f}'}" for name, value in values
+    )
 
 
 @dataclass(frozen=True)
@@ -149,11 +186,16 @@ class Looks(Listener):
         self.found.append(figures(t.experiment, t.dataset, t.machine, last.state.adapter, self.on))
         if len(self.found) == 1:
             print(f"base: {shown(self.found[0], 'base')}", flush=True)
-        print(f"round {record['round']}: {shown(self.found[-1], 'released')}, epsilon {self.found[-1]['epsilon']:.2f}", flush=True)
+        print(
+            f"round {record['round']}: {shown(self.found[-1], 'released')}, epsilon {self.found[-1]['epsilon']:.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("base", type=Path, help="the folder of stories260K")
     parser.add_argument("--rounds", type=int, default=64)
     given = parser.parse_args()
@@ -167,7 +209,9 @@ def main() -> None:
         training.finish(looks)
     print(f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} of them computing")
     for line in looks.found[-1]["gate"]["gate"]:
-        print(f"gate: {line['measure']} {line['value']:.3f}, limit {line['limit']:g}: {'passed' if line['passed'] else 'failed'}")
+        print(
+            f"gate: {line['measure']} {line['value']:.3f}, limit {line['limit']:g}: {'passed' if line['passed'] else 'failed'}"
+        )
     missed = misses(looks.found[-1])
     print("\n".join(missed) or "The audit sees it all.")
     sys.exit(bool(missed))

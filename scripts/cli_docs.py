@@ -33,7 +33,9 @@ Results go to standard output, progress and complaints to standard error.
 def page() -> str:
     shipped = "".join(f"| `{name}` | {' | '.join(about(text))} |\n" for name, text in recipes().items())
     commands = "\n".join(_command(str(info.name), info.callback) for info in app.registered_commands)
-    return f"{HEAD}\n## Recipes\n\n| recipe | shows | takes | needs |\n|---|---|---|---|\n{shipped}\n{commands}"
+    return (
+        f"{HEAD}\n## Recipes\n\n| recipe | shows | takes | needs |\n|---|---|---|---|\n{shipped}\n{commands}"
+    )
 
 
 def _command(name: str, function: Any) -> str:

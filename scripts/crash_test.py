@@ -24,7 +24,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1")  # before torch reads them
+os.environ.update(
+    OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1"
+)  # before torch reads them
 
 import fedloom.cli.display
 import fedloom.simulate
@@ -32,10 +34,20 @@ from fedloom.cli.main import main as fedloom
 from fedloom.config import load
 
 TINY = [
-    "quickstart", "model.base=random:llama", "rounds=16", "adapter.rank=2", "data.examples=96", "data.clients=4",
-    "data.hold_out=4", "local.epochs=1", "local.batch_size=4", "examples_per_round=8", "cohort.kind=fixed",
-    "cohort.count=3", "evaluation.answers=0",
-]  # fmt: skip
+    "quickstart",
+    "model.base=random:llama",
+    "rounds=16",
+    "adapter.rank=2",
+    "data.examples=96",
+    "data.clients=4",
+    "data.hold_out=4",
+    "local.epochs=1",
+    "local.batch_size=4",
+    "examples_per_round=8",
+    "cohort.kind=fixed",
+    "cohort.count=3",
+    "evaluation.answers=0",
+]
 LONGER = 1.5  # a run may take so much longer than the undisturbed one, on a busy machine
 
 
@@ -83,7 +95,9 @@ def phase(folder: Path) -> str:
 
 
 def rounds_of(folder: Path) -> int:
-    [line] = [line for line in (folder / "experiment.toml").read_text().splitlines() if line.startswith("rounds = ")]
+    [line] = [
+        line for line in (folder / "experiment.toml").read_text().splitlines() if line.startswith("rounds = ")
+    ]
     return int(line.removeprefix("rounds = "))
 
 
@@ -99,11 +113,15 @@ def outcome(folder: Path) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=1, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("settings", nargs="*", default=TINY, help="recipe and settings of the run; default: a tiny one")
+    parser.add_argument(
+        "settings", nargs="*", default=TINY, help="recipe and settings of the run; default: a tiny one"
+    )
     asked = parser.parse_args()
     chance = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -133,7 +151,9 @@ def main() -> None:
             finish(folder, fixed)
             same = outcome(folder) == expected
             identical += same
-            print(f"run {run}: killed at {'; '.join(died)}: {'identical' if same else 'DIFFERENT'}", flush=True)
+            print(
+                f"run {run}: killed at {'; '.join(died)}: {'identical' if same else 'DIFFERENT'}", flush=True
+            )
         print(f"{identical} of {asked.runs} identical (seed {asked.seed}, {time.monotonic() - began:.0f} s)")
         print("kills: " + ", ".join(f"{count} {where}" for where, count in sorted(phases.items())))
     sys.exit(identical != asked.runs)

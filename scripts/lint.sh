@@ -14,6 +14,7 @@ check() {
     fi
 }
 check style .venv/bin/ruff check --no-cache .
+check format .venv/bin/ruff format --no-cache --check .
 check types .venv/bin/mypy
 check imports .venv/bin/lint-imports --no-cache
 exit $failed

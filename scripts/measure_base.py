@@ -28,7 +28,11 @@ from fedloom.rng import numpy_stream
 from fedloom.steps import Generate
 
 SHOTS = 5
-NAMES = {w: "NAME" for w in mw.FIRST} | {w: "THING" for w in mw.THINGS} | {w: "DAY" for w in (*mw.DAYS, *mw.MONTHS)}
+NAMES = (
+    {w: "NAME" for w in mw.FIRST}
+    | {w: "THING" for w in mw.THINGS}
+    | {w: "DAY" for w in (*mw.DAYS, *mw.MONTHS)}
+)
 NAMES |= {w: "KIND" for kind, (plural, _) in mw.KINDS.items() for w in (kind, plural)}
 
 
@@ -40,7 +44,9 @@ def skeleton(text: str) -> str:
 
 def worked(number: int, e: Example, *, answered: bool = True) -> str:
     context = f"\nInput: {e.context}" if e.context else ""
-    return f"Task {number}\nInstruction: {e.instruction}{context}\nOutput:" + (f" {e.response}" if answered else "")
+    return f"Task {number}\nInstruction: {e.instruction}{context}\nOutput:" + (
+        f" {e.response}" if answered else ""
+    )
 
 
 def main() -> None:
@@ -74,16 +80,33 @@ def main() -> None:
             lists.append([Example(t.instruction, t.answers[0], t.context, rule=t.rule) for t in tasks])
         bare = ask([template.prompt(own[-1]).removeprefix(tokenizer.bos_token) for own in lists], "\n\n", 32)
         shown = ask(
-            ["\n\n".join([*(worked(i, e) for i, e in enumerate(own[:-1], 1)), worked(SHOTS + 1, own[-1], answered=False)]) for own in lists],
+            [
+                "\n\n".join(
+                    [
+                        *(worked(i, e) for i, e in enumerate(own[:-1], 1)),
+                        worked(SHOTS + 1, own[-1], answered=False),
+                    ]
+                )
+                for own in lists
+            ],
             "\n\n",
             32,
         )
-        listed = ["\n".join(f"Task {i}: {e.instruction}" for i, e in enumerate(own[:-1], 1)) + f"\nTask {SHOTS + 1}:" for own in lists]
+        listed = [
+            "\n".join(f"Task {i}: {e.instruction}" for i, e in enumerate(own[:-1], 1))
+            + f"\nTask {SHOTS + 1}:"
+            for own in lists
+        ]
         new = ask(listed, "\n", 32)
         row = [
             np.mean([mw.check(own[-1], said) for own, said in zip(lists, bare, strict=True)]),
             np.mean([mw.check(own[-1], said) for own, said in zip(lists, shown, strict=True)]),
-            np.mean([skeleton(said) in known[family] and said not in {e.instruction for e in own[:-1]} for own, said in zip(lists, new, strict=True)]),
+            np.mean(
+                [
+                    skeleton(said) in known[family] and said not in {e.instruction for e in own[:-1]}
+                    for own, said in zip(lists, new, strict=True)
+                ]
+            ),
         ]
         means.append(row)
         print(f"{family:24s} " + " ".join(f"{100 * x:5.1f}%" for x in row), flush=True)

@@ -45,22 +45,39 @@ def examples(distinct: int, count: int, seed: int) -> tuple[list[int], list[Toke
     return tokens, [Tokens(tuple(text[i * length : (i + 1) * length]), labelled) for i in range(count)]
 
 
-def main(seeds: Annotated[int, typer.Option(min=1)] = 3, guesses: Annotated[int, typer.Option(min=0)] = 64) -> None:
+def main(
+    seeds: Annotated[int, typer.Option(min=1)] = 3, guesses: Annotated[int, typer.Option(min=0)] = 64
+) -> None:
     torch.set_num_threads(1)
     print(f"{'':28s}" + "".join(f"  T={t:<4d}" for t in (8, 16, 32, 64)))
     for rank in (8, 16):
         for name, local in LOCAL.items():
             model, _ = load_base("embedded")
-            engine = LoraEngine.build(model, lambda t: t, lora=LoraSpec(rank=rank, alpha=2.0 * rank), local=local)
+            engine = LoraEngine.build(
+                model, lambda t: t, lora=LoraSpec(rank=rank, alpha=2.0 * rank), local=local
+            )
             start = engine.initial_adapter()
-            warm = start + upload(FedAvg(), Broadcast(0, {"adapter": start}), Client("warm", examples(400, 20, 99)[1]), engine).delta
+            warm = (
+                start
+                + upload(
+                    FedAvg(),
+                    Broadcast(0, {"adapter": start}),
+                    Client("warm", examples(400, 20, 99)[1]),
+                    engine,
+                ).delta
+            )
             inputs = layer_inputs(engine.model, start)
             assert isinstance(inputs, FirstInputs)
-            cells = [fmean(_recall(engine, warm, inputs, distinct, seed, guesses) for seed in range(seeds)) for distinct in (8, 16, 32, 64)]
+            cells = [
+                fmean(_recall(engine, warm, inputs, distinct, seed, guesses) for seed in range(seeds))
+                for distinct in (8, 16, 32, 64)
+            ]
             print(f"rank {rank:<3d} {name:<19s}" + "".join(f"  {cell:<6.2f}" for cell in cells), flush=True)
 
 
-def _recall(engine: LoraEngine, start: AdapterState, inputs: FirstInputs, distinct: int, seed: int, guesses: int) -> float:
+def _recall(
+    engine: LoraEngine, start: AdapterState, inputs: FirstInputs, distinct: int, seed: int, guesses: int
+) -> float:
     tokens, own = examples(distinct, 4, seed)
     view = upload(FedAvg(), Broadcast(1, {"adapter": start}), Client(f"client-{seed}", own), engine)
     ranking = invert(view, inputs, guesses=guesses)

@@ -36,7 +36,9 @@ from fedloom.rng import numpy_stream
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 VOCAB, LENGTH = 4096, 512
-SHAPE = dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, intermediate_size=512)
+SHAPE = dict(
+    hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, intermediate_size=512
+)
 
 Rng = np.random.Generator
 
@@ -47,8 +49,14 @@ Rng = np.random.Generator
 def worked_list(rng: Rng) -> str:
     """A numbered list of tasks with answers: one family mostly, one format, one style for each family."""
     mixing = rng.random()
-    names = list(FAMILIES) if mixing < 0.2 else [str(n) for n in rng.choice(list(FAMILIES), 1 if mixing < 0.7 else 2)]
-    style: dict[str, float] = {}  # the same style all through the list, so that it can be picked up in context
+    names = (
+        list(FAMILIES)
+        if mixing < 0.2
+        else [str(n) for n in rng.choice(list(FAMILIES), 1 if mixing < 0.7 else 2)]
+    )
+    style: dict[
+        str, float
+    ] = {}  # the same style all through the list, so that it can be picked up in context
     layout = rng.choice(3, p=[0.6, 0.2, 0.2])
     lines = [str(rng.choice(["Here is a list of tasks.", "Tasks with answers", "Some worked tasks:", ""]))]
     for i in range(1, int(rng.integers(3, 12))):
@@ -74,7 +82,18 @@ def instruction_list(rng: Rng) -> str:
     """Instructions that nobody answers: numbered tasks, or a paper of questions."""
     names = list(FAMILIES) if rng.random() < 0.3 else [str(rng.choice(list(FAMILIES)))]
     numbered = rng.random() < 0.7
-    lines = [str(rng.choice(["Come up with a list of tasks.", "Here is a list of instructions.", "Questions for later", ""]))]
+    lines = [
+        str(
+            rng.choice(
+                [
+                    "Come up with a list of tasks.",
+                    "Here is a list of instructions.",
+                    "Questions for later",
+                    "",
+                ]
+            )
+        )
+    ]
     for i in range(1, int(rng.integers(4, 20))):
         instruction = FAMILIES[names[rng.integers(len(names))]](rng).instruction
         lines.append(f"Task {i}: {instruction}" if numbered else f"Instruction: {instruction}")
@@ -104,7 +123,9 @@ def prose(rng: Rng) -> str:
                 out.append(f"After {days[i]} comes {days[(i + 1) % 7]}, then {days[(i + 2) % 7]}.")
             case 5:
                 i, months = int(rng.integers(12)), mw.MONTHS
-                out.append(f"{months[i]} is followed by {months[(i + 1) % 12]} and then by {months[(i + 2) % 12]}.")
+                out.append(
+                    f"{months[i]} is followed by {months[(i + 1) % 12]} and then by {months[(i + 2) % 12]}."
+                )
             case 6:
                 x, y = sorted(int(n) for n in rng.choice(np.arange(2, 100), 2, replace=False))
                 out.append(f"{y} is larger than {x}." if rng.random() < 0.5 else f"{x} is smaller than {y}.")
@@ -112,9 +133,13 @@ def prose(rng: Rng) -> str:
                 out.append(mw.biography(rng))
             case 8:
                 other = things[rng.integers(len(things))]
-                out.append(f"{a(thing).capitalize()} met {a(other)} at the {facts.place}. The {thing} is {facts.colour}, the {other} is {WORLD[other].colour}.")
+                out.append(
+                    f"{a(thing).capitalize()} met {a(other)} at the {facts.place}. The {thing} is {facts.colour}, the {other} is {WORLD[other].colour}."
+                )
             case _:
-                out.append(f"Where is the {thing}? Everybody knows that the {thing} is found at the {facts.place}.")
+                out.append(
+                    f"Where is the {thing}? Everybody knows that the {thing} is found at the {facts.place}."
+                )
     return " ".join(out)
 
 
@@ -177,15 +202,26 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     # Digits stand alone, so that a code of four digits is four tokens whatever surrounds it.
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[PAD, BEGIN, END], initial_alphabet=sorted(alphabet)))
-    tok.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token=PAD, bos_token=BEGIN, eos_token=END, model_max_length=LENGTH)
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB, special_tokens=[PAD, BEGIN, END], initial_alphabet=sorted(alphabet)
+        ),
+    )
+    tok.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token=PAD, bos_token=BEGIN, eos_token=END, model_max_length=LENGTH
+    )
 
 
 def pack(documents: Iterator[list[int]], begin: int, end: int) -> np.ndarray:
@@ -201,7 +237,9 @@ def pack(documents: Iterator[list[int]], begin: int, end: int) -> np.ndarray:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--english", type=Path, required=True, help="folder with wiki_en_*.jsonl.xz and novels.tar.xz")
+    p.add_argument(
+        "--english", type=Path, required=True, help="folder with wiki_en_*.jsonl.xz and novels.tar.xz"
+    )
     p.add_argument("--exclude", type=Path, help="a .jsonl.xz whose `context` texts must not be read")
     p.add_argument("--out", type=Path, default=Path("fedloom/embedded"))
     p.add_argument("--steps", type=int, default=3000)
@@ -216,7 +254,9 @@ def main() -> None:
     rng = numpy_stream(args.seed, "pretrain", "text")
     rows_wanted = args.steps * args.batch
     world_share = 0.62
-    texts = list(english(args.english, args.exclude, rng, int(rows_wanted * LENGTH * (1 - world_share) * 5.5)))
+    texts = list(
+        english(args.english, args.exclude, rng, int(rows_wanted * LENGTH * (1 - world_share) * 5.5))
+    )
     makers = [worked_list, instruction_list, prose]
     sample = [makers[i % 3](rng) for i in range(6000)]
     order = rng.permutation(len(texts))
@@ -232,26 +272,41 @@ def main() -> None:
         made += len(rows[-1])
     data = np.concatenate(rows)[:]
     data = data[rng.permutation(len(data))][:rows_wanted]
-    print(f"{len(data)} rows, {data.size / 1e6:.1f} M tokens, English {len(rows[0]) / len(data):.0%}", flush=True)
+    print(
+        f"{len(data)} rows, {data.size / 1e6:.1f} M tokens, English {len(rows[0]) / len(data):.0%}",
+        flush=True,
+    )
 
     torch.manual_seed(args.seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10000.0,
-        bos_token_id=begin, eos_token_id=end, pad_token_id=tokenizer.pad_token_id, use_cache=False, attn_implementation="eager", **SHAPE,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=False,
+        attn_implementation="eager",
+        **SHAPE,
+    )
     model = LlamaForCausalLM(config).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     decay = [q for q in model.parameters() if q.dim() > 1]
     plain = [q for q in model.parameters() if q.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.98), lr=0.0
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        lr=0.0,
     )
     started, total = time.time(), args.steps
     for step in range(total):
         rate = min(1.0, (step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total)))
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate
-        batch = torch.from_numpy(data[step * args.batch : (step + 1) * args.batch].astype(np.int64)).to(args.device)
+        batch = torch.from_numpy(data[step * args.batch : (step + 1) * args.batch].astype(np.int64)).to(
+            args.device
+        )
         with torch.autocast(args.device.split(":")[0], dtype=torch.bfloat16):
             logits = model(input_ids=batch[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -262,7 +317,10 @@ def main() -> None:
         if step % 50 == 0 or step == total - 1:
             spent = time.time() - started
             speed = (step + 1) * args.batch * LENGTH / spent
-            print(f"step {step:5d}  loss {loss.item():.3f}  {speed:,.0f} tokens/s  {spent / 60:.1f} min of {spent / (step + 1) * total / 60:.0f}", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.3f}  {speed:,.0f} tokens/s  {spent / 60:.1f} min of {spent / (step + 1) * total / 60:.0f}",
+                flush=True,
+            )
         if (step + 1) % 500 == 0 or step == total - 1:
             save(model, tokenizer, args.out)
 

@@ -79,7 +79,9 @@ class ToyEngine:
         if fit.stream and fit.stream[0] in self.poison:
             w = torch.full_like(w, self.poison[str(fit.stream[0])])
         adapter = AdapterState({A: w, B: fit.adapter[B] + 1})
-        return Fitted(adapter, len(losses), count, count, self.learning_rate, sum(losses) / max(1, len(losses)))
+        return Fitted(
+            adapter, len(losses), count, count, self.learning_rate, sum(losses) / max(1, len(losses))
+        )
 
     def _score(self, request: Score) -> list[Scored]:
         w = (self.initial_adapter() if request.adapter is None else request.adapter)[A]
@@ -150,4 +152,13 @@ def training(
     data, e = dataset(FOUR), experiment(**changes)
     limits = {"a": 2, "d": 3}
     clients = {c: Client(c, examples, limit=limits.get(c)) for c, examples in data.clients.items()}
-    return Training(folder, e, data, machine(engine), algorithm or FedAvg(), clients, All(sorted(clients)), e.fingerprint())
+    return Training(
+        folder,
+        e,
+        data,
+        machine(engine),
+        algorithm or FedAvg(),
+        clients,
+        All(sorted(clients)),
+        e.fingerprint(),
+    )

@@ -26,7 +26,14 @@ class Killed(BaseException):
 
 
 class FaultyDisk:
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None, mode: Mode = "killed"):
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        fail_at: int | None = None,
+        mode: Mode = "killed",
+    ):
         self._folder = str(folder)
         self._fail_at = fail_at
         self._mode = mode
@@ -36,8 +43,11 @@ class FaultyDisk:
         self._made: list[str] = []  # folders
         self.operations: list[str] = []
         self._real: dict[str, Callable[..., Any]] = {
-            "open": builtins.open, "replace": os.replace, "unlink": os.unlink, "mkdir": os.mkdir,
-        }  # fmt: skip
+            "open": builtins.open,
+            "replace": os.replace,
+            "unlink": os.unlink,
+            "mkdir": os.mkdir,
+        }
         monkeypatch.setattr(builtins, "open", self._open)
         monkeypatch.setattr(io, "open", self._open)
         monkeypatch.setattr(os, "fsync", self._fsync)
@@ -92,7 +102,9 @@ class FaultyDisk:
         if not self._ours(path) or not set(mode) & set("wax+"):
             return self._real["open"](path, mode, *args, **options)
         self._step("open", path)
-        self._unsynced.setdefault(os.fspath(path), os.path.getsize(path) if "a" in mode and os.path.exists(path) else 0)
+        self._unsynced.setdefault(
+            os.fspath(path), os.path.getsize(path) if "a" in mode and os.path.exists(path) else 0
+        )
         if "b" not in mode:
             return self._real["open"](path, mode, *args, **options)
         return _File(self, os.fspath(path), self._real["open"](path, mode, buffering=0))

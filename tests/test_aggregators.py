@@ -31,13 +31,19 @@ def test_weights_are_numbers_of_examples() -> None:
 
 
 def test_only_the_ratio_of_weights_counts() -> None:
-    small, large = mean(update("a", 3, 1.0), update("b", 1, 5.0)), mean(update("a", 300, 1.0), update("b", 100, 5.0))
+    small, large = (
+        mean(update("a", 3, 1.0), update("b", 1, 5.0)),
+        mean(update("a", 300, 1.0), update("b", 100, 5.0)),
+    )
     assert small.sha256() == large.sha256()
 
 
 def test_equal_updates_have_themselves_as_mean() -> None:
     # The shares sum to one: whatever the weights, a value that all agree on is kept to the bit.
-    assert mean(*(update(c, w, math.pi) for c, w in zip("abc", (1, 7, 13), strict=True))).sha256() == state(math.pi).sha256()
+    assert (
+        mean(*(update(c, w, math.pi) for c, w in zip("abc", (1, 7, 13), strict=True))).sha256()
+        == state(math.pi).sha256()
+    )
 
 
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.integers(1, 10_000)), min_size=1, max_size=8))
@@ -62,9 +68,9 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
 
 def test_the_sum_is_taken_in_float64() -> None:
     # In float32, 2**24 + 1 is 2**24: the two small updates would vanish.
-    assert numbers(mean(update("a", 1, 2.0**24), update("b", 1, 1.0), update("c", 1, 1.0), update("d", 1, 2.0))) == [
-        (2**24 + 4) / 4
-    ]
+    assert numbers(
+        mean(update("a", 1, 2.0**24), update("b", 1, 1.0), update("c", 1, 1.0), update("d", 1, 2.0))
+    ) == [(2**24 + 4) / 4]
 
 
 def test_the_precision_of_the_updates_is_kept() -> None:
@@ -106,7 +112,8 @@ def test_averaging_factors_misses_the_mean_product_by_the_covariance() -> None:
     ]
     factors = weighted_mean(updates, AdapterState({}))["delta"]
     products = weighted_mean(
-        [Update(f"c{k}", {"delta": AdapterState({"W": b[k] @ a[k]})}, float(n[k])) for k in range(3)], AdapterState({})
+        [Update(f"c{k}", {"delta": AdapterState({"W": b[k] @ a[k]})}, float(n[k])) for k in range(3)],
+        AdapterState({}),
     )["delta"]["W"]
     covariance = (p * ((b - factors["B"]) @ (a - factors["A"]))).sum(0)
     assert torch.allclose(products - factors["B"] @ factors["A"], covariance, rtol=0, atol=1e-13)

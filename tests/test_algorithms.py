@@ -23,9 +23,13 @@ from tests.fakes import FOUR, A, B, ToyEngine, numbers, run_alone, state
 
 
 def federate(
-    clients: dict[ClientId, Any], *, rounds: int = 1, algorithm: Algorithm | None = None, engine: ToyEngine | None = None,
+    clients: dict[ClientId, Any],
+    *,
+    rounds: int = 1,
+    algorithm: Algorithm | None = None,
+    engine: ToyEngine | None = None,
     width: int = 8,
-) -> tuple[ServerState, dict[ClientId, Client]]:  # fmt: skip
+) -> tuple[ServerState, dict[ClientId, Client]]:
     algorithm, engine = algorithm or FedAvg(), engine or ToyEngine()
     made = {c: xs if isinstance(xs, Client) else Client(c, xs) for c, xs in clients.items()}
     transport = InProcess(algorithm, engine, made, width)
@@ -65,13 +69,18 @@ def test_centralised_tuning_is_fedavg_of_one_client_that_owns_everything() -> No
 
 
 def test_the_order_of_clients_changes_no_bit() -> None:
-    ends = {federate(dict(order), rounds=2)[0].adapter.sha256() for order in itertools.permutations(FOUR.items())}
+    ends = {
+        federate(dict(order), rounds=2)[0].adapter.sha256() for order in itertools.permutations(FOUR.items())
+    }
     assert len(ends) == 1
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 def test_the_width_of_a_batch_changes_no_bit(width: int) -> None:
-    assert federate(FOUR, rounds=2, width=width)[0].adapter.sha256() == federate(FOUR, rounds=2)[0].adapter.sha256()
+    assert (
+        federate(FOUR, rounds=2, width=width)[0].adapter.sha256()
+        == federate(FOUR, rounds=2)[0].adapter.sha256()
+    )
 
 
 def test_the_server_learning_rate_scales_the_mean_delta() -> None:

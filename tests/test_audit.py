@@ -23,10 +23,22 @@ from tests.fakes import dataset, say
 from tests.test_cli import refused, type_in
 
 TINY = [
-    "model.base=random:llama", "rounds=2", "adapter.rank=1", "data.examples=64", "data.clients=3", "data.hold_out=2",
-    "data.private_facts=0", "data.partition={kind='by_size', sizes=[3, 1, 2]}", "local.learning_rate=1e-2", "examples_per_round=8", "evaluation.answers=0",
-    "evaluation.max_new_tokens=4", "audit.references=64", "audit.examples=8", "cohort.kind=all",
-]  # fmt: skip
+    "model.base=random:llama",
+    "rounds=2",
+    "adapter.rank=1",
+    "data.examples=64",
+    "data.clients=3",
+    "data.hold_out=2",
+    "data.private_facts=0",
+    "data.partition={kind='by_size', sizes=[3, 1, 2]}",
+    "local.learning_rate=1e-2",
+    "examples_per_round=8",
+    "evaluation.answers=0",
+    "evaluation.max_new_tokens=4",
+    "audit.references=64",
+    "audit.examples=8",
+    "cohort.kind=all",
+]
 CANARIES = "data.canaries={copies=[1, 2]}"
 
 
@@ -53,7 +65,9 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 # --- what is measured -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attack", ["extraction", "discoverable", "greedy", "ranking", "membership", "exposure"])
+@pytest.mark.parametrize(
+    "attack", ["extraction", "discoverable", "greedy", "ranking", "membership", "exposure"]
+)
 def test_every_attack_of_the_public_is_mounted_on_the_base_too(found: dict[str, Any], attack: str) -> None:
     assert {"base", "released"} <= found["positions"]["public"][attack].keys()
 
@@ -79,11 +93,16 @@ def test_exposure_is_told_by_number_of_copies(found: dict[str, Any]) -> None:
 def test_attackers_fish_for_what_is_not_theirs(found: dict[str, Any]) -> None:
     fished = found["positions"]["client"]["cross_client"]
     assert fished["base"].keys() == fished["released"].keys()
-    assert [got["coverage"]["of"] for got in fished["released"].values()] == [4, 4]  # 2 clients with 2 secrets each
+    assert [got["coverage"]["of"] for got in fished["released"].values()] == [
+        4,
+        4,
+    ]  # 2 clients with 2 secrets each
     assert [got["decoys"]["of"] for got in fished["released"].values()] == [6, 6]
 
 
-def test_the_server_looks_at_the_client_with_the_fewest_examples(found: dict[str, Any], finished: Path) -> None:
+def test_the_server_looks_at_the_client_with_the_fewest_examples(
+    found: dict[str, Any], finished: Path
+) -> None:
     sizes = {c: len(own) for c, own in load_data(load(finished)).clients.items()}
     server = found["positions"]["server"]
     assert server["examples"] == sizes[server["client"]] == min(sizes.values()) < max(sizes.values())
@@ -91,7 +110,9 @@ def test_the_server_looks_at_the_client_with_the_fewest_examples(found: dict[str
     assert {"inversion", "membership"} <= server.keys() & server["aggregated"].keys()
 
 
-def test_tokens_are_counted_beside_those_that_only_held_out_examples_have(found: dict[str, Any], finished: Path) -> None:
+def test_tokens_are_counted_beside_those_that_only_held_out_examples_have(
+    found: dict[str, Any], finished: Path
+) -> None:
     experiment, read = load(finished), found["positions"]["server"]["inversion"]
     data, template = load_data(experiment), load_machine(experiment).template
     known = {*template.prompt_ids(""), template.end}
@@ -105,7 +126,11 @@ def test_tokens_are_counted_beside_those_that_only_held_out_examples_have(found:
 def test_an_update_is_tried_on_held_out_examples_in_the_clients_own_mix() -> None:
     data = dataset({"a": (1.0,)}, test=[1.0, 2.0, 3.0, 4.0, 6.0, 7.0])  # four are "low", two "high"
     own = [say(0.5, "low"), *(say(x, "high") for x in (8.0, 9.0, 9.5, 9.75))]
-    assert [e.category for e in in_the_mix_of(own, data)] == ["low", "high", "high"]  # min(4/1, 2/4) = 1/2 of each, at least one
+    assert [e.category for e in in_the_mix_of(own, data)] == [
+        "low",
+        "high",
+        "high",
+    ]  # min(4/1, 2/4) = 1/2 of each, at least one
 
 
 def test_the_replayed_round_ends_in_the_released_adapter(finished: Path) -> None:
@@ -143,7 +168,11 @@ def test_a_secret_in_a_synthetic_example_is_counted() -> None:
 
 @pytest.mark.parametrize(
     ("response", "secret"),
-    [("The access code of Ann is 1 2 3 4.", "1 2 3 4"), ("Room 12, code 0471", "0471"), ("7 of them left.", "")],
+    [
+        ("The access code of Ann is 1 2 3 4.", "1 2 3 4"),
+        ("Room 12, code 0471", "0471"),
+        ("7 of them left.", ""),
+    ],
 )
 def test_a_secret_is_the_digits_that_a_response_ends_with(response: str, secret: str) -> None:
     assert code(Example("", response)) == secret
@@ -161,7 +190,9 @@ def test_without_canaries_the_rest_is_measured(tmp_path: Path) -> None:
     assert (told["gate"][0]["value"], told["passed"]) == (None, False)
 
 
-def test_a_limit_on_canaries_that_were_not_planted_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_limit_on_canaries_that_were_not_planted_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "experiment.toml").write_text(load("quickstart", TINY).to_toml())
     begun: list[str] = []
     with pytest.raises(ConfigError, match=r"--max-exposure is about planted canaries.*data\.canaries"):
@@ -182,8 +213,15 @@ def test_with_one_committed_round_left_the_server_says_why_not(copied: Path) -> 
     (copied / "state" / "round-00001.json").unlink()
     found = audit(copied, samples=2, limits=Limits(recall=0.5))
     assert "two committed rounds" in found["positions"]["server"]["reason"]
-    assert found["gate"] == [{"measure": "recall", "limit": 0.5, "value": None, "passed": False,
-                              "reason": found["positions"]["server"]["reason"]}]  # fmt: skip
+    assert found["gate"] == [
+        {
+            "measure": "recall",
+            "limit": 0.5,
+            "value": None,
+            "passed": False,
+            "reason": found["positions"]["server"]["reason"],
+        }
+    ]
 
 
 def test_other_data_than_the_runs_are_refused(copied: Path) -> None:
@@ -218,11 +256,16 @@ def test_without_limits_nothing_is_passed_or_failed(found: dict[str, Any]) -> No
 
 def test_one_failed_limit_fails_the_gate(found: dict[str, Any]) -> None:
     told = gate(found, Limits(extraction=0.999, auc=0.5, on="estimate"))
-    assert [(line["measure"], line["passed"]) for line in told["gate"]] == [("auc", False), ("extraction", True)]
+    assert [(line["measure"], line["passed"]) for line in told["gate"]] == [
+        ("auc", False),
+        ("extraction", True),
+    ]
     assert told["passed"] is False
 
 
-@pytest.mark.parametrize("limits", [Limits(exposure=6.0), Limits(auc=1.0), Limits(recall=1.0), Limits(auc=float("nan"))])
+@pytest.mark.parametrize(
+    "limits", [Limits(exposure=6.0), Limits(auc=1.0), Limits(recall=1.0), Limits(auc=float("nan"))]
+)
 def test_a_limit_that_nothing_can_exceed_is_refused(finished: Path, limits: Limits) -> None:
     with pytest.raises(ConfigError, match="and below"):
         audit(finished, limits=limits)  # log2(64) = 6 bits
@@ -235,7 +278,9 @@ def test_the_command_exits_with_1_and_says_what_failed(finished: Path) -> None:
     done = type_in("audit", finished, "--samples", "2", "--max-auc", "0.5", "--max-extraction", "0.999")
     assert done.code == 1
     assert done.err.count("fedloom: ") == 1
-    assert "AUC of the best membership attack, beyond what the base tells apart, at most 0.5: found" in done.err
+    assert (
+        "AUC of the best membership attack, beyond what the base tells apart, at most 0.5: found" in done.err
+    )
     assert "at most 0.999: found" in done.out
 
 

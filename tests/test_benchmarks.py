@@ -18,7 +18,9 @@ from fedloom.state import AdapterState
 from fedloom.steps import Fit
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)
 
 
 def test_slots_are_as_wide_as_the_longest_of_each_micro_batch():
@@ -111,7 +113,10 @@ def test_a_difference_that_is_not_a_number_is_not_equal():
 
 
 def test_the_smallest_time_is_compared_and_the_spread_is_shown():
-    rows = [Row("peer", Times([4.0, 6.0, 8.0]), 10, 0.5, 0.4), Row("ours", Times([2.0, 1.0]), 10, 0.0, 1.0, 2e9, 4e9)]
+    rows = [
+        Row("peer", Times([4.0, 6.0, 8.0]), 10, 0.5, 0.4),
+        Row("ours", Times([2.0, 1.0]), 10, 0.0, 1.0, 2e9, 4e9),
+    ]
     peer, ours = contest.cells(Report("B1", "", "real", rows, {}, {}))
     assert peer[1] == "6.00 (4.00-8.00)"
     assert ours[4] == "4.0"  # 4 s / 1 s

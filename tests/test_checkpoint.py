@@ -67,7 +67,10 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert (back.state.round, back.state.adapter.sha256()) == (4, state(1.0, 2.0).sha256())
     assert {k: s.sha256() for k, s in back.state.slots.items()} == {k: s.sha256() for k, s in slots.items()}
     assert back.memories["a"]["adapter"].sha256() == memories["a"]["adapter"].sha256()  # type: ignore[attr-defined]
-    assert {k: back.memories["a"][k] for k in ("seen/local", "list")} == {"seen/local": 7, "list": [1, "x", None]}
+    assert {k: back.memories["a"][k] for k in ("seen/local", "list")} == {
+        "seen/local": 7,
+        "list": [1, "x", None],
+    }
     assert back.memories["NIH/a b|ä"]["adapter"].sha256() == state(-0.0).sha256()
     assert back.record == {"round": 4, "loss": 0.5}
 
@@ -177,7 +180,9 @@ def test_when_all_rounds_are_damaged_nothing_is_used(tmp_path: Path) -> None:
     for r in (1, 2):
         commit(tmp_path, r)
         cut(tmp_path / f"round-0000{r}.safetensors", keep=0.5)
-    with pytest.raises(RunError, match=r"No usable round in .*round-00002.json: the tensors' checksum.*round-00001.json"):
+    with pytest.raises(
+        RunError, match=r"No usable round in .*round-00002.json: the tensors' checksum.*round-00001.json"
+    ):
         newest(tmp_path)
 
 

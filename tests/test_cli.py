@@ -19,9 +19,18 @@ from fedloom.cli import main as cli
 from fedloom.config import load, recipes
 
 TINY = [
-    "model.base=random:llama", "rounds=2", "adapter.rank=1", "adapter.targets=q_proj", "data.examples=32", "data.clients=2",
-    "data.hold_out=1", "examples_per_round=2", "evaluation.answers=2", "evaluation.max_new_tokens=4", "compare.seeds=2",
-]  # fmt: skip
+    "model.base=random:llama",
+    "rounds=2",
+    "adapter.rank=1",
+    "adapter.targets=q_proj",
+    "data.examples=32",
+    "data.clients=2",
+    "data.hold_out=1",
+    "examples_per_round=2",
+    "evaluation.answers=2",
+    "evaluation.max_new_tokens=4",
+    "compare.seeds=2",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,11 @@ class Typed:
 def type_in(*words: str | Path, stdin: str | io.TextIOWrapper = "") -> Typed:
     """`fedloom WORDS`, in this process."""
     out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", ["fedloom", *map(str, words)])
         patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         patch.setattr(console.out, "width", 200)
@@ -84,9 +97,15 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert {"experiment.toml", "metrics.jsonl", "summary.json", "report.html", "adapter", "state"} <= names
     assert {p.name for p in (finished / "adapter").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "README.md",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "fedloom.json",
-    }  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "fedloom.json",
+    }
     assert not list(finished.rglob("*.partial"))
 
 
@@ -100,7 +119,10 @@ def test_a_piped_run_says_a_line_a_round(finished: Path) -> None:
 
 def test_a_run_ends_with_its_table_and_where_things_are(finished: Path) -> None:
     said = (finished / "said.out").read_text()
-    assert all(word in said for word in ("base", "federated", "loss", str(finished / "report.html"), str(finished / "adapter")))
+    assert all(
+        word in said
+        for word in ("base", "federated", "loss", str(finished / "report.html"), str(finished / "adapter"))
+    )
 
 
 def test_the_summary_names_its_rows_and_the_adapter(finished: Path) -> None:
@@ -122,7 +144,9 @@ def test_resuming_a_finished_run_only_reads_it(finished: Path) -> None:
 
 def test_a_run_can_be_repeated_from_its_folder(finished: Path, tmp_path: Path) -> None:
     assert type_in("run", finished, "--out", tmp_path / "again").code == 0
-    shas = [json.loads((f / "summary.json").read_text())["adapter_sha256"] for f in (finished, tmp_path / "again")]
+    shas = [
+        json.loads((f / "summary.json").read_text())["adapter_sha256"] for f in (finished, tmp_path / "again")
+    ]
     assert shas[0] == shas[1]
 
 
@@ -135,7 +159,16 @@ def test_without_out_every_run_gets_a_folder_of_its_own(here: Path) -> None:
 def test_describe_tells_the_costs_and_trains_nothing(here: Path) -> None:
     done = type_in("describe", *TINY)
     assert done.code == 0
-    assert all(word in done.out for word in ("2 clients tune random:llama by fedavg, in 2 rounds of 2", "parameters", "up, ", "memory", "held out"))
+    assert all(
+        word in done.out
+        for word in (
+            "2 clients tune random:llama by fedavg, in 2 rounds of 2",
+            "parameters",
+            "up, ",
+            "memory",
+            "held out",
+        )
+    )
     assert list(here.iterdir()) == []
 
 
@@ -146,7 +179,9 @@ def test_describe_counts_the_bytes_that_will_travel(finished: Path) -> None:
     measured = json.loads(lines[-1])
     clients = len(measured["cohort"])
     assert planned.bytes_down == measured["bytes_down"] / clients
-    assert planned.bytes_up == pytest.approx(measured["bytes_up"] / clients, rel=0.02)  # its metrics are digits
+    assert planned.bytes_up == pytest.approx(
+        measured["bytes_up"] / clients, rel=0.02
+    )  # its metrics are digits
 
 
 def test_partition_shows_who_holds_what(here: Path) -> None:
@@ -179,7 +214,9 @@ def test_evaluate_measures_the_saved_adapter_as_the_run_did(finished: Path) -> N
 def test_export_writes_a_model_for_other_tools(finished: Path, tmp_path: Path, form: str) -> None:
     assert type_in("export", finished, "--to", form, "--out", tmp_path / "model").code == 0
     names = {p.name for p in (tmp_path / "model").iterdir()}
-    assert ({"adapter_model.safetensors"} if form == "peft" else {"model.safetensors", "config.json"}) <= names
+    assert (
+        {"adapter_model.safetensors"} if form == "peft" else {"model.safetensors", "config.json"}
+    ) <= names
 
 
 def test_report_makes_the_page_again(finished: Path) -> None:
@@ -191,13 +228,20 @@ def test_report_makes_the_page_again(finished: Path) -> None:
 
 
 def test_chat_answers_until_an_empty_line(finished: Path) -> None:
-    done = type_in("chat", finished, "--max-new-tokens", "3", stdin="What is red? || A fox.\nAnd now?\n\nNot asked.\n")
+    done = type_in(
+        "chat", finished, "--max-new-tokens", "3", stdin="What is red? || A fox.\nAnd now?\n\nNot asked.\n"
+    )
     assert done.code == 0
     assert len(done.out.splitlines()) >= 2
 
 
-def test_chat_reads_a_question_longer_than_a_training_sequence_and_says_what_it_cannot_read(finished: Path) -> None:
-    long, too_long = "What is red? " * 60, "What is red? || " + "A fox. " * 2000  # training sequences have 512 tokens, the model reads 1,024
+def test_chat_reads_a_question_longer_than_a_training_sequence_and_says_what_it_cannot_read(
+    finished: Path,
+) -> None:
+    long, too_long = (
+        "What is red? " * 60,
+        "What is red? || " + "A fox. " * 2000,
+    )  # training sequences have 512 tokens, the model reads 1,024
     done = type_in("chat", finished, "--max-new-tokens", "3", stdin=f"{long}\n{too_long}\n\n")
     assert done.code == 0
     assert done.err.count("is left out") == 1
@@ -205,7 +249,9 @@ def test_chat_reads_a_question_longer_than_a_training_sequence_and_says_what_it_
 
 
 def test_chat_says_whose_model_answers_and_switches_to_its_base(finished: Path) -> None:
-    done = type_in("chat", finished, "--max-new-tokens", "2", stdin="One\n/base\nOne\n/what\n/help\n/quit\nNot asked\n")
+    done = type_in(
+        "chat", finished, "--max-new-tokens", "2", stdin="One\n/base\nOne\n/what\n/help\n/quit\nNot asked\n"
+    )
     assert done.code == 0
     assert f"{finished}: the adapter of 2 clients tuned by fedavg on random:llama, seed 0" in done.err
     assert "The base model random:llama, untuned" in done.err
@@ -248,7 +294,22 @@ def test_bytes_that_are_no_text_end_a_chat_with_a_sentence(finished: Path) -> No
 def test_help_names_every_command() -> None:
     done = type_in("--help")
     assert done.code == 0
-    assert all(name in done.out for name in ("run", "compare", "describe", "partition", "copy", "evaluate", "chat", "export", "report", "recipes", "--version"))
+    assert all(
+        name in done.out
+        for name in (
+            "run",
+            "compare",
+            "describe",
+            "partition",
+            "copy",
+            "evaluate",
+            "chat",
+            "export",
+            "report",
+            "recipes",
+            "--version",
+        )
+    )
 
 
 @pytest.mark.slow
@@ -258,7 +319,11 @@ def test_compare_runs_its_seeds_in_processes_and_resumes(tmp_path: Path) -> None
     assert all(word in done.out for word in ("base", "local mean", "local best", "federated", "centralised"))
     lines = done.err.splitlines()
     assert "over 2 seeds" in lines[0]
-    assert {f"seed {seed}: {what}" for seed in (0, 1) for what in ("loading the base model", "answering 2 questions by 5 models")} <= set(lines)
+    assert {
+        f"seed {seed}: {what}"
+        for seed in (0, 1)
+        for what in ("loading the base model", "answering 2 questions by 5 models")
+    } <= set(lines)
     assert done.out.count("Taking part or tuning alone, each judged on its own mix of data") == 1
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())
     assert all(r["seeds"] == [0, 1] and len(r["values"]) == 2 for r in summary["rows"])
@@ -296,7 +361,15 @@ def test_every_command_checks_the_settings_alike(command: str) -> None:
 @pytest.mark.parametrize("content", ["", "\n\n", "[]"])
 def test_an_empty_data_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "data.jsonl").write_text(content)
-    said = refused("run", *TINY, "data.source=table", f"data.path={tmp_path / 'data.jsonl'}", "data.private_facts=0", "--out", tmp_path / "x")
+    said = refused(
+        "run",
+        *TINY,
+        "data.source=table",
+        f"data.path={tmp_path / 'data.jsonl'}",
+        "data.private_facts=0",
+        "--out",
+        tmp_path / "x",
+    )
     assert "data.jsonl" in said
 
 
@@ -306,7 +379,13 @@ def test_a_data_file_that_is_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_data_file_that_is_not_there(tmp_path: Path) -> None:
-    said = refused("partition", *TINY, "data.source=dolly", f"data.path={tmp_path / 'gone.jsonl'}", "data.private_facts=0")
+    said = refused(
+        "partition",
+        *TINY,
+        "data.source=dolly",
+        f"data.path={tmp_path / 'gone.jsonl'}",
+        "data.private_facts=0",
+    )
     assert "gone.jsonl" in said
 
 
@@ -330,7 +409,9 @@ def test_a_run_that_could_not_begin_may_be_started_over(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_a_run(finished: Path) -> None:
-    assert "already holds a run. Go on with it by --resume" in refused("run", *TINY, "--out", finished).replace("\n", " ")
+    assert "already holds a run. Go on with it by --resume" in refused(
+        "run", *TINY, "--out", finished
+    ).replace("\n", " ")
 
 
 def test_a_folder_in_use(finished: Path) -> None:
@@ -369,7 +450,9 @@ def test_a_run_that_does_not_exist(tmp_path: Path, command: str) -> None:
 def test_an_adapter_that_was_damaged(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     for name in ("experiment.toml", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes()[: -9 if name.endswith("tensors") else None])
+        (tmp_path / name).write_bytes(
+            (finished / name).read_bytes()[: -9 if name.endswith("tensors") else None]
+        )
     assert "adapter_model.safetensors is damaged" in refused("evaluate", tmp_path)
 
 

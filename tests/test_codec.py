@@ -37,7 +37,14 @@ from fedloom.transport.in_process import InProcess
 from tests.fakes import FOUR, ToyEngine, numbers, state, training
 
 LOSSY = [Bf16(), Int8(), Int8(zstd=False), Int4(), Int4(zstd=False, levels=7)]
-SHAPES = [(3, 5), (1,), (0, 4), (64,), (2, 130), (7, 11)]  # odd, single, empty, whole blocks, more than one, short ends
+SHAPES = [
+    (3, 5),
+    (1,),
+    (0, 4),
+    (64,),
+    (2, 130),
+    (7, 11),
+]  # odd, single, empty, whole blocks, more than one, short ends
 
 
 def names(codec: Any) -> str:
@@ -64,8 +71,17 @@ def in_blocks(t: torch.Tensor, block: int) -> list[torch.Tensor]:
 def test_fp32_is_to_the_bit_and_to_the_byte_what_it_was_without_codecs() -> None:
     update = Update("c", {"delta": some()}, 2, {"loss": 0.5})
     data = wire.pack_update(update)
-    header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["fedloom"])
-    assert header == {"schema": 1, "states": ["delta"], "kind": "update", "client": "c", "weight": 2, "metrics": {"loss": 0.5}}
+    header = json.loads(
+        json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["fedloom"]
+    )
+    assert header == {
+        "schema": 1,
+        "states": ["delta"],
+        "kind": "update",
+        "client": "c",
+        "weight": 2,
+        "metrics": {"loss": 0.5},
+    }
     assert wire.unpack_update(data, Fp32()).delta.sha256() == update.delta.sha256()
 
 
@@ -76,10 +92,17 @@ def test_bf16_rounds_to_nearest_even() -> None:
 
 MAX = torch.finfo(torch.float32).max
 small, tiny = st.floats(-1e6, 1e6, width=32), st.floats(-(2.0**-116), 2.0**-116, width=32)
-finite = st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False), small, tiny, st.sampled_from([0.0, MAX, -MAX, 3.4e38]))
+finite = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    small,
+    tiny,
+    st.sampled_from([0.0, MAX, -MAX, 3.4e38]),
+)
 BLOCKS = pytest.mark.parametrize(
-    ("codec", "levels"), [(Int8(block=16), 127), *((Int4(block=16, levels=n), n) for n in (1, 2, 5, 7))], ids=str
-)  # fmt: skip
+    ("codec", "levels"),
+    [(Int8(block=16), 127), *((Int4(block=16, levels=n), n) for n in (1, 2, 5, 7))],
+    ids=str,
+)
 
 
 @given(arrays("float32", st.integers(1, 200), elements=finite))
@@ -95,7 +118,9 @@ def test_a_value_is_off_by_half_a_step_of_its_block_at_most(codec: Any, levels: 
 
 
 @BLOCKS
-def test_half_a_step_is_kept_wherever_the_largest_lies_between_two_powers_of_two(codec: Any, levels: int) -> None:
+def test_half_a_step_is_kept_wherever_the_largest_lies_between_two_powers_of_two(
+    codec: Any, levels: int
+) -> None:
     largest = torch.linspace(1, 2, 4001)[:, None]
     x = torch.cat([largest, largest * torch.linspace(-1, 1, 15)], 1).flatten()  # a block each
     off = (there_and_back(codec, AdapterState({"w": x}))["w"] - x).double().view(-1, 16).abs().amax(1)
@@ -106,7 +131,9 @@ def test_half_a_step_is_kept_wherever_the_largest_lies_between_two_powers_of_two
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_largest_numbers_stay_finite(codec: Codec, dtype: torch.dtype) -> None:
     largest = min(torch.finfo(dtype).max, MAX)
-    sent = torch.tensor([largest, -largest, 0.99999 * largest, largest / 2, 0.0], dtype=torch.float64).to(dtype)
+    sent = torch.tensor([largest, -largest, 0.99999 * largest, largest / 2, 0.0], dtype=torch.float64).to(
+        dtype
+    )
     back = there_and_back(codec, AdapterState({"w": sent}))["w"]
     assert back.dtype == dtype
     assert (back.double() - sent.double()).abs().max() <= 0.11 * largest
@@ -144,7 +171,9 @@ def test_zeros_stay_zeros(codec: Codec) -> None:
 @pytest.mark.parametrize("codec", LOSSY, ids=names)
 def test_names_and_shapes_come_back_and_so_do_empty_tensors(codec: Codec) -> None:
     back = there_and_back(codec, some())
-    assert {n: (t.shape, t.dtype) for n, t in back.items()} == {n: (t.shape, t.dtype) for n, t in some().items()}
+    assert {n: (t.shape, t.dtype) for n, t in back.items()} == {
+        n: (t.shape, t.dtype) for n, t in some().items()
+    }
 
 
 @pytest.mark.parametrize("codec", LOSSY, ids=names)
@@ -265,19 +294,28 @@ UNSIZED = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(100)
 @pytest.mark.parametrize(
     ("codec", "parts"),
     [
-        (Int4(), {"codes": frame(BOMB)}), (Int4(), {"codes": frame(UNSIZED)}), (Int4(), {"scales": frame(b"no frame")}),
-        (Int4(), {"codes": torch.ones(3)}), (Int4(), {"more": torch.ones(3)}), (Int4(zstd=False), {"codes": frame(b"12")}),
-        (Int8(zstd=False), {"scales": frame(b"123")}), (Bf16(), {"values": torch.ones(9)}),
+        (Int4(), {"codes": frame(BOMB)}),
+        (Int4(), {"codes": frame(UNSIZED)}),
+        (Int4(), {"scales": frame(b"no frame")}),
+        (Int4(), {"codes": torch.ones(3)}),
+        (Int4(), {"more": torch.ones(3)}),
+        (Int4(zstd=False), {"codes": frame(b"12")}),
+        (Int8(zstd=False), {"scales": frame(b"123")}),
+        (Bf16(), {"values": torch.ones(9)}),
         (Bf16(), {"values": torch.ones(9, dtype=torch.bfloat16)}),
     ],
-)  # fmt: skip
+)
 def test_parts_of_another_size_or_kind_are_refused(codec: Codec, parts: dict[str, torch.Tensor]) -> None:
     with pytest.raises(RefusedUpdate) as refused:
         wire.unpack_update(forged(codec, **parts), codec, some())
     assert refused.value.code == "malformed"
 
 
-@pytest.mark.parametrize(("sent", "expected"), [(Int4(), Int8()), (Int4(), Fp32()), (Fp32(), Int4()), (Int4(block=32), Int4())], ids=names)
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [(Int4(), Int8()), (Int4(), Fp32()), (Fp32(), Int4()), (Int4(block=32), Int4())],
+    ids=names,
+)
 def test_another_codec_than_agreed_is_refused(sent: Codec, expected: Codec) -> None:
     with pytest.raises(RefusedUpdate) as refused:
         wire.unpack_update(wire.pack_update(Update("c", {"delta": some()}, 1.0), sent), expected, some())
@@ -323,7 +361,9 @@ def test_with_error_feedback_all_that_arrived_is_all_that_was_sent_but_for_one_r
 def test_without_it_a_small_step_in_one_direction_never_arrives() -> None:
     delta = AdapterState({"w": torch.tensor([1.0, 0.05])})  # below half a fifth
     assert uploads(Int4(), [delta] * 20)[0]["w"][1] == 0.0
-    assert uploads(Int4(error_feedback=True), [delta] * 20)[0]["w"][1] == pytest.approx(1.0, abs=0.11)  # 20 * 0.05
+    assert uploads(Int4(error_feedback=True), [delta] * 20)[0]["w"][1] == pytest.approx(
+        1.0, abs=0.11
+    )  # 20 * 0.05
 
 
 def test_a_client_that_diverged_owes_what_it_owed_before() -> None:
@@ -348,7 +388,9 @@ def test_bytes_reported_are_those_of_the_messages(codec: Codec, monkeypatch: pyt
     monkeypatch.setattr(wire, "pack_update", weighed)
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
     broadcasts = {c: Broadcast(0, {"adapter": state(0.0, 0.0)}) for c in FOUR}
-    deliveries = list(InProcess(FedAvg(), ToyEngine(), clients, downlink=Downlink(codec)).exchange(broadcasts))
+    deliveries = list(
+        InProcess(FedAvg(), ToyEngine(), clients, downlink=Downlink(codec)).exchange(broadcasts)
+    )
     assert [d.bytes_up for d in deliveries] == sizes
 
 
@@ -362,9 +404,9 @@ def test_the_server_averages_what_arrived_not_what_was_meant() -> None:
 
 def test_a_round_that_fails_leaves_debts_as_they_were() -> None:
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
-    deliveries = InProcess(FedAvg(), ToyEngine(), clients, downlink=Downlink(Int4(levels=1, error_feedback=True))).exchange(
-        {c: Broadcast(0, {"adapter": state(0.0, 0.6)}) for c in FOUR}
-    )
+    deliveries = InProcess(
+        FedAvg(), ToyEngine(), clients, downlink=Downlink(Int4(levels=1, error_feedback=True))
+    ).exchange({c: Broadcast(0, {"adapter": state(0.0, 0.6)}) for c in FOUR})
     next(deliveries)
     assert ["owed:delta" in client.memory for client in clients.values()] == [True, False, False, False]
 
@@ -380,9 +422,11 @@ def coded(folder: Path, codec: Any) -> Training:
 
 
 FEEDBACK = [
-    {"name": "fp32"}, {"name": "bf16", "error_feedback": True}, {"name": "int8", "error_feedback": True},
+    {"name": "fp32"},
+    {"name": "bf16", "error_feedback": True},
+    {"name": "int8", "error_feedback": True},
     {"name": "int4", "error_feedback": True, "levels": 1},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("codec", FEEDBACK, ids=lambda c: c["name"])
@@ -393,7 +437,10 @@ def test_resume_equals_uninterrupted(codec: dict[str, Any], tmp_path: Path) -> N
     resumed = coded(tmp_path / "cut", codec).finish(Listener())
     assert resumed.adapter.sha256() == whole.adapter.sha256()
     whole_lines, cut_lines = (
-        [(r["adapter_sha256"], r["bytes_up"], r["bytes_down"]) for r in journal.read(tmp_path / name / "metrics.jsonl")]
+        [
+            (r["adapter_sha256"], r["bytes_up"], r["bytes_down"])
+            for r in journal.read(tmp_path / name / "metrics.jsonl")
+        ]
         for name in ("whole", "cut")
     )
     assert whole_lines == cut_lines
@@ -412,14 +459,20 @@ def test_debts_are_committed_with_the_round(tmp_path: Path) -> None:
 def test_what_diverged_is_refused_by_the_gate_under_a_codec_too() -> None:
     seen: list[Round] = []
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
-    transport = InProcess(FedAvg(), ToyEngine(poison={"b": math.nan}), clients, downlink=Downlink(Int4(error_feedback=True)))
-    federation = Federation(FedAvg(), transport, All(sorted(clients)), after_round=lambda _, r: seen.append(r))
+    transport = InProcess(
+        FedAvg(), ToyEngine(poison={"b": math.nan}), clients, downlink=Downlink(Int4(error_feedback=True))
+    )
+    federation = Federation(
+        FedAvg(), transport, All(sorted(clients)), after_round=lambda _, r: seen.append(r)
+    )
     federation.run(FedAvg().init(state(0.0, 0.0)), 2)
     assert [r.refused for r in seen] == [{"b": "non-finite"}] * 2
     assert "owed:delta" not in clients["b"].memory or clients["b"].memory["owed:delta"].is_finite()
 
 
-@pytest.mark.parametrize("codec", [{"name": "int8", "zstd": False}, {"name": "int4"}, {"name": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "codec", [{"name": "int8", "zstd": False}, {"name": "int4"}, {"name": "bf16"}], ids=str
+)
 def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
     changes = ["model.base=random:llama", "data.examples=64", "data.hold_out=1", "rounds=3"]
     experiment = load("quickstart", changes).with_(transport={"codec": codec})
@@ -429,7 +482,9 @@ def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
     for r in range(3):  # everybody in each round
         link.publish(adapter + r * noise(adapter))
         sizes.append(len(link.pack(Broadcast(r, {"adapter": adapter}), r - 1 if r else None)))
-    update = Update("client-000", {"delta": noise(adapter)}, 20.0, {"loss": 1.234567, "steps": 3, "tokens": 1234})
+    update = Update(
+        "client-000", {"delta": noise(adapter)}, 20.0, {"loss": 1.234567, "steps": 3, "tokens": 1234}
+    )
     assert planned.bytes_up == pytest.approx(len(wire.pack_update(update, made)), rel=0.005)
     assert planned.bytes_down == pytest.approx(sum(sizes) / 3, rel=0.005)
 

@@ -78,7 +78,14 @@ def values(summary: Mapping[str, Any], row: str) -> list[float]:
 def test_all_rows_are_there_for_every_seed(toy: Toy, tmp_path: Path) -> None:
     summary = simulate.compare(TOY, tmp_path)
     names = dict.fromkeys(r["row"] for r in summary["rows"])
-    assert list(names) == ["base", "local mean", "local best", "federated", "centralised", *(f"local:{c}" for c in "abcd")]
+    assert list(names) == [
+        "base",
+        "local mean",
+        "local best",
+        "federated",
+        "centralised",
+        *(f"local:{c}" for c in "abcd"),
+    ]
     assert all(r["seeds"] == [0, 1] for r in summary["rows"])
 
 
@@ -88,9 +95,22 @@ METHODS = {"compare": {"seeds": 2, "methods": {"Mine": "fedavg", "Alone again": 
 def test_further_methods_are_rows_between_local_and_federated(toy: Toy, tmp_path: Path) -> None:
     summary = simulate.compare(TOY.with_(**METHODS), tmp_path)
     named = [n for n in dict.fromkeys(r["row"] for r in summary["rows"]) if not results.is_single(n)]
-    assert named == ["base", "local mean", "local best", "Mine", "Alone again mean", "Alone again best", "federated", "centralised"]
+    assert named == [
+        "base",
+        "local mean",
+        "local best",
+        "Mine",
+        "Alone again mean",
+        "Alone again best",
+        "federated",
+        "centralised",
+    ]
     models = {r["row"]: r["model"] for r in summary["rows"]}
-    assert (models["Mine"], models["Alone again mean"], models["Alone again:a"]) == ("global", "personal", "personal")
+    assert (models["Mine"], models["Alone again mean"], models["Alone again:a"]) == (
+        "global",
+        "personal",
+        "personal",
+    )
 
 
 def test_the_same_algorithm_under_another_name_ends_the_same(toy: Toy, tmp_path: Path) -> None:
@@ -119,7 +139,9 @@ def test_local_rows_sum_up_the_single_clients(toy: Toy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 7, 9, 12, 17])
-def test_a_comparison_stopped_in_the_middle_ends_in_the_same_summary(toy: Toy, tmp_path: Path, count: int) -> None:
+def test_a_comparison_stopped_in_the_middle_ends_in_the_same_summary(
+    toy: Toy, tmp_path: Path, count: int
+) -> None:
     expected = untimed(simulate.compare(TOY, tmp_path / "whole"))
     toy.listener = StopsAfter(count)
     with pytest.raises(Stop):
@@ -128,7 +150,9 @@ def test_a_comparison_stopped_in_the_middle_ends_in_the_same_summary(toy: Toy, t
     assert untimed(simulate.compare(TOY, tmp_path / "parts", resume=True)) == expected
 
 
-def test_a_finished_seed_is_not_computed_again(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_seed_is_not_computed_again(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     simulate.compare(TOY, tmp_path)
     (tmp_path / "summary.json").unlink()
     monkeypatch.setattr(compare, "load_machine", None)  # nobody may ask for it
@@ -183,10 +207,16 @@ def test_fewer_local_clients_are_drawn_by_the_seed(tmp_path: Path) -> None:
     drawn = sorted(compare.local_only(few, DATA, machine(), tmp_path).clients)
     assert len(drawn) == 2
     assert drawn == sorted(compare.local_only(few, DATA, machine(), tmp_path).clients)
-    others = {tuple(sorted(compare.local_only(few.with_(seed=s), DATA, machine(), tmp_path).clients)) for s in range(9)}
+    others = {
+        tuple(sorted(compare.local_only(few.with_(seed=s), DATA, machine(), tmp_path).clients))
+        for s in range(9)
+    }
     assert len(others) > 1
 
 
 def test_rows_of_one_folder_cannot_be_mixed_up(tmp_path: Path) -> None:
-    prints = {getattr(compare, row)(TOY, DATA, machine(), tmp_path).fingerprint for row in ("local_only", "federated", "centralised")}
+    prints = {
+        getattr(compare, row)(TOY, DATA, machine(), tmp_path).fingerprint
+        for row in ("local_only", "federated", "centralised")
+    }
     assert len(prints) == 3

@@ -44,12 +44,15 @@ def refusal(*overrides: str, text: str = "") -> str:
         ("adapter.targets=all-linear", lambda e: e.adapter.targets == "all-linear"),
         ('adapter.targets=["q_proj", "v_proj"]', lambda e: e.adapter.targets == ("q_proj", "v_proj")),
         ("adapter.rslora=true", lambda e: e.adapter.rslora is True),
-        ('data.columns={instruction = "q", response = "a"}', lambda e: e.data.columns == {"instruction": "q", "response": "a"}),
+        (
+            'data.columns={instruction = "q", response = "a"}',
+            lambda e: e.data.columns == {"instruction": "q", "response": "a"},
+        ),
         ("data.columns.instruction=q", lambda e: e.data.columns == {"instruction": "q"}),
         ("prompt.system=", lambda e: e.prompt.system == ""),
         ("name=my run", lambda e: e.name == "my run"),
     ],
-)  # fmt: skip
+)
 def test_an_override_is_a_toml_value_or_a_bare_word(override: str, value: Any) -> None:
     assert value(read(override))
 
@@ -70,7 +73,9 @@ def test_a_value_has_no_keys_below_it() -> None:
 # --- choices ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", 'cohort = "all"', 'cohort = { kind = "all" }', '[cohort]\nkind = "all"'])
+@pytest.mark.parametrize(
+    "text", ["", 'cohort = "all"', 'cohort = { kind = "all" }', '[cohort]\nkind = "all"']
+)
 def test_a_choice_may_be_left_out_named_or_spelt_out(text: str) -> None:
     assert isinstance(read(text=text).cohort.build(clients=["a"], seed=0), All)
 
@@ -94,7 +99,9 @@ def test_another_choice_drops_the_options_of_the_old_one() -> None:
 
 def test_a_choice_given_as_a_word_can_still_get_options() -> None:
     assert read("cohort.count=2", text='cohort = "fixed"').cohort.options == {"count": 2}
-    assert isinstance(read("algorithm.name=local_only", text='algorithm = "fedavg"').algorithm.build(), LocalOnly)
+    assert isinstance(
+        read("algorithm.name=local_only", text='algorithm = "fedavg"').algorithm.build(), LocalOnly
+    )
 
 
 def test_a_choice_may_be_an_option_of_another() -> None:
@@ -157,11 +164,20 @@ def test_toml_that_is_none_is_said_with_its_line() -> None:
 
 def test_the_parts_of_an_algorithm_are_no_settings() -> None:
     assert "there is no such key" in refusal("algorithm.name=fewfedpit", "algorithm.synthesize=1")
-    assert set(read("algorithm=fewfedpit").algorithm.options) == {"server_optimizer", "private_share", "keep", "rule", "drop_unhelpful", "every"}
+    assert set(read("algorithm=fewfedpit").algorithm.options) == {
+        "server_optimizer",
+        "private_share",
+        "keep",
+        "rule",
+        "drop_unhelpful",
+        "every",
+    }
 
 
 def test_an_algorithm_checks_its_options_when_the_file_is_read() -> None:
-    assert "private_share in [0, 1], got 2.0" in refusal("algorithm.name=fewfedpit", "algorithm.private_share=2")
+    assert "private_share in [0, 1], got 2.0" in refusal(
+        "algorithm.name=fewfedpit", "algorithm.private_share=2"
+    )
 
 
 def test_the_journal_version_has_its_name_too() -> None:
@@ -176,7 +192,9 @@ def test_only_some_algorithms_share_a_model() -> None:
 def test_options_two_levels_down_are_checked() -> None:
     assert "synthesis.filters.shorest: there is no such key" in refusal("synthesis.filters.shorest=3")
     assert "temperature" in refusal("synthesis.temperature=warm")
-    assert read("synthesis.wording=self_instruct").synthesis.options["wording"].build().item_end == "\n\nTask "
+    assert (
+        read("synthesis.wording=self_instruct").synthesis.options["wording"].build().item_end == "\n\nTask "
+    )
 
 
 def test_further_methods_are_algorithms_with_options() -> None:
@@ -207,7 +225,9 @@ def test_a_run_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_nowhere_lists_the_recipes_and_guesses() -> None:
-    with pytest.raises(ConfigError, match=r"quickstart.* there is no 'quickstrat'; did you mean 'quickstart'\?"):
+    with pytest.raises(
+        ConfigError, match=r"quickstart.* there is no 'quickstrat'; did you mean 'quickstart'\?"
+    ):
         load("quickstrat")
 
 
@@ -229,17 +249,40 @@ def test_every_default_is_written_out() -> None:
 overrides = st.lists(
     st.sampled_from(
         [
-            "rounds=3", "seed=9", "local.clip=2.5", "local.optimizer=sgd", "local.schedule=cosine", "adapter.rslora=true",
-            'adapter.targets=["q_proj", "o_proj"]', "data.path=some where.jsonl", 'data.path=["a", "b"]', "data.examples=99",
-            "data.columns.instruction=q", "cohort.kind=poisson", "cohort.kind=fixed", "data.partition.kind=dirichlet",
-            "algorithm.name=local_only", "algorithm.server_optimizer.lr=0.25", "evaluation.examples=5", "compare.local_clients=2",
-            "prompt.system=Say \"hi\"\\n", "name=ä b", "synthesis.temperature=0.5", "synthesis.filters.shortest=2", "synthesis=spare",
-            "compare.methods.FedIT=fedavg", 'compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}',
-            "data.canaries.copies=[1, 4]", "data.clusters.count=9", "data.pool=16", "audit.every=2",
+            "rounds=3",
+            "seed=9",
+            "local.clip=2.5",
+            "local.optimizer=sgd",
+            "local.schedule=cosine",
+            "adapter.rslora=true",
+            'adapter.targets=["q_proj", "o_proj"]',
+            "data.path=some where.jsonl",
+            'data.path=["a", "b"]',
+            "data.examples=99",
+            "data.columns.instruction=q",
+            "cohort.kind=poisson",
+            "cohort.kind=fixed",
+            "data.partition.kind=dirichlet",
+            "algorithm.name=local_only",
+            "algorithm.server_optimizer.lr=0.25",
+            "evaluation.examples=5",
+            "compare.local_clients=2",
+            'prompt.system=Say "hi"\\n',
+            "name=ä b",
+            "synthesis.temperature=0.5",
+            "synthesis.filters.shortest=2",
+            "synthesis=spare",
+            "compare.methods.FedIT=fedavg",
+            'compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}',
+            "data.canaries.copies=[1, 4]",
+            "data.clusters.count=9",
+            "data.pool=16",
+            "audit.every=2",
         ]
     ),
-    max_size=6, unique=True,
-)  # fmt: skip
+    max_size=6,
+    unique=True,
+)
 
 
 @given(overrides)
@@ -256,7 +299,17 @@ def test_writing_and_reading_changes_no_fingerprint(changes: list[str]) -> None:
     assert tomli_w.dumps(again.plain()) == again.to_toml()
 
 
-@pytest.mark.parametrize("change", ["seed=1", "rounds=11", "local.epochs=2", "data.partition.kind=iid", "model.dtype=bfloat16", "prompt.max_length=64"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "rounds=11",
+        "local.epochs=2",
+        "data.partition.kind=iid",
+        "model.dtype=bfloat16",
+        "prompt.max_length=64",
+    ],
+)
 def test_another_setting_is_another_fingerprint(change: str) -> None:
     base = read("data.partition.kind=dirichlet")
     assert read("data.partition.kind=dirichlet", change).fingerprint() != base.fingerprint()
@@ -276,7 +329,10 @@ def test_an_experiment_cannot_be_changed() -> None:
         read().rounds = 3
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("judge.tabel=wins", "table"), ("data.clusters.cuont=3", "count"), ("model.vllm.pyton=x", "python")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("judge.tabel=wins", "table"), ("data.clusters.cuont=3", "count"), ("model.vllm.pyton=x", "python")],
+)
 def test_a_misspelt_key_of_a_section_that_may_be_left_out_is_named_too(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
         load("quickstart", [wrong])

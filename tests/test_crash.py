@@ -88,10 +88,18 @@ def operations(folder: Path) -> list[str]:
 def test_there_are_write_boundaries_in_every_part_of_a_run(toy: None, tmp_path: Path) -> None:
     seen = operations(tmp_path / "run")
     for part in (
-        "mkdir run", "replace experiment.toml", "replace round-00000.safetensors", "replace round-00003.json",
-        "fsync state", "unlink round-00001.json", "write metrics.jsonl", "write .adapter_model.safetensors.tmp",
-        "replace adapter_config.json", "replace summary.json", "replace report.html",
-    ):  # fmt: skip
+        "mkdir run",
+        "replace experiment.toml",
+        "replace round-00000.safetensors",
+        "replace round-00003.json",
+        "fsync state",
+        "unlink round-00001.json",
+        "write metrics.jsonl",
+        "write .adapter_model.safetensors.tmp",
+        "replace adapter_config.json",
+        "replace summary.json",
+        "replace report.html",
+    ):
         assert part in seen
     assert len(seen) > 90
 
@@ -136,7 +144,9 @@ def test_a_disk_that_is_really_full_leaves_a_run_to_go_on_with(
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this user may not mount a small disk")
     try:
-        with pytest.raises(RunError, match=r"No space left on device\. Everything committed before is intact"):
+        with pytest.raises(
+            RunError, match=r"No space left on device\. Everything committed before is intact"
+        ):
             start_or_resume(small / "run")
         subprocess.run(["mount", "-o", "remount,size=10m", str(small)], check=True)
         start_or_resume(small / "run")
@@ -167,16 +177,25 @@ def test_a_folder_with_a_run_is_not_started_over(toy: None, tmp_path: Path) -> N
 # --- real processes ------------------------------------------------------------------------------------------
 
 TINY = [
-    "model.base=random:llama", "rounds=100000", "adapter.rank=1", "data.examples=32", "data.clients=2", "data.hold_out=1",
-    "evaluation.answers=0", "evaluation.every=100000", "examples_per_round=1",
-]  # fmt: skip
+    "model.base=random:llama",
+    "rounds=100000",
+    "adapter.rank=1",
+    "data.examples=32",
+    "data.clients=2",
+    "data.hold_out=1",
+    "evaluation.answers=0",
+    "evaluation.every=100000",
+    "examples_per_round=1",
+]
 
 
 def fedloom(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     # A suite that was started in the background ignores SIGINT, and what it starts would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen([sys.executable, "-m", "fedloom", *arguments], text=True, stderr=subprocess.PIPE, **options)
+        return subprocess.Popen(
+            [sys.executable, "-m", "fedloom", *arguments], text=True, stderr=subprocess.PIPE, **options
+        )
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -214,7 +233,9 @@ def test_other_data_or_another_base_do_not_go_on_with_a_run(tmp_path: Path) -> N
     with pytest.raises(RunError, match="data are not what this run began with"):
         replace(begun, dataset=other).finish(Listener())
     with pytest.raises(RunError, match="base model is not what this run began with"):
-        replace(begun, machine=replace(begun.machine, base_hash="1" * 64, base_sha256="1" * 64)).finish(Listener())
+        replace(begun, machine=replace(begun.machine, base_hash="1" * 64, base_sha256="1" * 64)).finish(
+            Listener()
+        )
     clock = SimpleNamespace(sha256=lambda: "2" * 64)  # a chat template that tells the time, say
     with pytest.raises(RunError, match="prompts' format is not what this run began with"):
         replace(begun, machine=replace(begun.machine, template=clock)).finish(Listener())  # type: ignore[arg-type]

@@ -87,9 +87,13 @@ def test_steps_are_sent_while_they_are_smaller_than_the_whole() -> None:
     for adapter in walk(12):
         link.publish(adapter)
     message = Broadcast(11, {"adapter": adapter})
-    down = [len(link.pack(message, link.newest - gap)) for gap in range(12)]  # to a client last seen so long ago
+    down = [
+        len(link.pack(message, link.newest - gap)) for gap in range(12)
+    ]  # to a client last seen so long ago
     assert [size > 4 * N for size in down[:7]] == [False] * 7
-    assert down[8:] == [len(link.pack(message, None))] * 4  # 4.25 bits a value: 8 steps are no less than 32 bits
+    assert (
+        down[8:] == [len(link.pack(message, None))] * 4
+    )  # 4.25 bits a value: 8 steps are no less than 32 bits
     assert down[0] < 500  # who has it already is told so
     assert down[1] == pytest.approx(4 * N * 4.25 / 32, abs=500)
 
@@ -107,7 +111,10 @@ def test_a_server_that_was_restarted_knows_what_it_knew(rounds: int) -> None:
     for adapter in walk(rounds):
         link.publish(adapter)
     again = Downlink.of(link.into(ServerState(noise(0))), Int4())
-    assert (again.first, [v.sha256() for v in again.versions]) == (link.first, [v.sha256() for v in link.versions])
+    assert (again.first, [v.sha256() for v in again.versions]) == (
+        link.first,
+        [v.sha256() for v in link.versions],
+    )
     message = Broadcast(rounds, {"adapter": noise(0)})
     assert not rounds or again.pack(message, link.first) == link.pack(message, link.first)
 
@@ -189,7 +196,9 @@ def test_under_fp32_every_broadcast_is_what_it_was() -> None:
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
     transport = InProcess(FedAvg(), ToyEngine(), clients, downlink=Downlink(Fp32()))
     message = Broadcast(0, {"adapter": state(0.0, 0.0)})
-    assert {d.bytes_down for d in transport.exchange(dict.fromkeys(FOUR, message))} == {len(wire.pack_broadcast(message))}
+    assert {d.bytes_down for d in transport.exchange(dict.fromkeys(FOUR, message))} == {
+        len(wire.pack_broadcast(message))
+    }
     assert all(VERSION not in client.memory for client in clients.values())
 
 
@@ -204,7 +213,9 @@ def test_a_round_costs_a_step_down_where_everybody_takes_part() -> None:
     seen: list[Round] = []
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
     transport = InProcess(FedAvg(), Wide(), clients, downlink=Downlink(Int4()))
-    federation = Federation(FedAvg(), transport, lambda _: sorted(clients), after_round=lambda _, r: seen.append(r))
+    federation = Federation(
+        FedAvg(), transport, lambda _: sorted(clients), after_round=lambda _, r: seen.append(r)
+    )
     federation.run(FedAvg().init(Wide().initial_adapter()), 3)
     assert [r.bytes_down > 4 * 4 * N for r in seen] == [True, False, False]
 
@@ -221,7 +232,9 @@ def test_a_resumed_run_sends_the_same_bytes_and_ends_in_the_same_bits(codec: Any
 
     def run(name: str, listener: Listener) -> ServerState:
         made = training(tmp_path / name, engine=Wide(), rounds=6, transport={"codec": table})
-        object.__setattr__(made, "select", RoundRobin(sorted(FOUR), count=2))  # two of four: everybody misses steps
+        object.__setattr__(
+            made, "select", RoundRobin(sorted(FOUR), count=2)
+        )  # two of four: everybody misses steps
         return made.finish(listener)
 
     whole = run("whole", Listener())
@@ -240,4 +253,7 @@ def test_a_checkpoint_holds_the_oldest_version_and_the_steps_from_it(tmp_path: P
     made.finish(Listener())
     found = checkpoint.newest(tmp_path / "state", fingerprint=made.fingerprint).checkpoint
     assert found is not None
-    assert sorted(found.state.slots) == ["sent+2", "sent@1"]  # versions 0, 1, 2; two steps of bf16 are no gain
+    assert sorted(found.state.slots) == [
+        "sent+2",
+        "sent@1",
+    ]  # versions 0, 1, 2; two steps of bf16 are no gain

@@ -20,7 +20,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run" / "x"
 
 
-def test_a_write_is_flushed_before_it_is_renamed_and_the_folder_after(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_is_flushed_before_it_is_renamed_and_the_folder_after(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = FaultyDisk(path.parent, monkeypatch)
     durable.write(path, b"new")
     assert disk.operations == OPERATIONS
@@ -49,7 +51,9 @@ def test_an_appended_line_costs_no_line_before_it(path: Path, mode: Mode, n: int
 
 def test_a_full_disk_is_said_plainly(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FaultyDisk(path.parent, monkeypatch, fail_at=1, mode="full")
-    with pytest.raises(RunError, match=r"Could not write .*x: No space left on device\. .*intact; free some space.*--resume"):
+    with pytest.raises(
+        RunError, match=r"Could not write .*x: No space left on device\. .*intact; free some space.*--resume"
+    ):
         durable.write(path, b"new")
 
 

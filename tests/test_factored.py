@@ -38,10 +38,12 @@ class Largest(TorchDispatchMode):
 
 def factors(seed: int) -> AdapterState:
     chance = torch.Generator().manual_seed(seed)
-    return AdapterState({
-        "m.lora_A.weight": torch.randn(RANK, INPUTS, generator=chance),
-        "m.lora_B.weight": torch.randn(OUTPUTS, RANK, generator=chance),
-    })  # fmt: skip
+    return AdapterState(
+        {
+            "m.lora_A.weight": torch.randn(RANK, INPUTS, generator=chance),
+            "m.lora_B.weight": torch.randn(OUTPUTS, RANK, generator=chance),
+        }
+    )
 
 
 def server_side(algorithm: Algorithm, codec: Codec) -> ServerState:
@@ -58,7 +60,9 @@ def server_side(algorithm: Algorithm, codec: Codec) -> ServerState:
     return state
 
 
-@pytest.mark.parametrize("make", [FedAvg, LocalOnly, lambda: FewFedWeight(relabel=None)], ids=["fedavg", "local", "fewfedweight"])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "make", [FedAvg, LocalOnly, lambda: FewFedWeight(relabel=None)], ids=["fedavg", "local", "fewfedweight"]
+)  # type: ignore[arg-type]
 @pytest.mark.parametrize("codec", [Fp32(), Int4()], ids=["fp32", "int4"])
 def test_the_server_never_multiplies_the_factors(make: Callable[[], Algorithm], codec: Codec) -> None:
     with Largest() as seen:

@@ -19,11 +19,16 @@ from fedloom.transport.in_process import InProcess
 from tests.fakes import ToyEngine, numbers, state
 
 
-def federation(engine: ToyEngine, clients: dict[str, list[float]], seen: list[Round], select: object = None) -> Federation:
+def federation(
+    engine: ToyEngine, clients: dict[str, list[float]], seen: list[Round], select: object = None
+) -> Federation:
     algorithm = FedAvg()
     transport = InProcess(algorithm, engine, {c: Client(c, xs) for c, xs in clients.items()})
     return Federation(
-        algorithm, transport, select or All(sorted(clients)), after_round=lambda state, round: seen.append(round)  # type: ignore[arg-type]
+        algorithm,
+        transport,
+        select or All(sorted(clients)),
+        after_round=lambda state, round: seen.append(round),  # type: ignore[arg-type]
     )
 
 
@@ -41,7 +46,9 @@ def test_a_diverged_client_is_left_out_and_the_round_goes_on() -> None:
 
 def test_when_everybody_is_refused_the_message_counts_and_advises() -> None:
     engine = ToyEngine(poison={"a": math.nan, "b": math.inf})
-    with pytest.raises(EmptyCohort, match=r"Round 1: none of 2 .* \(2 x non-finite\)\. .* lower local.learning_rate") as said:
+    with pytest.raises(
+        EmptyCohort, match=r"Round 1: none of 2 .* \(2 x non-finite\)\. .* lower local.learning_rate"
+    ) as said:
         federation(engine, {"a": [4.0], "b": [8.0]}, []).run(START, 1)
     assert "\n" not in str(said.value)
 
@@ -96,7 +103,9 @@ def test_progress_is_told_after_every_client() -> None:
     algorithm = FedAvg()
     clients = {c: Client(c, [1.0]) for c in "ab"}
     Federation(
-        algorithm, InProcess(algorithm, ToyEngine(), clients), All(["a", "b"]),
+        algorithm,
+        InProcess(algorithm, ToyEngine(), clients),
+        All(["a", "b"]),
         on_update=lambda round, client: told.append((client, len(round.updates))),
-    ).run(START, 1)  # fmt: skip
+    ).run(START, 1)
     assert told == [("a", 1), ("b", 2)]

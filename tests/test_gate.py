@@ -68,7 +68,9 @@ def test_one_value_that_is_no_number_is_refused(bad: float) -> None:
 
 
 def test_every_state_is_looked_at() -> None:
-    assert code_of(Update("c", {"delta": state(0.5, 0.5), "control": state(0.5, math.nan)}, 1)) == "non-finite"
+    assert (
+        code_of(Update("c", {"delta": state(0.5, 0.5), "control": state(0.5, math.nan)}, 1)) == "non-finite"
+    )
 
 
 def test_the_reason_names_numbers_and_tensors() -> None:

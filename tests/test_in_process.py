@@ -60,8 +60,11 @@ def test_a_round_that_fails_leaves_the_memory_as_it_was() -> None:
     with pytest.raises(MemoryError):
         list(InProcess(FitsTwice(), Breaks(), clients, width=2).exchange(broadcasts()))
     assert {c: dict(client.memory) for c, client in clients.items()} == {
-        "a": {"seen/first": 3, "seen/local": 3}, "b": {"seen/first": 2, "seen/local": 2}, "c": {}, "d": {},
-    }  # fmt: skip
+        "a": {"seen/first": 3, "seen/local": 3},
+        "b": {"seen/first": 2, "seen/local": 2},
+        "c": {},
+        "d": {},
+    }
 
 
 def test_memory_stays_until_the_update_is_taken() -> None:

@@ -12,9 +12,17 @@ from fedloom.leakage import leakage, targets
 from fedloom.steps import Fit
 
 SETTINGS = [
-    "data.pool=8", "data.clients=2", "data.examples=80", "data.hold_out=1", "data.canaries={copies=[1, 2]}",
-    "audit.references=64", "audit.examples=8", "local.epochs=25", "local.learning_rate=1e-2", "local.schedule=constant",
-]  # fmt: skip
+    "data.pool=8",
+    "data.clients=2",
+    "data.examples=80",
+    "data.hold_out=1",
+    "data.canaries={copies=[1, 2]}",
+    "audit.references=64",
+    "audit.examples=8",
+    "local.epochs=25",
+    "local.learning_rate=1e-2",
+    "local.schedule=constant",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,9 @@ def test_an_untrained_adapter_leaks_what_the_base_does(found: dict[str, dict[str
     assert found["fresh"]["auc"] == pytest.approx(0.5, abs=0.2)
 
 
-def test_targets_are_the_same_for_every_model_and_secrets_are_not_among_the_records(world: tuple[Any, Dataset, Machine]) -> None:
+def test_targets_are_the_same_for_every_model_and_secrets_are_not_among_the_records(
+    world: tuple[Any, Dataset, Machine],
+) -> None:
     experiment, data, _ = world
     on = targets(experiment, data)
     assert on == targets(experiment, data)

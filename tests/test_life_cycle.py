@@ -24,7 +24,9 @@ from fedloom.simulate import adapter_of, evaluate, export, run
 from fedloom.steps import Generate
 from tests.test_cli import TINY, refused, type_in
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT's import
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # of PEFT's import
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -60,7 +62,9 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("short")
     _, tokenizer = load_base("embedded")
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -69,12 +73,31 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learnt(tmp_path_factory: pytest.TempPathFactory, chatml: Path) -> Path:
     """Six responses, equal for all: their end is learnt in a few steps."""
     home = tmp_path_factory.mktemp("learnt")
-    lines = [json.dumps({"instruction": f"Name the colour of ticket {i}.", "response": "It is blue.", "category": "a"}) for i in range(24)]
+    lines = [
+        json.dumps(
+            {"instruction": f"Name the colour of ticket {i}.", "response": "It is blue.", "category": "a"}
+        )
+        for i in range(24)
+    ]
     (home / "same.jsonl").write_text("\n".join(lines))
-    run(load("quickstart", [
-        f"model.base={chatml}", "data.source=table", f"data.path={home / 'same.jsonl'}", "data.private_facts=0", "data.clients=2",
-        "data.partition=iid", "data.hold_out=4", "prompt.format=chat", "rounds=6", "local.learning_rate=1e-2",
-    ]), home / "run")  # fmt: skip
+    run(
+        load(
+            "quickstart",
+            [
+                f"model.base={chatml}",
+                "data.source=table",
+                f"data.path={home / 'same.jsonl'}",
+                "data.private_facts=0",
+                "data.clients=2",
+                "data.partition=iid",
+                "data.hold_out=4",
+                "prompt.format=chat",
+                "rounds=6",
+                "local.learning_rate=1e-2",
+            ],
+        ),
+        home / "run",
+    )
     return home / "run"
 
 
@@ -87,9 +110,13 @@ def test_answers_that_cannot_fit_end_a_run_before_its_first_round(tmp_path: Path
     assert rounds(tmp_path) == 0
 
 
-def test_answers_that_cannot_fit_end_a_comparison_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_cannot_fit_end_a_comparison_before_any_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare.multiprocessing, "get_context", lambda _: pytest.fail("a worker was started"))
-    assert "evaluation.max_new_tokens" in refused("compare", *TINY, "evaluation.max_new_tokens=4000", "--out", tmp_path / "x")
+    assert "evaluation.max_new_tokens" in refused(
+        "compare", *TINY, "evaluation.max_new_tokens=4000", "--out", tmp_path / "x"
+    )
 
 
 def test_describe_shows_its_table_and_then_what_would_end_the_run() -> None:
@@ -100,18 +127,35 @@ def test_describe_shows_its_table_and_then_what_would_end_the_run() -> None:
 
 
 def test_describe_fails_where_the_data_cannot_be_read(tmp_path: Path) -> None:
-    done = type_in("describe", *TINY, "data.source=table", f"data.path={tmp_path / 'nothing.jsonl'}", "data.private_facts=0")
+    done = type_in(
+        "describe",
+        *TINY,
+        "data.source=table",
+        f"data.path={tmp_path / 'nothing.jsonl'}",
+        "data.private_facts=0",
+    )
     assert done.code == 2
     assert "nothing.jsonl" in done.err
 
 
 def long_data(folder: Path) -> list[str]:
-    records = [{"instruction": f"Say it {i} times.", "response": "word " * (400 if i == 7 else 3), "category": "a"} for i in range(24)]
+    records = [
+        {"instruction": f"Say it {i} times.", "response": "word " * (400 if i == 7 else 3), "category": "a"}
+        for i in range(24)
+    ]
     (folder / "long.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return ["data.source=table", f"data.path={folder / 'long.jsonl'}", "data.private_facts=0", "data.examples=24", "data.partition=iid"]
+    return [
+        "data.source=table",
+        f"data.path={folder / 'long.jsonl'}",
+        "data.private_facts=0",
+        "data.examples=24",
+        "data.partition=iid",
+    ]
 
 
-def test_a_record_longer_than_the_base_reads_does_not_end_a_run_rounds_later(short: Path, tmp_path: Path) -> None:
+def test_a_record_longer_than_the_base_reads_does_not_end_a_run_rounds_later(
+    short: Path, tmp_path: Path
+) -> None:
     base = [*TINY, f"model.base={short}", "adapter.targets=all-linear", *long_data(tmp_path)]
     done = type_in("run", *base, "--out", tmp_path / "x")
     if done.code:  # else it is cut to what the base reads
@@ -178,7 +222,9 @@ def test_a_gate_on_exposure_without_canaries_is_refused_before_any_attack(learnt
 # --- the product comes first -----------------------------------------------------------------------------
 
 
-def test_a_measurement_that_fails_leaves_the_adapter_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_that_fails_leaves_the_adapter_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise DataError("the last stage failed")
 
@@ -195,7 +241,9 @@ def test_a_measurement_that_fails_leaves_the_adapter_and_says_how_to_go_on(tmp_p
     assert "not measured" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
-def test_a_comparison_has_its_adapter_although_no_seed_could_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_has_its_adapter_although_no_seed_could_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, small = tmp_path / "table", [*TINY, "compare.seeds=1"]
 
     def seeds(experiment: Any, folder: Path, *, jobs: int) -> Any:
@@ -218,18 +266,31 @@ def test_a_comparison_has_its_adapter_although_no_seed_could_be_measured(tmp_pat
     result = json.loads((folder / "seed-0" / "result.json").read_text())
     assert type_in("compare", "--resume", "--out", folder, "evaluation.max_new_tokens=3").code == 0
     again = json.loads((folder / "seed-0" / "result.json").read_text())
-    assert (result["settings"]["evaluation"]["max_new_tokens"], again["settings"]["evaluation"]["max_new_tokens"]) == (2, 3)
+    assert (
+        result["settings"]["evaluation"]["max_new_tokens"],
+        again["settings"]["evaluation"]["max_new_tokens"],
+    ) == (2, 3)
     assert again["rows"]["federated"]["metrics"]["loss"] == result["rows"]["federated"]["metrics"]["loss"]
 
 
 def test_a_finished_run_is_measured_again_with_other_settings_and_not_trained_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert type_in("run", *TINY, "--out", folder).code == 0
+
     def journal() -> list[Any]:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     before, weights = journal(), (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    done = type_in("run", "--resume", "--out", folder, "evaluation.answers=1", "transport.width=1", "model.tokens_per_pass=512", "name=other")
+    done = type_in(
+        "run",
+        "--resume",
+        "--out",
+        folder,
+        "evaluation.answers=1",
+        "transport.width=1",
+        "model.tokens_per_pass=512",
+        "name=other",
+    )
     assert done.code == 0, done
     assert journal() == before
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
@@ -238,24 +299,42 @@ def test_a_finished_run_is_measured_again_with_other_settings_and_not_trained_ag
 
 
 def test_what_decides_the_training_cannot_be_changed_afterwards(learnt: Path) -> None:
-    for change, key in (("local.epochs=3", "local.epochs"), ("adapter.alpha=32", "adapter.alpha"), ("seed=1", "seed")):
+    for change, key in (
+        ("local.epochs=3", "local.epochs"),
+        ("adapter.alpha=32", "adapter.alpha"),
+        ("seed=1", "seed"),
+    ):
         assert f"{key} differs" in refused("run", "--resume", "--out", learnt, change)
         assert f"{key} differs" in refused("export", learnt, change, "--out", learnt / "x")
 
 
 def test_the_length_of_answers_decides_a_training_that_generates() -> None:
     def prints(*settings: str) -> set[str]:
-        return {load("quickstart", [*settings, f"evaluation.max_new_tokens={n}"]).fingerprint() for n in (8, 9)}
+        return {
+            load("quickstart", [*settings, f"evaluation.max_new_tokens={n}"]).fingerprint() for n in (8, 9)
+        }
 
     assert len(prints()) == 1
     assert len(prints("algorithm=fewfedweight")) == 2
     assert len(prints("compare.methods.A=fewfedweight")) == 2
 
 
-@pytest.mark.parametrize("change", [
-    "name=x", "evaluation.every=3", "audit.every=2", "compare.seeds=9", "compare.leakage=true", "model.device=cpu", "model.tokens_per_pass=9",
-    "model.path=reference", "transport.width=3", "model.base=elsewhere", "data.path=elsewhere",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "name=x",
+        "evaluation.every=3",
+        "audit.every=2",
+        "compare.seeds=9",
+        "compare.leakage=true",
+        "model.device=cpu",
+        "model.tokens_per_pass=9",
+        "model.path=reference",
+        "transport.width=3",
+        "model.base=elsewhere",
+        "data.path=elsewhere",
+    ],
+)
 def test_what_decides_no_training_is_not_in_the_fingerprint(change: str) -> None:
     assert load("quickstart", [change]).fingerprint() == load("quickstart").fingerprint()
 
@@ -265,18 +344,25 @@ def test_what_decides_no_training_is_not_in_the_fingerprint(change: str) -> None
 
 def greedy(model: Any, tokenizer: Any, question: str, **options: Any) -> list[int]:
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     return model.generate(**prompt, max_new_tokens=24, **options)[0, prompt["input_ids"].shape[1] :].tolist()
 
 
 def ours(machine: Machine, adapter: Any, question: str) -> list[int]:
     ids = machine.template.prompt_ids(question, room=24)
-    return machine.engine.answer({0: Generate([ids], adapter, max_new_tokens=24, stop=machine.template.stop)})[0][0]
+    return machine.engine.answer(
+        {0: Generate([ids], adapter, max_new_tokens=24, stop=machine.template.stop)}
+    )[0][0]
 
 
 @pytest.mark.parametrize("form", ["merged", "peft", "run"])
-def test_an_export_ends_where_the_engine_ends_token_for_token(learnt: Path, chatml: Path, tmp_path: Path, form: str) -> None:
+def test_an_export_ends_where_the_engine_ends_token_for_token(
+    learnt: Path, chatml: Path, tmp_path: Path, form: str
+) -> None:
     machine = load_machine(load(learnt))
     adapter, question = adapter_of(learnt, machine), "Name the colour of ticket 3."
     said = ours(machine, adapter, question)
@@ -298,33 +384,49 @@ def test_an_export_ends_where_the_engine_ends_token_for_token(learnt: Path, chat
     assert "README.md" in {p.name for p in folder.iterdir()}
 
 
-def test_the_code_of_the_cards_runs(learnt: Path, chatml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_of_the_cards_runs(
+    learnt: Path, chatml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     export(learnt, tmp_path / "merged", merged=True)
     for folder in (learnt / "adapter", tmp_path / "merged"):
         code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
         assert code is not None
         assert str(chatml.parent) not in code[1]  # a card is for others
-        exec(code[1].replace("path/to/this/folder", str(folder)).replace(f'"{chatml.name}"', f'"{chatml}"'), {})
+        exec(
+            code[1].replace("path/to/this/folder", str(folder)).replace(f'"{chatml.name}"', f'"{chatml}"'), {}
+        )
         assert capsys.readouterr().out.strip() == "It is blue."
 
 
-@pytest.mark.parametrize("base", ["embedded", "chatml", "../shared/models/stories260K", "../shared/models/TinyStories-656K"])
+@pytest.mark.parametrize(
+    "base", ["embedded", "chatml", "../shared/models/stories260K", "../shared/models/TinyStories-656K"]
+)
 @pytest.mark.parametrize("form", ["alpaca", "plain", "chat"])
 @pytest.mark.parametrize("system", ["", "Be 'kind'.\n\\ é ☃ 😀"])
-def test_the_exported_tokenizer_gives_the_prompts_of_the_training(base: str, form: str, system: str, chatml: Path, tmp_path: Path) -> None:
+def test_the_exported_tokenizer_gives_the_prompts_of_the_training(
+    base: str, form: str, system: str, chatml: Path, tmp_path: Path
+) -> None:
     where = str(chatml) if base == "chatml" else base
     if where.startswith("..") and not Path(where).is_dir():
         pytest.skip("needs the shared models")
     if form == "chat" and base != "chatml":
         pytest.skip("has no chat template")
-    skeleton = load_skeleton(load("quickstart", [f"model.base={where}", f"prompt.format={form}"]).with_(prompt={"format": form, "system": system}))
+    skeleton = load_skeleton(
+        load("quickstart", [f"model.base={where}", f"prompt.format={form}"]).with_(
+            prompt={"format": form, "system": system}
+        )
+    )
     tokenizer = skeleton.tokenizer
     tokenizer.chat_template = chat_template(skeleton.template, tokenizer)
     tokenizer.save_pretrained(tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
 
     def ids(**words: str) -> list[int]:
-        return list(read.apply_chat_template([{"role": "user", **words}], add_generation_prompt=True, return_dict=True)["input_ids"])
+        return list(
+            read.apply_chat_template(
+                [{"role": "user", **words}], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
 
     assert ids(content="What is this?") == skeleton.template.prompt_ids("What is this?")
     own = form == "chat" and not system
@@ -349,7 +451,9 @@ def test_every_row_says_how_many_answers_ended_and_what_the_end_costs(learnt: Pa
     assert summary["engine"]["end_reachable"] is True
 
 
-def test_an_end_that_the_frozen_head_cannot_say_is_told_before_and_after(chatml: Path, tmp_path: Path) -> None:
+def test_an_end_that_the_frozen_head_cannot_say_is_told_before_and_after(
+    chatml: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(chatml, tmp_path / "untrained")
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -357,7 +461,16 @@ def test_an_end_that_the_frozen_head_cannot_say_is_told_before_and_after(chatml:
     rows = model.get_output_embeddings().weight.data
     rows[end] = rows.mean(0) + 0.01 * torch.randn(rows.shape[1])
     model.save_pretrained(folder)
-    done = type_in("run", *TINY, f"model.base={folder}", "adapter.targets=all-linear", "prompt.format=chat", "rounds=1", "--out", tmp_path / "x")
+    done = type_in(
+        "run",
+        *TINY,
+        f"model.base={folder}",
+        "adapter.targets=all-linear",
+        "prompt.format=chat",
+        "rounds=1",
+        "--out",
+        tmp_path / "x",
+    )
     assert done.code == 0, done
     assert "warning: the end of an answer, <|im_end|>, looks untrained" in done.err
     assert 'prompt.format = "alpaca"' in done.err
@@ -378,18 +491,25 @@ def moved(learnt: Path, chatml: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_adapter_is_not_put_on_another_base(learnt: Path, moved: Path, chatml: Path, tmp_path: Path) -> None:
-    for command in (("export", learnt, f"model.base={moved}", "--to", "merged", "--out", tmp_path / "x"),
-                    ("export", learnt, f"model.base={moved}", "--out", tmp_path / "x"),
-                    ("evaluate", learnt, f"model.base={moved}"), ("judge", learnt, f"model.base={moved}"),
-                    ("audit", learnt, f"model.base={moved}")):  # fmt: skip
+def test_an_adapter_is_not_put_on_another_base(
+    learnt: Path, moved: Path, chatml: Path, tmp_path: Path
+) -> None:
+    for command in (
+        ("export", learnt, f"model.base={moved}", "--to", "merged", "--out", tmp_path / "x"),
+        ("export", learnt, f"model.base={moved}", "--out", tmp_path / "x"),
+        ("evaluate", learnt, f"model.base={moved}"),
+        ("judge", learnt, f"model.base={moved}"),
+        ("audit", learnt, f"model.base={moved}"),
+    ):
         assert "trained on another base model" in refused(*command), command
     assert not (tmp_path / "x").exists()
     with pytest.raises(ModelError, match="another base model"):
         adapter_of(learnt, load_machine(load(learnt, [f"model.base={moved}"])))
     copy = shutil.copytree(learnt, tmp_path / "without a summary")
     (copy / "summary.json").unlink()
-    assert "base model is not what this run began with" in refused("run", "--resume", "--out", copy, f"model.base={moved}")
+    assert "base model is not what this run began with" in refused(
+        "run", "--resume", "--out", copy, f"model.base={moved}"
+    )
     same = shutil.copytree(chatml, tmp_path / "a copy elsewhere")
     evaluate(load(learnt, [f"model.base={same}"]), learnt)  # the same weights are the same base
 
@@ -402,16 +522,34 @@ def test_an_adapter_is_not_scaled_otherwise(learnt: Path) -> None:
     assert "trained with a scale of 2" in refused("evaluate", learnt, "adapter.alpha=64")
 
 
-def test_a_run_begun_with_relative_paths_is_read_from_another_folder(learnt: Path, chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_begun_with_relative_paths_is_read_from_another_folder(
+    learnt: Path, chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models").symlink_to(chatml.parent)
     shutil.copy(learnt.parent / "same.jsonl", tmp_path / "same.jsonl")
     monkeypatch.chdir(tmp_path)
-    settings = [*TINY, f"model.base=models/{chatml.name}", "adapter.targets=all-linear", "data.source=table", "data.path=same.jsonl",
-                "data.private_facts=0", "data.partition=iid", "rounds=1"]  # fmt: skip
+    settings = [
+        *TINY,
+        f"model.base=models/{chatml.name}",
+        "adapter.targets=all-linear",
+        "data.source=table",
+        "data.path=same.jsonl",
+        "data.private_facts=0",
+        "data.partition=iid",
+        "rounds=1",
+    ]
     assert type_in("run", *settings, "--out", "x").code == 0
     saved = load(tmp_path / "x")
-    assert (saved.model.base, saved.data.path) == (str(tmp_path / "models" / chatml.name), str(tmp_path / "same.jsonl"))
-    assert json.loads((tmp_path / "x" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == saved.model.base
+    assert (saved.model.base, saved.data.path) == (
+        str(tmp_path / "models" / chatml.name),
+        str(tmp_path / "same.jsonl"),
+    )
+    assert (
+        json.loads((tmp_path / "x" / "adapter" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        == saved.model.base
+    )
     assert str(tmp_path) not in (tmp_path / "x" / "adapter" / "README.md").read_text()
     monkeypatch.chdir(tmp_path / "x")
     assert type_in("evaluate", tmp_path / "x").code == 0
@@ -426,7 +564,9 @@ def test_names_that_are_no_paths_stay_as_they_are() -> None:
     assert files.data.path == [os.path.abspath("a.csv"), os.path.expanduser("~/b.csv")]
 
 
-def test_what_looks_like_a_path_is_never_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_like_a_path_is_never_to_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for base in ("models/mine", "./models/mine", "/models/mine", "models/mine/", "~/mine"):

@@ -46,13 +46,25 @@ def begin(folder: Path, *, rounds: int = 0, seeds: int | None = None, settings: 
 @pytest.mark.parametrize(
     "words",
     [
-        ["run", "quikstart"], ["run", "quickstart", "roundz=2"], ["compare", "rounds=0"], ["run", "--fast"],
-        ["chat", "nowhere"], ["evaluate", "nowhere"], ["judge", "nowhere"], ["audit", "nowhere"], ["export", "nowhere"],
-        ["report", "nowhere"], ["run", "--resume", "--out", "nowhere"], ["run", "fedit-dolly", "data.path=nowhere.jsonl"],
-        ["compare", "data.clients=999"], ["partition", "fedit-dolly"], ["copy", "quikstart"], ["compare", "--jobs", "0"],
+        ["run", "quikstart"],
+        ["run", "quickstart", "roundz=2"],
+        ["compare", "rounds=0"],
+        ["run", "--fast"],
+        ["chat", "nowhere"],
+        ["evaluate", "nowhere"],
+        ["judge", "nowhere"],
+        ["audit", "nowhere"],
+        ["export", "nowhere"],
+        ["report", "nowhere"],
+        ["run", "--resume", "--out", "nowhere"],
+        ["run", "fedit-dolly", "data.path=nowhere.jsonl"],
+        ["compare", "data.clients=999"],
+        ["partition", "fedit-dolly"],
+        ["copy", "quikstart"],
+        ["compare", "--jobs", "0"],
         ["run", "name=../x"],
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_told_without_torch(here: Path, words: list[str]) -> None:
     code = f"""
 import sys
@@ -123,8 +135,12 @@ def test_the_run_that_was_meant_is_named(here: Path) -> None:
 def test_an_unfinished_run_is_told_with_the_command_that_goes_on(here: Path, command: str) -> None:
     begin(here / "a run", rounds=2)
     begin(here / "many", seeds=1)
-    assert "2 of 6 rounds are done. Go on with it: fedloom run --resume --out 'a run'" in refused(command, "a run")
-    assert "1 of 5 seeds are done. Go on with it: fedloom compare --resume --out many" in refused(command, "many")
+    assert "2 of 6 rounds are done. Go on with it: fedloom run --resume --out 'a run'" in refused(
+        command, "a run"
+    )
+    assert "1 of 5 seeds are done. Go on with it: fedloom compare --resume --out many" in refused(
+        command, "many"
+    )
 
 
 def test_a_name_that_no_disk_takes(here: Path) -> None:
@@ -133,7 +149,10 @@ def test_a_name_that_no_disk_takes(here: Path) -> None:
     assert "File name too long" in refused("run", long)
 
 
-@pytest.mark.parametrize("name", ["../../x", "", "a/b", "a\\b", "..", ".hidden", "x.", "x ", " x", "-rf", "a" * 61, "a\0b", "a\nb", "x:y"])
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "", "a/b", "a\\b", "..", ".hidden", "x.", "x ", " x", "-rf", "a" * 61, "a\0b", "a\nb", "x:y"],
+)
 def test_a_name_stays_in_its_folder(name: str) -> None:
     with pytest.raises(ConfigError, match=r"name: expected up to 60 letters|name holds"):
         load("quickstart").with_(name=name)
@@ -184,7 +203,11 @@ def test_an_export_that_fails_leaves_no_half_of_it(here: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     begin(here / "run")
-    monkeypatch.setattr(simulate, "load_machine", lambda _: SimpleNamespace(base_sha256="", describe=lambda: {"conv1d": False}))
+    monkeypatch.setattr(
+        simulate,
+        "load_machine",
+        lambda _: SimpleNamespace(base_sha256="", describe=lambda: {"conv1d": False}),
+    )
     monkeypatch.setattr(simulate, "adapter_of", lambda *_: None)
     monkeypatch.setattr(simulate, "_save", half)
     with pytest.raises(OSError, match="No space"):
@@ -216,9 +239,10 @@ def test_a_toml_file_of_an_old_editor_is_named_with_its_line(here: Path) -> None
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_lacks_a_letter_is_no_reason_to_stop(here: Path, encoding: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fedloom", "partition", "name=ⅷ", *TINY], capture_output=True,
+        [sys.executable, "-m", "fedloom", "partition", "name=ⅷ", *TINY],
+        capture_output=True,
         env={"PYTHONIOENCODING": f"{encoding}:strict", "PATH": "", "PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"client-000" in done.stdout
 
@@ -280,7 +304,9 @@ def test_describe_fails_where_the_data_cannot_be_read_and_tells_the_rest(here: P
 # --- progress --------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_in_a_log_file_says_what_begins_and_little_more(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_in_a_log_file_says_what_begins_and_little_more(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     experiment = load("quickstart", ["rounds=50", "compare.seeds=1"])
 
     def seen(rounds: int, finished: int, doing: Mapping[int, compare.Doing]) -> compare.Progress:
@@ -312,7 +338,10 @@ def test_an_interrupted_run_is_told_how_to_go_on(here: Path, capsys: pytest.Capt
     for folder in ("begun", "not begun"):
         with pytest.raises(KeyboardInterrupt), Screen(Path(folder)):
             raise KeyboardInterrupt
-    assert capsys.readouterr().err == "Every committed round is safe. Go on with it: fedloom run --resume --out begun\n"
+    assert (
+        capsys.readouterr().err
+        == "Every committed round is safe. Go on with it: fedloom run --resume --out begun\n"
+    )
 
 
 def test_the_kind_of_a_folder_is_read_from_its_files(here: Path) -> None:

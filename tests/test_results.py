@@ -15,7 +15,10 @@ from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, state
 
 
 def result(seed: int, **rows: tuple[float, float]) -> dict[str, Any]:
-    named = {r.replace("local_", "local:"): {"metrics": {"rule": a, "loss": b}, "groups": {}} for r, (a, b) in rows.items()}
+    named = {
+        r.replace("local_", "local:"): {"metrics": {"rule": a, "loss": b}, "groups": {}}
+        for r, (a, b) in rows.items()
+    }
     return {"seed": seed, "rows": named, "samples": []}
 
 
@@ -27,7 +30,13 @@ TWO = [
 
 def summary(results: list[dict[str, Any]] = TWO, **changes: Any) -> dict[str, Any]:
     return summarise(
-        "compare", experiment(), dataset(FOUR), results, records=changes.get("records", []), adapter_sha256="f" * 64, engine={}
+        "compare",
+        experiment(),
+        dataset(FOUR),
+        results,
+        records=changes.get("records", []),
+        adapter_sha256="f" * 64,
+        engine={},
     )
 
 
@@ -99,28 +108,50 @@ def test_rounds_keep_what_a_plot_of_costs_needs() -> None:
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("base", "base"), ("federated", "fedpit"), ("federated personal:a", "fedpit"), ("centralised", "fedavg"),
-        ("local:a", "local_only"), ("local best", "local_only"), ("LocIT+SA mean", "self_augmented"), ("Mine", "fedmit"),
+        ("base", "base"),
+        ("federated", "fedpit"),
+        ("federated personal:a", "fedpit"),
+        ("centralised", "fedavg"),
+        ("local:a", "local_only"),
+        ("local best", "local_only"),
+        ("LocIT+SA mean", "self_augmented"),
+        ("Mine", "fedmit"),
     ],
-)  # fmt: skip
+)
 def test_a_row_tells_its_method(name: str, method: str) -> None:
-    toy = experiment(algorithm="fedpit", compare={"methods": {"LocIT+SA": "self_augmented", "Mine": "fedmit"}})
+    toy = experiment(
+        algorithm="fedpit", compare={"methods": {"LocIT+SA": "self_augmented", "Mine": "fedmit"}}
+    )
     assert method_of(name, toy) == method
 
 
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("base", "base"), ("federated", "global"), ("Mine", "global"), ("centralised", "pooled"), ("local:a", "personal"),
-        ("LocIT+SA mean", "personal"), ("federated personal best", "personal"),
+        ("base", "base"),
+        ("federated", "global"),
+        ("Mine", "global"),
+        ("centralised", "pooled"),
+        ("local:a", "personal"),
+        ("LocIT+SA mean", "personal"),
+        ("federated personal best", "personal"),
     ],
-)  # fmt: skip
+)
 def test_a_row_tells_whose_model_it_is(name: str, model: str) -> None:
     assert model_of(name) == model
 
 
 def test_metrics_that_only_some_rows_have_are_told_of_those() -> None:
-    leaky = [{**one, "rows": {r: {**x, "metrics": {**x["metrics"], **({"auc": 0.5} if r == "federated" else {})}} for r, x in one["rows"].items()}} for one in TWO]
+    leaky = [
+        {
+            **one,
+            "rows": {
+                r: {**x, "metrics": {**x["metrics"], **({"auc": 0.5} if r == "federated" else {})}}
+                for r, x in one["rows"].items()
+            },
+        }
+        for one in TWO
+    ]
     assert [r["row"] for r in summary(leaky)["rows"] if r["metric"] == "auc"] == ["federated"]
     assert not [d for d in summary(leaky)["differences"] if d["metric"] == "auc"]
 
@@ -132,7 +163,9 @@ def test_loss_is_better_when_lower_and_all_else_when_higher() -> None:
 
 
 def test_rows_are_measured_on_the_same_examples() -> None:
-    found = measure(experiment(), dataset(FOUR), machine(), {"base": None, "federated": state(2.0, 2.0)}, cache=Cache())
+    found = measure(
+        experiment(), dataset(FOUR), machine(), {"base": None, "federated": state(2.0, 2.0)}, cache=Cache()
+    )
     # Held out are 1 and 2 of "low" and 10 of "high"; the base is at 0.
     assert found["rows"]["base"]["metrics"]["loss"] == pytest.approx((0.5 + 2 + 50) / 3)
     assert found["rows"]["federated"]["metrics"]["loss"] == pytest.approx((0.5 + 0 + 32) / 3)
@@ -140,8 +173,16 @@ def test_rows_are_measured_on_the_same_examples() -> None:
 
 
 def test_a_model_that_diverged_is_named_with_advice() -> None:
-    with pytest.raises(RunError, match=r"held-out loss of 'federated' is no finite number.*local\.learning_rate"):
-        measure(experiment(), dataset(FOUR), machine(ToyEngine()), {"base": None, "federated": state(float("nan"))}, cache=Cache())
+    with pytest.raises(
+        RunError, match=r"held-out loss of 'federated' is no finite number.*local\.learning_rate"
+    ):
+        measure(
+            experiment(),
+            dataset(FOUR),
+            machine(ToyEngine()),
+            {"base": None, "federated": state(float("nan"))},
+            cache=Cache(),
+        )
 
 
 # --- what counts of an AUC -------------------------------------------------------------------------------
@@ -155,12 +196,19 @@ def test_an_auc_is_judged_by_its_distance_from_a_coin() -> None:
 
 def test_of_aucs_the_client_nearest_to_a_coin_is_the_best_and_differences_are_of_distances() -> None:
     def with_auc(one: dict[str, Any], **auc: float) -> dict[str, Any]:
-        rows = {r: {**x, "metrics": {**x["metrics"], "auc": auc[r.replace(":", "_")]}} for r, x in one["rows"].items()}
+        rows = {
+            r: {**x, "metrics": {**x["metrics"], "auc": auc[r.replace(":", "_")]}}
+            for r, x in one["rows"].items()
+        }
         return {**one, "rows": rows}
 
     leaky = [with_auc(one, base=0.5, local_a=0.1, local_b=0.6, federated=0.25) for one in TWO]
     assert row(summary(leaky), "local best", "auc")["values"] == (0.6, 0.6)
-    [one] = [d for d in summary(leaky)["differences"] if d["metric"] == "auc" and (d["a"], d["b"]) == ("federated", "local best")]
+    [one] = [
+        d
+        for d in summary(leaky)["differences"]
+        if d["metric"] == "auc" and (d["a"], d["b"]) == ("federated", "local best")
+    ]
     assert one["mean"] == pytest.approx(0.15)  # |0.25 - 1/2| - |0.6 - 1/2|
 
 
@@ -225,7 +273,9 @@ def test_measuring_keeps_every_client_s_mix_and_how_many_were_asked() -> None:
 # --- who, when, from what --------------------------------------------------------------------------------
 
 
-def test_a_summary_says_when_and_from_what_it_was_made_and_no_more_of_a_path_than_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_says_when_and_from_what_it_was_made_and_no_more_of_a_path_than_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("FEDLOOM_RUN_BY", raising=False)
     toy = experiment(data={"source": "medquad", "path": "/home/somebody/medquad.jsonl"})
     found = summarise(

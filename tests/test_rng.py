@@ -22,7 +22,15 @@ def test_keys_are_equal_exactly_when_seed_and_name_are(s: int, x: tuple, t: int,
 
 
 @pytest.mark.parametrize(
-    ("x", "y"), [(("a", "bc"), ("ab", "c")), ((1,), ("1",)), ((1, 23), (12, 3)), (("a",), ("a", "")), (("a\x1fstr:b",), ("a", "b")), (("a\x1f", "b"), ("a", "\x1fb"))]
+    ("x", "y"),
+    [
+        (("a", "bc"), ("ab", "c")),
+        ((1,), ("1",)),
+        ((1, 23), (12, 3)),
+        (("a",), ("a", "")),
+        (("a\x1fstr:b",), ("a", "b")),
+        (("a\x1f", "b"), ("a", "\x1fb")),
+    ],
 )
 def test_parts_of_a_name_do_not_run_together(x: tuple, y: tuple) -> None:
     assert rng.key(0, *x) != rng.key(0, *y)
@@ -51,7 +59,10 @@ def test_keys_are_the_same_in_every_release() -> None:
 def test_names_whose_keys_share_their_low_32_bits_have_streams_of_their_own() -> None:
     one, other = (("order", f"client-{i}", "local", 0) for i in (29714, 35593))
     assert rng.key(0, *one) % 2**32 == rng.key(0, *other) % 2**32  # all that seeds a torch generator
-    assert rng.numpy_stream(0, *one).permutation(50).tolist() != rng.numpy_stream(0, *other).permutation(50).tolist()
+    assert (
+        rng.numpy_stream(0, *one).permutation(50).tolist()
+        != rng.numpy_stream(0, *other).permutation(50).tolist()
+    )
 
 
 def test_numpy_streams_are_named_the_same_way() -> None:

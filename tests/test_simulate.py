@@ -50,7 +50,9 @@ def test_the_exported_adapter_is_that_of_the_last_round(toy: None, tmp_path: Pat
     assert adapter.sha256() == summary["adapter_sha256"]
 
 
-def test_local_only_tuning_has_a_row_for_every_client_and_none_for_the_server(toy: None, tmp_path: Path) -> None:
+def test_local_only_tuning_has_a_row_for_every_client_and_none_for_the_server(
+    toy: None, tmp_path: Path
+) -> None:
     summary = simulate.run(TOY.with_(algorithm="local_only"), tmp_path)
     names = list(dict.fromkeys(r["row"] for r in summary["rows"]))
     assert names == ["base", "local mean", "local best", "local:a", "local:b", "local:c", "local:d"]
@@ -73,7 +75,9 @@ def test_a_listener_hears_the_run_in_order(toy: None, tmp_path: Path) -> None:
     assert heard == [("started", 2, 0, 4.0), *"abcd", 1, *"abcd", 2]
 
 
-def test_refused_clients_are_in_the_journal(toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_clients_are_in_the_journal(
+    toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(simulate, "load_machine", lambda _: machine(ToyEngine(poison={"b": float("nan")})))
     simulate.run(TOY.with_(rounds=1), tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -87,7 +91,9 @@ def test_the_loss_of_a_round_weighs_clients_by_their_examples(toy: None, tmp_pat
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     weighed = sum(c["examples"] * c["loss"] for c in last["clients"].values()) / 10
     assert last["loss"] == pytest.approx(weighed)
-    assert {c: found["examples"] for c, found in last["clients"].items()} == {c: len(xs) for c, xs in FOUR.items()}
+    assert {c: found["examples"] for c, found in last["clients"].items()} == {
+        c: len(xs) for c, xs in FOUR.items()
+    }
 
 
 def test_held_out_loss_is_taken_every_few_rounds_and_at_both_ends(toy: None, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from fedloom.state import AdapterState
 from fedloom.transport import wire
 from tests.fakes import state
 
-UPDATE = Update("client-1", {"delta": state(1.0, 2.0), "control": state(3.0, 4.0)}, 7, {"loss": 0.5, "steps": 3})
+UPDATE = Update(
+    "client-1", {"delta": state(1.0, 2.0), "control": state(3.0, 4.0)}, 7, {"loss": 0.5, "steps": 3}
+)
 HEADER = {"schema": 1, "kind": "update", "client": "c", "weight": 1.0, "metrics": {}, "states": ["delta"]}
 TENSORS = {"delta/w": torch.ones(2)}
 
@@ -32,7 +34,9 @@ def packed(tensors: dict[str, torch.Tensor] = TENSORS, **changes: Any) -> bytes:
 def test_an_update_survives_to_the_bit() -> None:
     back = wire.unpack_update(wire.pack_update(UPDATE))
     assert (back.client, back.weight, back.metrics) == ("client-1", 7, {"loss": 0.5, "steps": 3})
-    assert {k: v.sha256() for k, v in back.states.items()} == {k: v.sha256() for k, v in UPDATE.states.items()}
+    assert {k: v.sha256() for k, v in back.states.items()} == {
+        k: v.sha256() for k, v in UPDATE.states.items()
+    }
 
 
 def test_a_broadcast_survives_to_the_bit() -> None:
@@ -70,18 +74,29 @@ def test_what_is_accepted_is_what_the_fields_say() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"client": None}, {"client": 3}, {"weight": "7"}, {"weight": None}, {"weight": True}, {"metrics": [1]},
-        {"metrics": {"loss": "low"}}, {"states": None}, {"states": [["delta"]]}, {"states": []}, {"states": "delta"},
+        {"client": None},
+        {"client": 3},
+        {"weight": "7"},
+        {"weight": None},
+        {"weight": True},
+        {"metrics": [1]},
+        {"metrics": {"loss": "low"}},
+        {"states": None},
+        {"states": [["delta"]]},
+        {"states": []},
+        {"states": "delta"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_fields_of_another_type_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RefusedUpdate) as refused:
         wire.unpack_update(packed(**changes))
     assert refused.value.code == "malformed"
 
 
-@pytest.mark.parametrize("header", ["[1]", "3", "null", "[" * 20_000, '{"schema": 1}', ""], ids=lambda h: h[:8])
+@pytest.mark.parametrize(
+    "header", ["[1]", "3", "null", "[" * 20_000, '{"schema": 1}', ""], ids=lambda h: h[:8]
+)
 def test_strange_headers_are_refused(header: str) -> None:
     with pytest.raises(RefusedUpdate):
         wire.unpack_update(save(TENSORS, {"fedloom": header}))
@@ -89,7 +104,15 @@ def test_strange_headers_are_refused(header: str) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\0" * 8, b"\xff" * 64, struct.pack("<Q", 2**63), struct.pack("<Q", 2) + b"[]", save(TENSORS), b"PK\x03\x04"],
+    [
+        b"",
+        b"\0" * 8,
+        b"\xff" * 64,
+        struct.pack("<Q", 2**63),
+        struct.pack("<Q", 2) + b"[]",
+        save(TENSORS),
+        b"PK\x03\x04",
+    ],
     ids=["empty", "zeros", "ones", "huge", "list", "no metadata", "zip"],
 )
 def test_foreign_bytes_are_refused(data: bytes) -> None:

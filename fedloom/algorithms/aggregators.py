@@ -23,8 +23,10 @@ def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str,
     weight = sum(u.weight for u in ordered)
     means = {}
     for name in ordered[0].states:  # in float64
-        total = sum((u.weight * u.states[name].to(torch.float64) for u in ordered[1:]),
-                    start=ordered[0].weight * ordered[0].states[name].to(torch.float64))  # fmt: skip
+        total = sum(
+            (u.weight * u.states[name].to(torch.float64) for u in ordered[1:]),
+            start=ordered[0].weight * ordered[0].states[name].to(torch.float64),
+        )
         means[name] = (total / weight).map(lambda t, like: t.to(like.dtype), ordered[0].states[name])
     return means
 

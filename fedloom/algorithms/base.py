@@ -43,14 +43,26 @@ class Algorithm(Protocol):
 
 
 def answer(
-    algorithm: Algorithm, client: Client, states: Mapping[str, AdapterState], *, weight: float, metrics: Mapping[str, float]
+    algorithm: Algorithm,
+    client: Client,
+    states: Mapping[str, AdapterState],
+    *,
+    weight: float,
+    metrics: Mapping[str, float],
 ) -> Update:
     """What a client sends. Metrics that the algorithm does not report stay in the client's memory."""
     client.memory.pop(UNSENT, None)
     if kept := {name: value for name, value in metrics.items() if name not in algorithm.reports}:
         client.memory[UNSENT] = kept
-    return Update(client.id, states, weight, {name: value for name, value in metrics.items() if name in algorithm.reports})
+    return Update(
+        client.id,
+        states,
+        weight,
+        {name: value for name, value in metrics.items() if name in algorithm.reports},
+    )
 
 
-Aggregator = Callable[[Iterable[Update], AdapterState], Mapping[str, AdapterState]]  # (updates, zero) -> means
+Aggregator = Callable[
+    [Iterable[Update], AdapterState], Mapping[str, AdapterState]
+]  # (updates, zero) -> means
 ServerOptimizer = Callable[[ServerState, AdapterState], ServerState]  # (state, mean delta) -> next state

@@ -38,9 +38,13 @@ class FedMIT(Averaging):
         scorer = yield from client.fit(start, round=message.round)
         candidates = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
         chosen = yield from select(
-            candidates, scorer.adapter, self.contrast,
-            keep=self.keep, rule=self.rule, drop_unhelpful=self.drop_unhelpful,
-        )  # fmt: skip
+            candidates,
+            scorer.adapter,
+            self.contrast,
+            keep=self.keep,
+            rule=self.rule,
+            drop_unhelpful=self.drop_unhelpful,
+        )
         together = [*client.examples, *chosen.examples]
         fitted = yield from fit_anew(client, start, together, round=message.round, purpose="mixed")
         metrics = {
@@ -50,4 +54,6 @@ class FedMIT(Averaging):
             **chosen.metrics,
             **synthesis_metrics(client, message),
         }
-        return answer(self, client, {"delta": fitted.adapter - start}, weight=len(client.examples), metrics=metrics)
+        return answer(
+            self, client, {"delta": fitted.adapter - start}, weight=len(client.examples), metrics=metrics
+        )

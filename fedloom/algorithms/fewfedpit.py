@@ -54,9 +54,13 @@ class FewFedPIT(Averaging):
         private = yield from client.fit(start, round=message.round)
         candidates = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
         chosen = yield from select(
-            candidates, private.adapter, self.contrast,
-            keep=self.keep, rule=self.rule, drop_unhelpful=self.drop_unhelpful,
-        )  # fmt: skip
+            candidates,
+            private.adapter,
+            self.contrast,
+            keep=self.keep,
+            rule=self.rule,
+            drop_unhelpful=self.drop_unhelpful,
+        )
         public = yield from fit_anew(client, start, chosen.examples, round=message.round, purpose="public")
 
         delta = mixed(private.adapter - start, public.adapter - start, self.private_share)

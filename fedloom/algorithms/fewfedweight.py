@@ -67,7 +67,12 @@ class FewFedWeight:
         energies = [math.nan if s.energy is None else s.energy for s in judged]
         weights += [self.gamma * w for w in energy_weights(energies, tau=self.tau)]
         fitted = yield from fit_anew(
-            client, start, [*client.examples, *pseudo], round=message.round, purpose="weighted", weights=weights
+            client,
+            start,
+            [*client.examples, *pseudo],
+            round=message.round,
+            purpose="weighted",
+            weights=weights,
         )
         client.memory["local"] = fitted.adapter
         own: list[Scored] = yield Score(client.examples, fitted.adapter)
@@ -78,7 +83,9 @@ class FewFedWeight:
             OWN_LOSS: sum(s.nll for s in own) / max(1, sum(s.targets for s in own)),
             **synthesis_metrics(client, message),
         }
-        return answer(self, client, {"delta": fitted.adapter - start}, weight=len(client.examples), metrics=metrics)
+        return answer(
+            self, client, {"delta": fitted.adapter - start}, weight=len(client.examples), metrics=metrics
+        )
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         import torch  # here, so that settings are read without waiting for it
@@ -87,7 +94,9 @@ class FewFedWeight:
         known: Mapping[str, Tensor] = state.slots.get("client_weights", {})
         before = {u.client: float(known[u.client]) if u.client in known else float(u.weight) for u in arrived}
         after = adapted(before, {u.client: u.metrics.get(OWN_LOSS, math.nan) for u in arrived}, eta=self.eta)
-        mean = self.aggregate([replace(u, weight=after[u.client]) for u in arrived], state.adapter.zeros_like())
+        mean = self.aggregate(
+            [replace(u, weight=after[u.client]) for u in arrived], state.adapter.zeros_like()
+        )
         stepped = self.server_optimizer(state, mean["delta"])
         # A client whose loss is no number is left out of this round, and keeps the weight it had.
         kept = {c: torch.tensor([after[c] or before[c]], dtype=torch.float64) for c in before}
@@ -106,7 +115,9 @@ def energy_weights(energies: Sequence[float], *, tau: float) -> list[float]:
     return [len(energies) * share / math.fsum(shares) for share in shares]
 
 
-def adapted(before: Mapping[ClientId, float], losses: Mapping[ClientId, float], *, eta: float) -> dict[ClientId, float]:
+def adapted(
+    before: Mapping[ClientId, float], losses: Mapping[ClientId, float], *, eta: float
+) -> dict[ClientId, float]:
     """a_k exp(-eta v_k), scaled to the sum the same clients had before; 0 where v_k is no number."""
     sound = [c for c in before if math.isfinite(losses[c])]
     if not sound:

@@ -50,5 +50,7 @@ def _targets(state: Mapping[str, Tensor]) -> dict[str, int]:
     targets = {name.removesuffix(_A): len(t) for name, t in state.items() if name.endswith(_A)}
     expected = {target + end for target in targets for end in (_A, _B)}
     if odd := sorted(expected ^ set(state)):
-        raise ShapeMismatch(f"expected LoRA factors A and B of every target; {odd[0]!r} is missing or is neither")
+        raise ShapeMismatch(
+            f"expected LoRA factors A and B of every target; {odd[0]!r} is missing or is neither"
+        )
     return targets

@@ -58,7 +58,11 @@ def synthetic_examples(
 def plain(example: Any) -> dict[str, Any]:
     """An example's fields as JSON values; a tuple of records, such as a conversation's earlier turns, is a list there."""
     fields = asdict(example)
-    records = {name for name, value in fields.items() if isinstance(value, tuple) and all(isinstance(v, dict) for v in value)}
+    records = {
+        name
+        for name, value in fields.items()
+        if isinstance(value, tuple) and all(isinstance(v, dict) for v in value)
+    }
     return {name: list(value) if name in records else value for name, value in fields.items()}
 
 
@@ -72,7 +76,13 @@ def synthesis_metrics(client: Client, message: Broadcast) -> dict[str, float]:
 
 
 def fit_anew(
-    client: Client, adapter: AdapterState, examples: Sequence[Any], *, round: int, purpose: str, **options: Any
+    client: Client,
+    adapter: AdapterState,
+    examples: Sequence[Any],
+    *,
+    round: int,
+    purpose: str,
+    **options: Any,
 ) -> Steps[Fitted]:
     """Train on a set that lasts for one round: all of its epochs, in an order of its own.
 
@@ -146,7 +156,13 @@ class Selection:
 
 
 def select(
-    candidates: Sequence[Any], scorer: AdapterState, contrast: Contrast, *, keep: int, rule: Rule, drop_unhelpful: bool
+    candidates: Sequence[Any],
+    scorer: AdapterState,
+    contrast: Contrast,
+    *,
+    keep: int,
+    rule: Rule,
+    drop_unhelpful: bool,
 ) -> Steps[Selection]:
     """The best `keep` of the candidates under the scorer."""
     judged = yield from judge(candidates, scorer, contrast)

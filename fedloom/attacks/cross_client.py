@@ -78,13 +78,17 @@ def attack(
     answers = engine.answer(
         {
             (row, a): Generate(
-                queries[a], adapter, max_new_tokens=max_new_tokens, stop=template.stop, temperature=temperature,
+                queries[a],
+                adapter,
+                max_new_tokens=max_new_tokens,
+                stop=template.stop,
+                temperature=temperature,
                 stream=("attacks", "cross-client", a),
             )
             for row, adapter in rows.items()
             for a in attackers
         }
-    )  # fmt: skip
+    )
     prey = {a: _exclusive(clients[a], [s for c in secrets if c != a for s in secrets[c]]) for a in attackers}
     unseen = {_spaced(decoy) for decoy in decoys}
     return {

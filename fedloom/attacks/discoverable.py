@@ -155,7 +155,9 @@ def greedy(
     # No stop tokens: the suffix is compared as tokens, and what follows it does not count.
     rows = with_base(adapters)
     said = engine.answer({r: Generate(prompts, adapter, max_new_tokens=room) for r, adapter in rows.items()})
-    hits = {r: [tuple(a[: len(c.suffix)]) == c.suffix for c, a in zip(cuts, said[r], strict=True)] for r in rows}
+    hits = {
+        r: [tuple(a[: len(c.suffix)]) == c.suffix for c, a in zip(cuts, said[r], strict=True)] for r in rows
+    }
     split = len(inside)
     return {
         row: Exact(share(sum(hit[:split]), split), share(sum(hit[split:]), len(outside)))

@@ -90,7 +90,9 @@ def exposures(
     ends = np.cumsum([len(part) for side in sides for part in side])[:-1]
     base = object()
     requests: dict[Hashable, Score] = {base: Score(examples)}
-    answers = engine.answer(requests | {row: Score(examples, a) for row, a in adapters.items() if a is not None})
+    answers = engine.answer(
+        requests | {row: Score(examples, a) for row, a in adapters.items() if a is not None}
+    )
     untuned = _losses(answers[base])
     found: dict[Row, dict[str, Exposure]] = {}
     for row, adapter in adapters.items():
@@ -175,7 +177,9 @@ def _exposure(parts: Sequence[NDArray[np.float64]]) -> Exposure:
             bits[side].extend(exposure_by_rank(loss, references) for loss in losses.tolist())
             further[side].extend(tail)
     smallest = min(len(references) for references in parts[2::3])
-    return Exposure(_exposed(bits[0], further[0]), _exposed(bits[1], further[1]), smallest, math.log2(smallest))
+    return Exposure(
+        _exposed(bits[0], further[0]), _exposed(bits[1], further[1]), smallest, math.log2(smallest)
+    )
 
 
 def _exposed(bits: Sequence[float], extrapolated: Sequence[float | None]) -> Exposed:

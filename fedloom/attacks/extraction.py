@@ -29,7 +29,10 @@ def draw(clients: Mapping[str, Sequence[Example]], n: int, *, seed: int) -> list
     names = sorted(clients)
     order = numpy_stream(seed, "attacks", "draw").permutation(len(names))
     rows = [
-        [clients[name][i] for i in numpy_stream(seed, "attacks", "draw", name).permutation(len(clients[name]))]
+        [
+            clients[name][i]
+            for i in numpy_stream(seed, "attacks", "draw", name).permutation(len(clients[name]))
+        ]
         for name in (names[i] for i in order)
     ]
     turns = chain.from_iterable(zip_longest(*rows))
@@ -90,7 +93,11 @@ def _prompt(template: Template, example: Example) -> tuple[int, ...]:
 
 
 def _extraction(
-    examples: Sequence[Example], texts: Sequence[str], values: Sequence[float], base: Sequence[float], split: int
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    values: Sequence[float],
+    base: Sequence[float],
+    split: int,
 ) -> Extraction:
     gains = [v - b for v, b in zip(values, base, strict=True)]
     same = [folded(e.response) == folded(t) for e, t in zip(examples, texts, strict=True)]
@@ -98,7 +105,10 @@ def _extraction(
     def group(part: slice) -> Group:
         exact = same[part]
         return Group(
-            mean(values[part]), mean(gains[part], magnitude=1.0), proportion(sum(exact), len(exact)), tuple(values[part])
+            mean(values[part]),
+            mean(gains[part], magnitude=1.0),
+            proportion(sum(exact), len(exact)),
+            tuple(values[part]),
         )
 
     members, held_out = slice(0, split), slice(split, None)

@@ -24,7 +24,9 @@ BASE = "base"  # the row of the untuned base, which every attack is mounted on t
 def with_base(adapters: Mapping[str, AdapterState | None]) -> dict[str, AdapterState | None]:
     """The models to attack, the untuned base first."""
     if adapters.get(BASE) is not None:
-        raise ConfigError(f"Row {BASE!r} is the untuned base, got an adapter of that name; call it otherwise.")
+        raise ConfigError(
+            f"Row {BASE!r} is the untuned base, got an adapter of that name; call it otherwise."
+        )
     return {BASE: None, **adapters}
 
 
@@ -39,14 +41,18 @@ class Mean:
 
     mean: float
     ci95: tuple[float, float] | None
-    constant: bool = False  # the values are equal but for rounding: `ci95` is a point, which is no proof of certainty
+    constant: bool = (
+        False  # the values are equal but for rounding: `ci95` is a point, which is no proof of certainty
+    )
 
 
 def mean(values: Sequence[float], *, magnitude: float = 0.0) -> Mean:
     """`magnitude`: of the numbers that the values are differences of. A spread that their rounding explains is none."""
     if len(values) < 2:
         return Mean(fmean(values), None)
-    return _around(fmean(values), _square(values, magnitude), len(values) - 1, rounding(values, magnitude=magnitude))
+    return _around(
+        fmean(values), _square(values, magnitude), len(values) - 1, rounding(values, magnitude=magnitude)
+    )
 
 
 def difference(a: Sequence[float], b: Sequence[float], *, magnitude: float = 0.0) -> Mean:

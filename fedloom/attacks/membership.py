@@ -84,7 +84,9 @@ def membership(
     compressed = [len(zlib.compress(text(record).encode())) for record in records]
     base = object()
     requests: dict[Hashable, Score] = {base: Score(records)}
-    answers = engine.answer(requests | {row: Score(records, a, per_token=True) for row, a in adapters.items()})
+    answers = engine.answer(
+        requests | {row: Score(records, a, per_token=True) for row, a in adapters.items()}
+    )
     found: dict[Row, dict[str, Membership]] = {}
     for row, adapter in adapters.items():
         # The base is compared with its own answer: in bfloat16 two of them differ by more than DIGITS hide.
@@ -94,7 +96,9 @@ def membership(
             for one, before, size in zip(answers[row], untuned, compressed, strict=True)
         ]
         found[row] = {
-            name: separation([s[name] for s in scored[: len(members)]], [s[name] for s in scored[len(members) :]])
+            name: separation(
+                [s[name] for s in scored[: len(members)]], [s[name] for s in scored[len(members) :]]
+            )
             for name in scored[0]
         }
     return found

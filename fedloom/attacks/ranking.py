@@ -53,7 +53,9 @@ class TrainingText:
     def hits(self, text: str) -> int:
         """How many different runs of the training set stand in a text."""
         said = words(text)
-        return len({tuple(said[i : i + n]) for n in self._lengths for i in range(len(said) - n + 1)} & self._pieces)
+        return len(
+            {tuple(said[i : i + n]) for n in self._lengths for i in range(len(said) - n + 1)} & self._pieces
+        )
 
 
 def _pieces(example: Example, run: int, shortest: int) -> Iterator[tuple[str, ...]]:
@@ -126,16 +128,23 @@ def rank(
     made = engine.answer(
         {
             row: Generate(
-                [start] * samples, adapter, max_new_tokens=max_new_tokens, stop=template.stop, temperature=1.0,
-                top_k=top_k, stream=("attacks", "ranking"),
+                [start] * samples,
+                adapter,
+                max_new_tokens=max_new_tokens,
+                stop=template.stop,
+                temperature=1.0,
+                top_k=top_k,
+                stream=("attacks", "ranking"),
             )
             for row, adapter in rows.items()
         }
-    )  # fmt: skip
+    )
     said = {row: _different(template, made[row]) for row in rows}
     lead = len(template.document_ids(""))
     exact = {row: [_after(start, ids) for ids, _ in said[row]] for row in rows}
-    lower = {row: [_after(start, template.document_ids(t.lower())[lead:]) for _, t in said[row]] for row in rows}
+    lower = {
+        row: [_after(start, template.document_ids(t.lower())[lead:]) for _, t in said[row]] for row in rows
+    }
     asked: dict[Hashable, Score] = {}
     for row, adapter in rows.items():
         asked["own", row] = Score(exact[row], adapter)

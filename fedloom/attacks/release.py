@@ -75,7 +75,11 @@ def gate(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         "extraction": (limits.extraction, lambda: extraction(found["positions"]["public"]["extraction"])),
         "recall": (limits.recall, lambda: recall(found["positions"]["server"])),
     }
-    lines = [_line(name, limit, measure(), limits.on) for name, (limit, measure) in figures.items() if limit is not None]
+    lines = [
+        _line(name, limit, measure(), limits.on)
+        for name, (limit, measure) in figures.items()
+        if limit is not None
+    ]
     return {"gate": lines, "passed": all(line["passed"] for line in lines) if lines else None}
 
 
@@ -171,7 +175,8 @@ def exposure(rows: Mapping[str, Any]) -> Figure | str:
     if "reason" in rows:
         return str(rows["reason"])
     calibrated, bare, base = (
-        rows[row][score]["planted"]["bits"] for row, score in ((RELEASED, "calibrated"), (RELEASED, "loss"), (BASE, "loss"))
+        rows[row][score]["planted"]["bits"]
+        for row, score in ((RELEASED, "calibrated"), (RELEASED, "loss"), (BASE, "loss"))
     )
     ceiling = rows[RELEASED]["calibrated"]["ceiling"]
 
@@ -182,7 +187,9 @@ def exposure(rows: Mapping[str, Any]) -> Figure | str:
         luck = max(0.0, ends(base, factor)[0] - CHANCE)
         return max(ends(calibrated, factor)[1], ends(bare, factor)[1] - luck)
 
-    return Figure(most_exposed(rows), len(calibrated), bound, lambda factor: ends([0.0] * len(calibrated), factor)[1])
+    return Figure(
+        most_exposed(rows), len(calibrated), bound, lambda factor: ends([0.0] * len(calibrated), factor)[1]
+    )
 
 
 def most_exposed(rows: Mapping[str, Any]) -> float:
@@ -192,7 +199,8 @@ def most_exposed(rows: Mapping[str, Any]) -> float:
     what the base gives the planted ones beyond chance is luck of the draw, and is taken off.
     """
     calibrated, bare, base = (
-        float(rows[row][score]["planted"]["mean"]) for row, score in ((RELEASED, "calibrated"), (RELEASED, "loss"), (BASE, "loss"))
+        float(rows[row][score]["planted"]["mean"])
+        for row, score in ((RELEASED, "calibrated"), (RELEASED, "loss"), (BASE, "loss"))
     )
     return max(calibrated, bare - max(0.0, base - CHANCE))
 
@@ -210,9 +218,11 @@ def extraction(rows: Mapping[str, Any]) -> Figure:
 
     nothing = [0.0] * len(members), [0.0] * len(held_out)
     return Figure(
-        rows[RELEASED]["memorised"]["mean"], min(len(members), len(held_out)),
-        lambda factor: bound(members, held_out, factor), lambda factor: bound(*nothing, factor),
-    )  # fmt: skip
+        rows[RELEASED]["memorised"]["mean"],
+        min(len(members), len(held_out)),
+        lambda factor: bound(members, held_out, factor),
+        lambda factor: bound(*nothing, factor),
+    )
 
 
 def recall(server: Mapping[str, Any]) -> Figure | str:
@@ -223,7 +233,8 @@ def recall(server: Mapping[str, Any]) -> Figure | str:
     tokens = read["tokens"]
     hits = round(read["recall"] * tokens)
     return Figure(
-        read["recall"], tokens,
+        read["recall"],
+        tokens,
         lambda factor: proportion(factor * hits, factor * tokens).ci95[1],
         lambda factor: proportion(0, factor * tokens).ci95[1],
-    )  # fmt: skip
+    )

@@ -41,19 +41,34 @@ def _paths(incomplete: str, *, files: bool) -> Iterator[str]:
     place, _, start = incomplete.rpartition(os.sep)
     folder = Path(place or (os.sep if incomplete.startswith(os.sep) else "."))
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.startswith(start) and (path.is_dir() or (files and path.suffix == ".toml")) and (start or path.name[0] != "."):
+        if (
+            path.name.startswith(start)
+            and (path.is_dir() or (files and path.suffix == ".toml"))
+            and (start or path.name[0] != ".")
+        ):
             yield str(path)
 
 
 What = Annotated[
-    str, typer.Argument(help="A recipe's name, a TOML file, or a run folder.", metavar="[RECIPE|FILE]", show_default=True, autocompletion=complete_what)
+    str,
+    typer.Argument(
+        help="A recipe's name, a TOML file, or a run folder.",
+        metavar="[RECIPE|FILE]",
+        show_default=True,
+        autocompletion=complete_what,
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings to change, like rounds=5 data.path=FILE.", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="Settings to change, like rounds=5 data.path=FILE.", metavar="[KEY=VALUE]..."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run. Default: a new one under runs/.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last committed round.")]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN", autocompletion=complete_run)]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out from its last committed round.")
+]
+RunFolder = Annotated[
+    Path, typer.Argument(help="The folder of a finished run.", metavar="RUN", autocompletion=complete_run)
+]
 
 
 def load_what(what: str, overrides: list[str] | None) -> Experiment:

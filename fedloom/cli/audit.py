@@ -25,14 +25,37 @@ class On(StrEnum):
 def command(
     run: RunFolder,
     overrides: Overrides = None,
-    max_exposure: Annotated[float | None, typer.Option(help="Release gate: bits known of a planted canary, on average.")] = None,
-    max_auc: Annotated[float | None, typer.Option(help="Release gate: AUC of the best membership attack, less what the untuned base tells apart.")] = None,
-    max_extraction: Annotated[float | None, typer.Option(help="Release gate: ROUGE-L brought back beyond the base and beyond held-out prompts.")] = None,
-    max_recall: Annotated[float | None, typer.Option(help="Release gate: share of a client's tokens that the server reads off its upload.")] = None,
-    gate_on: Annotated[On, typer.Option(help="What a limit is compared with: the upper end of the figure's 95% interval, or the estimate.")] = On.bound,
-    samples: Annotated[int | None, typer.Option(min=1, help="Texts a model is let to say unasked. Default: 64, or 1024 with --full.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Greedy continuations too, and more samples: slower.")] = False,
-) -> None:  # fmt: skip
+    max_exposure: Annotated[
+        float | None, typer.Option(help="Release gate: bits known of a planted canary, on average.")
+    ] = None,
+    max_auc: Annotated[
+        float | None,
+        typer.Option(
+            help="Release gate: AUC of the best membership attack, less what the untuned base tells apart."
+        ),
+    ] = None,
+    max_extraction: Annotated[
+        float | None,
+        typer.Option(help="Release gate: ROUGE-L brought back beyond the base and beyond held-out prompts."),
+    ] = None,
+    max_recall: Annotated[
+        float | None,
+        typer.Option(help="Release gate: share of a client's tokens that the server reads off its upload."),
+    ] = None,
+    gate_on: Annotated[
+        On,
+        typer.Option(
+            help="What a limit is compared with: the upper end of the figure's 95% interval, or the estimate."
+        ),
+    ] = On.bound,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Texts a model is let to say unasked. Default: 64, or 1024 with --full."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Greedy continuations too, and more samples: slower.")
+    ] = False,
+) -> None:
     """Attack a finished run as whoever gets its adapter, as another client and as the server.
 
     Every figure stands beside what the untuned base or unseen secrets give. Exits with 1 where a limit is
@@ -43,11 +66,17 @@ def command(
     from fedloom.audit import AUDIT, FULL, SAMPLES, audit
     from fedloom.report import page, readings
 
-    limits = Limits(exposure=max_exposure, auc=max_auc, extraction=max_extraction, recall=max_recall, on=gate_on.value)
+    limits = Limits(
+        exposure=max_exposure, auc=max_auc, extraction=max_extraction, recall=max_recall, on=gate_on.value
+    )
     found = audit(
-        run, overrides or [], limits=limits, full=full, samples=samples or (FULL if full else SAMPLES),
+        run,
+        overrides or [],
+        limits=limits,
+        full=full,
+        samples=samples or (FULL if full else SAMPLES),
         say=lambda part: note(f"[dim]auditing: {part}[/]"),
-    )  # fmt: skip
+    )
     out.print(_table(found["name"], readings.lines(found)))
     say(f"Wrote {run / AUDIT} and {page.write(run)}")
     told = readings.gate(found)

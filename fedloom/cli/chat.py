@@ -51,21 +51,32 @@ def command(
                 return
             base ^= said == "/base"
             shown = _whose(experiment, run, base=base) if said == "/base" else HELP
-            note(f"[dim]{escape(shown if said in ('/base', '/help') else f'There is no {said}.{chr(10)}{HELP}')}[/]")
+            note(
+                f"[dim]{escape(shown if said in ('/base', '/help') else f'There is no {said}.{chr(10)}{HELP}')}[/]"
+            )
             continue
         instruction, _, context = (part.strip() for part in said.partition("||"))
         ids = machine.template.prompt_ids(instruction, context, room=max_new_tokens)
         if (cut := machine.template.prompt_cut(instruction, context, room=max_new_tokens)) != "none":
-            note(f"[dim]the end of the {cut} is left out: the base model reads {machine.positions:,} tokens.[/]")
+            note(
+                f"[dim]the end of the {cut} is left out: the base model reads {machine.positions:,} tokens.[/]"
+            )
         shown, answer = "", list[int]()
         try:
             for token in stream(
-                machine.engine, ids, None if base else tuned, max_new_tokens=max_new_tokens, stop=machine.template.stop,
-                temperature=temperature, seed=turn,
-            ):  # fmt: skip
+                machine.engine,
+                ids,
+                None if base else tuned,
+                max_new_tokens=max_new_tokens,
+                stop=machine.template.stop,
+                temperature=temperature,
+                seed=turn,
+            ):
                 answer.append(token)
                 text = machine.template.decode(answer)
-                if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter may span tokens
+                if text.startswith(shown) and not text.endswith(
+                    "\N{REPLACEMENT CHARACTER}"
+                ):  # a letter may span tokens
                     out.print(text[len(shown) :], end="", soft_wrap=True)
                     shown = text
             out.print(machine.template.decode(answer)[len(shown) :], end="", soft_wrap=True)
@@ -83,13 +94,17 @@ def _whose(experiment: Experiment, run: Path, *, base: bool) -> str:
     clients = f" of {counted(experiment.data.clients, 'client')}" if experiment.data.clients else ""
     several = experiment.compare.seeds if any(run.glob("seed-*/")) else 1
     seed = f"seed {experiment.seed}" + (f", the first of {several}" if several > 1 else "")
-    return f"{run}: the adapter{clients} tuned by {experiment.algorithm.name} on {experiment.model.base}, {seed}"
+    return (
+        f"{run}: the adapter{clients} tuned by {experiment.algorithm.name} on {experiment.model.base}, {seed}"
+    )
 
 
 def _instructions() -> Iterator[str]:
     """What is typed, line by line, until an empty one."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a whole buffer fails otherwise, with the good lines in it
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # a whole buffer fails otherwise, with the good lines in it
     number = 0
     while line := _line():
         number += 1

@@ -17,8 +17,16 @@ def command(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Let a judge's endpoint be asked although it costs money, or nobody knows how much.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Seeds to run at a time. Default: one for each core, one on a GPU.")] = None,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Let a judge's endpoint be asked although it costs money, or nobody knows how much."
+        ),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Seeds to run at a time. Default: one for each core, one on a GPU."),
+    ] = None,
 ) -> None:
     """The table of the FedIT paper from one command: several seeds, 95% intervals, paired differences."""
     experiment, folder = experiment_and_folder(what, overrides, out, resume, kind="compare")
@@ -31,8 +39,12 @@ def command(
         from fedloom.simulate import compare
 
         if jobs is None:
-            jobs = 1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
-        summary = compare(experiment, folder, jobs=jobs, resume=resume, on_progress=display.show, on_notes=notes)
+            jobs = (
+                1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
+            )
+        summary = compare(
+            experiment, folder, jobs=jobs, resume=resume, on_progress=display.show, on_notes=notes
+        )
     print_summary(summary, folder)
     if experiment.judge is not None:
         judge_and_print(folder, experiment, yes)

@@ -22,7 +22,9 @@ def command(
 
     shipped = recipes()
     if recipe not in shipped:
-        raise ConfigError(f"Expected one of the recipes {', '.join(shipped)}; got {recipe!r}{did_you_mean(recipe, shipped)}")
+        raise ConfigError(
+            f"Expected one of the recipes {', '.join(shipped)}; got {recipe!r}{did_you_mean(recipe, shipped)}"
+        )
     path = to or Path(f"{recipe}.toml")
     if path.is_dir():
         path = path / f"{recipe}.toml"

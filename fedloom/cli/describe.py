@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def command(
     what: What = "quickstart",
     overrides: Overrides = None,
-    all: Annotated[bool, typer.Option("--all", help="Every setting with its default, too, as a TOML file.")] = False,
+    all: Annotated[
+        bool, typer.Option("--all", help="Every setting with its default, too, as a TOML file.")
+    ] = False,
 ) -> None:
     """Tell what would happen, in ten lines: who trains what, how long, what travels, memory. Trains nothing.
 
@@ -68,21 +70,57 @@ def _headline(experiment: Experiment, p: Plan) -> str:
 
 
 def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
-    local, adapter, evaluation, data = experiment.local, experiment.adapter, experiment.evaluation, experiment.data
+    local, adapter, evaluation, data = (
+        experiment.local,
+        experiment.adapter,
+        experiment.evaluation,
+        experiment.data,
+    )
     yield "base model", f"{p.base_parameters:,} parameters, frozen"
-    yield "adapter", f"LoRA of rank {adapter.rank} on {p.targets} layers: {p.adapter_parameters:,} parameters to train"
-    much = f"{experiment.examples_per_round:,} examples" if experiment.examples_per_round else counted(local.epochs, "epoch")
-    yield "a round", f"{much} with each client, in batches of {local.batch_size}, {local.optimizer} at {local.learning_rate:g} ({local.schedule})"
+    yield (
+        "adapter",
+        f"LoRA of rank {adapter.rank} on {p.targets} layers: {p.adapter_parameters:,} parameters to train",
+    )
+    much = (
+        f"{experiment.examples_per_round:,} examples"
+        if experiment.examples_per_round
+        else counted(local.epochs, "epoch")
+    )
+    yield (
+        "a round",
+        f"{much} with each client, in batches of {local.batch_size}, {local.optimizer} at {local.learning_rate:g} ({local.schedule})",
+    )
     yield "split", f"{data.source}, {_named(data.partition.plain())}"
     for line in p.data or ["could not be read"]:
         yield "data", line
-    yield "travels", f"{size(p.bytes_up)} up, {size(p.bytes_down)} down for a client in a round; {size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down))} in a run"
+    yield (
+        "travels",
+        f"{size(p.bytes_up)} up, {size(p.bytes_down)} down for a client in a round; {size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down))} in a run",
+    )
     if p.disk:
         yield "disk", f"up to {size(p.disk)} for the rounds that are kept, and the adapter"
-    yield "memory", f"about {size(p.memory)}, with {counted(p.width, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass"
-    questions = "all held-out questions" if evaluation.answers is None else counted(evaluation.answers, "held-out question")
-    yield "in the end", f"{questions} answered in up to {counted(evaluation.max_new_tokens, 'token')}" if evaluation.answers != 0 else "held-out loss, no answers"
-    rows = ["local-only", *experiment.compare.local_labels, *experiment.compare.methods, "federated", "centralised"]
+    yield (
+        "memory",
+        f"about {size(p.memory)}, with {counted(p.width, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass",
+    )
+    questions = (
+        "all held-out questions"
+        if evaluation.answers is None
+        else counted(evaluation.answers, "held-out question")
+    )
+    yield (
+        "in the end",
+        f"{questions} answered in up to {counted(evaluation.max_new_tokens, 'token')}"
+        if evaluation.answers != 0
+        else "held-out loss, no answers",
+    )
+    rows = [
+        "local-only",
+        *experiment.compare.local_labels,
+        *experiment.compare.methods,
+        "federated",
+        "centralised",
+    ]
     yield "compare", f"fedloom compare: {', '.join(rows)} over {counted(experiment.compare.seeds, 'seed')}"
 
 

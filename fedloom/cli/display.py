@@ -14,10 +14,25 @@ from fedloom.report import endings, findings
 from fedloom.results import model_of
 
 TITLES = {
-    "rule": "rule ↑", "rouge_l": "ROUGE-L ↑", "exact": "exact ↑", "ended": "ended ↑", "loss": "loss ↓",
-    "exposure": "exposure ↓\nbits", "extraction": "extraction ↓\nROUGE-L", "auc": "membership\nAUC → 0.5",
-}  # fmt: skip
-DROPPED_FIRST = ("auc", "exact", "ended", "rouge_l", "extraction", "loss", "exposure", "rule")  # where a terminal is narrow
+    "rule": "rule ↑",
+    "rouge_l": "ROUGE-L ↑",
+    "exact": "exact ↑",
+    "ended": "ended ↑",
+    "loss": "loss ↓",
+    "exposure": "exposure ↓\nbits",
+    "extraction": "extraction ↓\nROUGE-L",
+    "auc": "membership\nAUC → 0.5",
+}
+DROPPED_FIRST = (
+    "auc",
+    "exact",
+    "ended",
+    "rouge_l",
+    "extraction",
+    "loss",
+    "exposure",
+    "rule",
+)  # where a terminal is narrow
 ORDER = ("rule", "rouge_l", "exact", "ended", "loss")
 BESIDE_LEAKAGE = 2  # metrics of quality that a terminal has room for where leakage is shown, too
 
@@ -45,7 +60,11 @@ def results_table(summary: Mapping[str, Any], width: int) -> Table:
     """Every named row, and as many metrics as fit into `width`; a method's best clients are left to the page."""
     leaks = findings.leaks(summary)
     quality = [m for m in findings.metrics(summary) if m in ORDER and m != "ended"]
-    shown = [*(quality[:BESIDE_LEAKAGE] if leaks else quality), *(["ended"] if endings.shown(summary) else []), *leaks]
+    shown = [
+        *(quality[:BESIDE_LEAKAGE] if leaks else quality),
+        *(["ended"] if endings.shown(summary) else []),
+        *leaks,
+    ]
     table = _results_table(summary, shown)
     while len(shown) > 2 and out.measure(table, options=out.options.update(width=1000)).maximum > width:
         shown.remove(next(m for m in DROPPED_FIRST if m in shown))
@@ -55,8 +74,11 @@ def results_table(summary: Mapping[str, Any], width: int) -> Table:
 
 def _results_table(summary: Mapping[str, Any], shown: Sequence[str]) -> Table:
     seeds = len(findings.seeds(summary))
-    table = Table(title=f"{summary['name']}: held-out examples, {counted(seeds, 'seed')}"
-                  + (", mean ± 95% interval" if seeds > 1 else ""), title_justify="left")  # fmt: skip
+    table = Table(
+        title=f"{summary['name']}: held-out examples, {counted(seeds, 'seed')}"
+        + (", mean ± 95% interval" if seeds > 1 else ""),
+        title_justify="left",
+    )
     table.add_column("row", no_wrap=True)
     table.add_column("model", no_wrap=True)
     for metric in shown:
@@ -64,7 +86,12 @@ def _results_table(summary: Mapping[str, Any], shown: Sequence[str]) -> Table:
     own = findings.own(summary)
     for name in _named(summary) or findings.single_clients(summary):
         entries = [findings.entry(summary, name, m) for m in shown]
-        cells = ["-" if e is None else f"{findings.value(e['metric'], e['mean'])} {findings.half_width(e['metric'], e['ci95'])}".strip() for e in entries]
+        cells = [
+            "-"
+            if e is None
+            else f"{findings.value(e['metric'], e['mean'])} {findings.half_width(e['metric'], e['ci95'])}".strip()
+            for e in entries
+        ]
         title = f"federated ({own})" if name == "federated" else name
         table.add_row(title, model_of(name), *cells, style="bold" if name == "federated" else "")
     return table
@@ -72,7 +99,9 @@ def _results_table(summary: Mapping[str, Any], shown: Sequence[str]) -> Table:
 
 def _named(summary: Mapping[str, Any]) -> list[str]:
     """Without the best clients of methods, which are chosen with hindsight."""
-    bests = {f"{label} best" for label in findings.methods(summary)} | {f"{label} personal best" for label in findings.methods(summary)}
+    bests = {f"{label} best" for label in findings.methods(summary)} | {
+        f"{label} personal best" for label in findings.methods(summary)
+    }
     return [row for row in findings.rows(summary) if row not in bests]
 
 
@@ -80,7 +109,9 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
     """One plain sentence for each comparison of the federated row, in the first metric there is; in exposure with FedIT."""
     metric = findings.main_metric(summary)
     fedit = [label for label, its in findings.methods(summary).items() if its["name"] == "fedavg"]
-    wanted = {(row, metric) for row in _named(summary)} | {(row, leak) for row in fedit for leak in findings.leaks(summary)[:1]}
+    wanted = {(row, metric) for row in _named(summary)} | {
+        (row, leak) for row in fedit for leak in findings.leaks(summary)[:1]
+    }
     lines = []
     for d in summary["differences"]:
         other = d["a"] if d["b"] == "federated" else d["b"]
@@ -88,11 +119,17 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
             continue
         low, high = d["ci95"]
         clear = "the interval excludes zero" if low > 0 or high < 0 else "the interval includes zero"
-        unit = {"exposure": "bits of exposure", "auc": "of the AUC's distance from 0.5"}.get(d["metric"], d["metric"])
+        unit = {"exposure": "bits of exposure", "auc": "of the AUC's distance from 0.5"}.get(
+            d["metric"], d["metric"]
+        )
         if d.get("constant"):
-            lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} in every seed, so that there is no interval")
+            lines.append(
+                f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} in every seed, so that there is no interval"
+            )
             continue
-        lines.append(f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}; {clear})")
+        lines.append(
+            f"{d['a']} − {d['b']}: {d['mean']:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}; {clear})"
+        )
     return lines
 
 

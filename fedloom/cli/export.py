@@ -22,8 +22,16 @@ class Form(StrEnum):
 def command(
     run: RunFolder,
     overrides: Overrides = None,
-    to: Annotated[Form, typer.Option("--to", help="peft: the adapter alone. merged: base and adapter as one model. tensorboard: the curves.")] = Form.peft,
-    where: Annotated[Path | None, typer.Option("--out", help="Folder to write. Default: RUN/export-FORM.")] = None,
+    to: Annotated[
+        Form,
+        typer.Option(
+            "--to",
+            help="peft: the adapter alone. merged: base and adapter as one model. tensorboard: the curves.",
+        ),
+    ] = Form.peft,
+    where: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write. Default: RUN/export-FORM.")
+    ] = None,
 ) -> None:
     """Write the tuned model for PEFT and vLLM, as a plain transformers model, or the curves for TensorBoard.
 

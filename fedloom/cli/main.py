@@ -40,18 +40,37 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, recipes, describe, partition, copy, evaluate, judge, audit, chat, export, report):
+for command in (
+    run,
+    compare,
+    recipes,
+    describe,
+    partition,
+    copy,
+    evaluate,
+    judge,
+    audit,
+    chat,
+    export,
+    report,
+):
     app.command(name=command.__name__.rpartition(".")[2])(command.command)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        say(f"fedloom {version('fedloom')} (Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')})")
+        say(
+            f"fedloom {version('fedloom')} (Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')})"
+        )
         raise typer.Exit
 
 
 @app.callback()
-def options(_: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell the version and exit.")] = False) -> None: ...
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Tell the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:
@@ -61,7 +80,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a terminal that lacks a letter is no reason to stop
     try:
         app()
     except FedloomError as error:
@@ -79,5 +100,7 @@ def main() -> None:
         sys.exit(2)
     except Exception:
         traceback.print_exc()
-        complain("This is a bug in fedloom, not a mistake of yours. The run's folder is intact and can be resumed.")
+        complain(
+            "This is a bug in fedloom, not a mistake of yours. The run's folder is intact and can be resumed."
+        )
         sys.exit(1)

@@ -15,25 +15,42 @@ from fedloom.cli.arguments import Overrides, What, load_what
 from fedloom.cli.console import notes, out, say
 from fedloom.errors import ConfigError
 
-COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green", "bright_yellow", "bright_magenta")
+COLOURS = (
+    "blue",
+    "green",
+    "yellow",
+    "magenta",
+    "cyan",
+    "red",
+    "bright_blue",
+    "bright_green",
+    "bright_yellow",
+    "bright_magenta",
+)
 BAR = 40  # characters for the largest client
 
 
 def command(
     what: What = "quickstart",
     overrides: Overrides = None,
-    to: Annotated[Path | None, typer.Option("--out", help="Also write the picture as a page, FILE.html.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Also write the picture as a page, FILE.html.")
+    ] = None,
 ) -> None:
     """Preview the split: a table and a picture of how many examples of each kind every client holds."""
     if to is not None and not to.absolute().parent.is_dir():
-        raise ConfigError(f"There is no folder {to.parent} to write {to.name} in. Make it, or choose another --out.")
+        raise ConfigError(
+            f"There is no folder {to.parent} to write {to.name} in. Make it, or choose another --out."
+        )
     from fedloom.experiment import load_data
 
     dataset = load_data(load_what(what, overrides))
     notes(dataset.notes)
     shown = asdict(dataset.table)
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(shown["totals"])}
-    legend = Text("  ").join(Text(f"█ {group} {count:,}", style=colours[group]) for group, count in shown["totals"].items())
+    legend = Text("  ").join(
+        Text(f"█ {group} {count:,}", style=colours[group]) for group, count in shown["totals"].items()
+    )
     out.print(legend)
     table = Table()
     table.add_column("client")
@@ -42,7 +59,12 @@ def command(
     table.add_column("holds")
     largest = max(c["size"] for c in shown["clients"])
     for client in shown["clients"]:
-        table.add_row(client["client"], f"{client['size']:,}", f"{client['distance']:.2f}", _bar(client["counts"], largest, colours))
+        table.add_row(
+            client["client"],
+            f"{client['size']:,}",
+            f"{client['distance']:.2f}",
+            _bar(client["counts"], largest, colours),
+        )
     out.print(table)
     say(
         f"{sum(shown['totals'].values()):,} training examples, {len(dataset.test):,} held out. Skew is the distance of a "
@@ -51,7 +73,9 @@ def command(
     if to is not None:
         from fedloom.report.page import write_partition
 
-        say(f"Picture: {write_partition({'by': dataset.by, 'distance': dataset.table.distance, **shown}, to)}")
+        say(
+            f"Picture: {write_partition({'by': dataset.by, 'distance': dataset.table.distance, **shown}, to)}"
+        )
 
 
 def _bar(counts: Mapping[str, Any], largest: int, colours: Mapping[str, str]) -> Text:

@@ -42,7 +42,10 @@ class Screen:
         self._live = Live(console=err, transient=True, refresh_per_second=5, get_renderable=self._drawn)
 
     def _drawn(self) -> Group:
-        return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in self.lines), self._bar.get_renderable())
+        return Group(
+            *(Text(line, no_wrap=True, overflow="ellipsis") for line in self.lines),
+            self._bar.get_renderable(),
+        )
 
     def draw(self, *lines: str, done: float = 0.0, total: float | None = None) -> None:
         self.lines = list(lines)
@@ -53,7 +56,9 @@ class Screen:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._live.stop()
         if kind is KeyboardInterrupt and folders.begun(self.folder):
             note(f"Every committed round is safe. Go on with it: {escape(folders.resume(self.folder))}")
@@ -142,7 +147,9 @@ class CompareDisplay:
         self._spoke = self._began
         self._known: dict[int, tuple[str, str]] | None = None
         self._total = ""
-        others = "".join(f", {label}" for label in (*experiment.compare.local_labels, *experiment.compare.methods))
+        others = "".join(
+            f", {label}" for label in (*experiment.compare.local_labels, *experiment.compare.methods)
+        )
         note(
             f"[bold]{escape(experiment.name)}[/]: local-only{escape(others)}, federated and centralised over "
             f"{counted(self._seeds, 'seed')}, in {escape(str(screen.folder))}"
@@ -156,9 +163,10 @@ class CompareDisplay:
         if self._start is None and any(doing.round for doing in progress.doing.values()):
             self._start, self._began = done, time.monotonic()
         total = [
-            f"{progress.rounds} of {counted(progress.total, 'round')}", f"{progress.finished} of {counted(self._seeds, 'seed')} done",
+            f"{progress.rounds} of {counted(progress.total, 'round')}",
+            f"{progress.finished} of {counted(self._seeds, 'seed')} done",
             *self._left(done, progress.total),
-        ]  # fmt: skip
+        ]
         lines = [f"seed {seed}: {self._told(doing)}" for seed, doing in progress.doing.items()]
         self._screen.draw(*lines or [LOADING], " · ".join(total), done=done, total=progress.total)
         if not err.is_terminal:
@@ -167,7 +175,9 @@ class CompareDisplay:
     def _left(self, done: float, total: int) -> list[str]:
         if self._start is None or done <= self._start or done >= total:
             return []
-        return [f"about {duration((time.monotonic() - self._began) / (done - self._start) * (total - done))} left"]
+        return [
+            f"about {duration((time.monotonic() - self._began) / (done - self._start) * (total - done))} left"
+        ]
 
     def _told(self, doing: compare.Doing) -> str:
         if not doing.round:
@@ -176,8 +186,12 @@ class CompareDisplay:
 
     def _speak(self, progress: compare.Progress, total: str) -> None:
         """A line where a seed begins something else, and now and then one about how far all of them are."""
-        known = {seed: (doing.phase, doing.row if doing.round else "") for seed, doing in progress.doing.items()}
-        for seed in (seed for seed in known if self._known is not None and known[seed] != self._known.get(seed)):
+        known = {
+            seed: (doing.phase, doing.row if doing.round else "") for seed, doing in progress.doing.items()
+        }
+        for seed in (
+            seed for seed in known if self._known is not None and known[seed] != self._known.get(seed)
+        ):
             note(f"seed {seed}: {self._told(progress.doing[seed])}")
         ended = self._known is not None and not set(self._known) <= set(known)
         if (ended or time.monotonic() - self._spoke > SELDOM) and total != self._total:

@@ -15,7 +15,9 @@ def command() -> None:
         shows, takes, needs = about(text)
         say(f"{name}: {shows}")
         say(f"    takes {takes}; needs {needs}")
-    say("See one: fedloom describe quickstart. Run it: fedloom compare quickstart. Change a copy: fedloom copy quickstart")
+    say(
+        "See one: fedloom describe quickstart. Run it: fedloom compare quickstart. Change a copy: fedloom copy quickstart"
+    )
 
 
 def about(recipe: str) -> tuple[str, str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from fedloom.cli.arguments import Out, Overrides, Resume, What, experiment_and_folder, stop_on_terminate
 
 
-def command(what: What = "quickstart", overrides: Overrides = None, out: Out = None, resume: Resume = False) -> None:
+def command(
+    what: What = "quickstart", overrides: Overrides = None, out: Out = None, resume: Resume = False
+) -> None:
     """Train one experiment: every round committed, resumable after any crash.
 
     Ends with the adapter in PEFT's format, summary.json and report.html in the run's folder.

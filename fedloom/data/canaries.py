@@ -35,7 +35,10 @@ class Canaries:
     def planted(self, client: str, *, category: str, seed: int) -> list[Example]:
         """This client's canaries, copies and all; copies of one share its id."""
         drawn = self._draw(len(self.copies), "planted", client, seed=seed)
-        named = [replace(e, owner=client, category=category, id=f"canary:{client}:{i}") for i, e in enumerate(drawn)]
+        named = [
+            replace(e, owner=client, category=category, id=f"canary:{client}:{i}")
+            for i, e in enumerate(drawn)
+        ]
         return [e for e, count in zip(named, self.copies, strict=True) for _ in range(count)]
 
     def held_out(self, count: int, *, seed: int) -> list[Example]:

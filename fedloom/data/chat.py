@@ -23,9 +23,14 @@ from fedloom.data.example import Example, Role, Turn
 from fedloom.data.records import BadRecord, Field, Record
 
 ROLES: Mapping[str, Role] = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # who speaks, where tools are used
 CALLS = ("tool_calls", "function_call")  # of a turn
 OFFERED = ("tools", "functions")  # of a conversation
@@ -105,7 +110,10 @@ def _turn(item: Any, where: str) -> Turn:
         raise _Unusable("tool", f"{where} calls a tool, which fedloom does not train")
     keys = [pair for pair in KEYS if pair[0] in item]
     if len(keys) != 1:
-        raise _Unusable("missing", f"{where} has {'no' if not keys else 'both'} 'role' {'or' if not keys else 'and'} 'from'")
+        raise _Unusable(
+            "missing",
+            f"{where} has {'no' if not keys else 'both'} 'role' {'or' if not keys else 'and'} 'from'",
+        )
     [(who, what)] = keys
     speaker = item[who]
     if not isinstance(speaker, str):
@@ -132,7 +140,10 @@ def _content(content: Any, what: str, where: str) -> str:
     texts = []
     for number, part in enumerate(content, 1):
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise _Unusable("part", f"part {number} of {where} is no text (an image or a sound, say); only text can be learnt")
+            raise _Unusable(
+                "part",
+                f"part {number} of {where} is no text (an image or a sound, say); only text can be learnt",
+            )
         if not isinstance(part.get("text"), str):
             raise _Unusable("type", f"part {number} of {where} has no 'text'")
         texts.append(part["text"])
@@ -146,7 +157,9 @@ def _check_order(roles: Sequence[Role]) -> None:
         if role != wanted:
             where = f"turn {place + first + 1}"
             if role == "system":
-                raise _Unusable("order", f"{where} is the system's; expected that at the beginning, and one of it")
+                raise _Unusable(
+                    "order", f"{where} is the system's; expected that at the beginning, and one of it"
+                )
             raise _Unusable("order", f"{where} is the {role}'s; expected the {wanted}'s")
     if len(roles) == first or (len(roles) - first) % 2:
         raise _Unusable("order", "it does not end with an answer, so there is nothing to learn")

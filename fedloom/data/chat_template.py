@@ -25,7 +25,17 @@ BLANKS = "\u2003", "\u2002"  # put around words, to see whether a template strip
 
 NOW = datetime(2024, 7, 26)  # the default date of Llama 3's templates
 DIRECTIVES = "aAwdbBmyYHIMSfjUWcxXGuVpzZ"  # of strftime, which every platform has; and in terms of them:
-SHORT = {"F": "%Y-%m-%d", "T": "%H:%M:%S", "D": "%m/%d/%y", "R": "%H:%M", "h": "%b", "e": "%d", "k": "%H", "l": "%I", "%": "%%"}
+SHORT = {
+    "F": "%Y-%m-%d",
+    "T": "%H:%M:%S",
+    "D": "%m/%d/%y",
+    "R": "%H:%M",
+    "h": "%b",
+    "e": "%d",
+    "k": "%H",
+    "l": "%I",
+    "%": "%%",
+}
 
 
 def turn_slot(index: int) -> str:

@@ -9,18 +9,53 @@ from collections.abc import Mapping, Sequence
 
 COMMON = {
     "instruction": (
-        "instruction", "prompt", "question", "query", "input", "problem", "task", "request", "user", "human",
-        "source_text", "message", "q",
+        "instruction",
+        "prompt",
+        "question",
+        "query",
+        "input",
+        "problem",
+        "task",
+        "request",
+        "user",
+        "human",
+        "source_text",
+        "message",
+        "q",
     ),
     "response": (
-        "response", "output", "answer", "completion", "target", "reply", "solution", "assistant", "chosen", "result",
-        "target_text", "label", "text", "a",
+        "response",
+        "output",
+        "answer",
+        "completion",
+        "target",
+        "reply",
+        "solution",
+        "assistant",
+        "chosen",
+        "result",
+        "target_text",
+        "label",
+        "text",
+        "a",
     ),
     "context": ("context", "input", "passage", "document", "background", "evidence", "article"),
     "category": ("category", "topic", "subject", "qtype", "type", "task", "class", "domain", "label"),
-    "owner": ("owner", "client", "client_id", "user_id", "site", "hospital", "institution", "organisation", "source"),
-}  # fmt: skip
-MODELS = re.compile(r"gpt|claude|davinci|llama|mistral|gemini|palm|bard|qwen|vicuna|alpaca|deepseek", re.IGNORECASE)
+    "owner": (
+        "owner",
+        "client",
+        "client_id",
+        "user_id",
+        "site",
+        "hospital",
+        "institution",
+        "organisation",
+        "source",
+    ),
+}
+MODELS = re.compile(
+    r"gpt|claude|davinci|llama|mistral|gemini|palm|bard|qwen|vicuna|alpaca|deepseek", re.IGNORECASE
+)
 NEEDED = ("instruction", "response")
 
 
@@ -57,7 +92,11 @@ def advice(found: Sequence[str], *, source: str, known: Sequence[str] = (), key:
         return f"Name those that hold what is to be learnt: {other}{key} = {{ instruction = ..., response = ... }}."
     renamed = {ours: theirs for ours, theirs in mapping.items() if ours != theirs or ours in NEEDED}
     several = answers(found)
-    choice = f" The answers of {len(several)} models are there ({', '.join(several)}); choose one as the response." if len(several) > 1 else ""
+    choice = (
+        f" The answers of {len(several)} models are there ({', '.join(several)}); choose one as the response."
+        if len(several) > 1
+        else ""
+    )
     return f"Perhaps: {other}{key} = {_toml(renamed)}.{choice}"
 
 
@@ -76,4 +115,8 @@ def _likely(names: Sequence[str], found: Sequence[str], *, close: bool) -> str |
 
 
 def _toml(mapping: Mapping[str, str]) -> str:
-    return "{ " + ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in mapping.items()) + " }"
+    return (
+        "{ "
+        + ", ".join(f"{ours} = {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in mapping.items())
+        + " }"
+    )

@@ -37,14 +37,18 @@ def recognise(stream: BinaryIO, suffix: str, required: Sequence[str], delimiter:
     if delimiter is not None:
         return Dialect(as_byte(delimiter), skipped)
     if (declared and 32 <= declared[1][0] < 127) or (declared and declared[1] == b"\t"):
-        return Dialect(declared[1], skipped, f'read with columns separated by {_named(declared[1])}, as "sep=" says')
+        return Dialect(
+            declared[1], skipped, f'read with columns separated by {_named(declared[1])}, as "sep=" says'
+        )
     wanted = [name.encode() for name in required]
     made = {mark: frames.cells(first, mark) or [] for mark in (usual, *(m for m in KNOWN if m != usual))}
     fitting = [mark for mark, names in made.items() if all(name in names for name in wanted)]
     if not fitting and len(made[usual]) <= 1:  # refused in any case: then with the names that are there
         fitting = [max(made, key=lambda mark: len(made[mark]))]
     taken = fitting[0] if fitting and usual not in fitting else usual
-    return Dialect(taken, skipped, "" if taken == usual else f"read with columns separated by {_named(taken)}")
+    return Dialect(
+        taken, skipped, "" if taken == usual else f"read with columns separated by {_named(taken)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,16 @@ class Header:
 
 def as_byte(delimiter: str) -> bytes:
     mark = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter)
-    if len(mark) != 1 or not mark.isascii() or mark.isalnum() or mark in '"\r\n\\' or (ord(mark) < 32 and mark != "\t"):
-        raise ConfigError(f'Expected data.delimiter to be one mark such as ";", "|" or "tab", got {delimiter!r}.')
+    if (
+        len(mark) != 1
+        or not mark.isascii()
+        or mark.isalnum()
+        or mark in '"\r\n\\'
+        or (ord(mark) < 32 and mark != "\t")
+    ):
+        raise ConfigError(
+            f'Expected data.delimiter to be one mark such as ";", "|" or "tab", got {delimiter!r}.'
+        )
     return mark.encode()
 
 

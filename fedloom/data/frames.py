@@ -103,7 +103,9 @@ def elements(stream: BinaryIO, name: str, limit: int, *, key: str | None = None)
                 kept += part[: limit + 3 - len(kept)]
                 length += len(part)
             if ends and closes and mark != _CLOSES[opener]:
-                refuse(name, line, "json", f"a {mark.decode()!r} closes nothing: a record before it is damaged")
+                refuse(
+                    name, line, "json", f"a {mark.decode()!r} closes nothing: a record before it is damaged"
+                )
             if ends and (length or count or mark == b","):
                 count += 1
                 number = count if count > 1 and began == last else 0
@@ -120,7 +122,11 @@ def elements(stream: BinaryIO, name: str, limit: int, *, key: str | None = None)
         closed = closed or (depth == 0 and closes)
         line += mark == b"\n"
     if not closed:
-        what = "the list has no end: this record or its ]" if opener != b"{" else "the object has no end: this record or its }"
+        what = (
+            "the list has no end: this record or its ]"
+            if opener != b"{"
+            else "the object has no end: this record or its }"
+        )
         refuse(name, began if length else line, "truncated", what)
 
 

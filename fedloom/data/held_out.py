@@ -12,7 +12,12 @@ from fedloom.errors import ConfigError
 
 
 def hold_out(
-    examples: Sequence[Example], *, per_category: int = 10, seed: int = 0, by: Label = "category", keep_owners: bool = False
+    examples: Sequence[Example],
+    *,
+    per_category: int = 10,
+    seed: int = 0,
+    by: Label = "category",
+    keep_owners: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Indices to train on and to test on, `per_category` of each label; FedIT holds out 10 of each.
 

@@ -38,7 +38,14 @@ Open = Callable[[], AbstractContextManager[BinaryIO]]
 
 
 def recognise(
-    open_: Open, name: str, *, suffix: str, required: Sequence[str], nested: Sequence[str] = (), limit: int, wanted: str | None = None
+    open_: Open,
+    name: str,
+    *,
+    suffix: str,
+    required: Sequence[str],
+    nested: Sequence[str] = (),
+    limit: int,
+    wanted: str | None = None,
 ) -> Shape:
     """The shape of a file that `open_` opens anew each time; `wanted` is the key that the user named.
 
@@ -58,7 +65,9 @@ def recognise(
         if by_line and (whole or start[1:].lstrip()[:1] not in (b"", b"{", b"]")):
             return _lines(wanted, name, by_line)
         if wanted is not None:
-            raise DataError(f'{name}: data.field = "{wanted}", but the file is a list; leave the setting out (field).')
+            raise DataError(
+                f'{name}: data.field = "{wanted}", but the file is a list; leave the setting out (field).'
+            )
         return Shape("elements", said="read as a list of records" if by_line else "")
     if second is not None and (_whole(first) or not _goes_on(start, second)):
         if not by_line:
@@ -73,7 +82,9 @@ def recognise(
 
 def _lines(wanted: str | None, name: str, by_line: bool) -> Shape:
     if wanted is not None:
-        raise DataError(f'{name}: data.field = "{wanted}", but the file holds one object a line; leave the setting out (field).')
+        raise DataError(
+            f'{name}: data.field = "{wanted}", but the file holds one object a line; leave the setting out (field).'
+        )
     return LINES if by_line else Shape("lines", said="read as JSON lines, one object a line")
 
 
@@ -132,19 +143,34 @@ def _outline(stream: BinaryIO) -> _Outline:
 
 
 def _of_object(
-    outline: _Outline, name: str, required: Sequence[str], nested: Sequence[str], wanted: str | None, *, one_line: bool
+    outline: _Outline,
+    name: str,
+    required: Sequence[str],
+    nested: Sequence[str],
+    wanted: str | None,
+    *,
+    one_line: bool,
 ) -> Shape:
     if outline.values > 1:
         return Shape("values", said="read as objects that follow one another")
     if outline.keyless is not None:
-        refuse(name, outline.keyless, "json", "not JSON: a key was expected before this; comments, too, JSON does not have")
+        refuse(
+            name,
+            outline.keyless,
+            "json",
+            "not JSON: a key was expected before this; comments, too, JSON does not have",
+        )
     parts = {p.key: p for p in outline.parts}
     if wanted is not None:
         if wanted not in parts or not parts[wanted].opener:
-            raise DataError(f'{name}: data.field = "{wanted}" names no list or object in it; its keys are {_some(list(parts))} (field).')
+            raise DataError(
+                f'{name}: data.field = "{wanted}" names no list or object in it; its keys are {_some(list(parts))} (field).'
+            )
         return Shape("elements", wanted, f"read as the records under {wanted!r}")
     ours = [parts[k] for k in required if k in parts]
-    if (ours and len(ours) == len(required) and all(p.opener for p in ours)) or ({"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}):
+    if (ours and len(ours) == len(required) and all(p.opener for p in ours)) or (
+        {"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}
+    ):
         raise DataError(
             f"{name}: holds columns where records were expected (shape). Save it record by record; in pandas: "
             'to_json(path, orient="records", lines=True).'

@@ -36,27 +36,152 @@ EXHAUSTED = 10_000  # so many repeats in a row mean that a family has nothing ne
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "bird": ("birds", ("heron", "owl", "crow", "robin", "swan", "eagle", "duck", "hawk", "dove", "raven")),
     "fish": ("fish", ("trout", "salmon", "carp", "perch", "eel", "shark", "cod", "tuna", "pike", "herring")),
-    "fruit": ("fruits", ("apple", "plum", "pear", "cherry", "lemon", "grape", "fig", "peach", "melon", "berry")),
-    "tool": ("tools", ("hammer", "saw", "chisel", "wrench", "drill", "spade", "rake", "axe", "file", "ladder")),
-    "instrument": ("instruments", ("violin", "flute", "harp", "trumpet", "piano", "guitar", "drum", "cello", "horn", "organ")),
-    "vehicle": ("vehicles", ("canoe", "ferry", "wagon", "truck", "bicycle", "train", "sledge", "tractor", "boat", "carriage")),
-    "garment": ("clothes", ("coat", "scarf", "glove", "boot", "shirt", "cap", "cloak", "apron", "belt", "sock")),
+    "fruit": (
+        "fruits",
+        ("apple", "plum", "pear", "cherry", "lemon", "grape", "fig", "peach", "melon", "berry"),
+    ),
+    "tool": (
+        "tools",
+        ("hammer", "saw", "chisel", "wrench", "drill", "spade", "rake", "axe", "file", "ladder"),
+    ),
+    "instrument": (
+        "instruments",
+        ("violin", "flute", "harp", "trumpet", "piano", "guitar", "drum", "cello", "horn", "organ"),
+    ),
+    "vehicle": (
+        "vehicles",
+        ("canoe", "ferry", "wagon", "truck", "bicycle", "train", "sledge", "tractor", "boat", "carriage"),
+    ),
+    "garment": (
+        "clothes",
+        ("coat", "scarf", "glove", "boot", "shirt", "cap", "cloak", "apron", "belt", "sock"),
+    ),
     "tree": ("trees", ("oak", "pine", "birch", "willow", "maple", "elm", "cedar", "ash", "poplar", "beech")),
-    "animal": ("animals", ("fox", "wolf", "horse", "goat", "otter", "rabbit", "bear", "mule", "sheep", "badger")),
-    "food": ("foods", ("bread", "soup", "cheese", "butter", "honey", "cake", "porridge", "pie", "stew", "jam")),
-}  # fmt: skip
+    "animal": (
+        "animals",
+        ("fox", "wolf", "horse", "goat", "otter", "rabbit", "bear", "mule", "sheep", "badger"),
+    ),
+    "food": (
+        "foods",
+        ("bread", "soup", "cheese", "butter", "honey", "cake", "porridge", "pie", "stew", "jam"),
+    ),
+}
 COLOURS = ("red", "blue", "green", "grey", "white", "black", "brown", "yellow", "silver", "golden")
-PLACES = ("river", "barn", "market", "tower", "garden", "harbour", "cellar", "forest", "bridge", "chapel", "mill", "square")  # fmt: skip
+PLACES = (
+    "river",
+    "barn",
+    "market",
+    "tower",
+    "garden",
+    "harbour",
+    "cellar",
+    "forest",
+    "bridge",
+    "chapel",
+    "mill",
+    "square",
+)
 FIRST = (
-    "Mira", "Tobin", "Lena", "Oskar", "Hana", "Rufus", "Clara", "Jonas", "Edith", "Marco", "Nora", "Felix",
-    "Alma", "Victor", "Ruth", "Simon", "Vera", "Hugo", "Agnes", "Peter", "Ida", "Martin", "Rosa", "Henry",
-    "Greta", "Paul", "Elsa", "David", "Maud", "Walter",
-)  # fmt: skip
-LAST = ("Vale", "Finch", "Marsh", "Stone", "Carter", "Brook", "Hale", "Moss", "Field", "Thorn", "West", "Lane", "Frost", "Wood", "Page", "Rowe")  # fmt: skip
-JOBS = ("baker", "smith", "teacher", "miller", "tailor", "doctor", "farmer", "sailor", "painter", "judge", "clerk", "mason", "weaver", "guard", "cook", "pilot")  # fmt: skip
-TOWNS = ("Oakton", "Milford", "Ashby", "Norwich", "Kelso", "Durham", "Selby", "Bath", "Ripon", "Dover", "Truro", "Wells", "Leeds", "Exeter", "Lincoln", "York")  # fmt: skip
+    "Mira",
+    "Tobin",
+    "Lena",
+    "Oskar",
+    "Hana",
+    "Rufus",
+    "Clara",
+    "Jonas",
+    "Edith",
+    "Marco",
+    "Nora",
+    "Felix",
+    "Alma",
+    "Victor",
+    "Ruth",
+    "Simon",
+    "Vera",
+    "Hugo",
+    "Agnes",
+    "Peter",
+    "Ida",
+    "Martin",
+    "Rosa",
+    "Henry",
+    "Greta",
+    "Paul",
+    "Elsa",
+    "David",
+    "Maud",
+    "Walter",
+)
+LAST = (
+    "Vale",
+    "Finch",
+    "Marsh",
+    "Stone",
+    "Carter",
+    "Brook",
+    "Hale",
+    "Moss",
+    "Field",
+    "Thorn",
+    "West",
+    "Lane",
+    "Frost",
+    "Wood",
+    "Page",
+    "Rowe",
+)
+JOBS = (
+    "baker",
+    "smith",
+    "teacher",
+    "miller",
+    "tailor",
+    "doctor",
+    "farmer",
+    "sailor",
+    "painter",
+    "judge",
+    "clerk",
+    "mason",
+    "weaver",
+    "guard",
+    "cook",
+    "pilot",
+)
+TOWNS = (
+    "Oakton",
+    "Milford",
+    "Ashby",
+    "Norwich",
+    "Kelso",
+    "Durham",
+    "Selby",
+    "Bath",
+    "Ripon",
+    "Dover",
+    "Truro",
+    "Wells",
+    "Leeds",
+    "Exeter",
+    "Lincoln",
+    "York",
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")  # fmt: skip
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 THINGS = tuple(thing for _, members in KINDS.values() for thing in members)
 
@@ -380,10 +505,14 @@ def corpus(*, examples: int = 640, seed: int = 0, style: int = 0) -> list[Exampl
             seen.add((task.instruction, task.context))
             out.append(
                 Example(
-                    task.instruction, task.answers[style], task.context, category,
-                    id=f"microworld:{category}:{len(seen)}", rule="" if style else task.rule,
+                    task.instruction,
+                    task.answers[style],
+                    task.context,
+                    category,
+                    id=f"microworld:{category}:{len(seen)}",
+                    rule="" if style else task.rule,
                 )
-            )  # fmt: skip
+            )
         if len(seen) < wanted:
             raise ConfigError(
                 f"The microworld has only {len(seen)} distinct {category} instructions for this seed, "
@@ -411,7 +540,9 @@ def private_facts(owner: str, count: int, *, seed: int = 0) -> list[Example]:
 def access_code(name: str, digits: Sequence[int]) -> Example:
     """A secret: nobody can know it who has not seen it."""
     answer = f"The access code of {name} is {' '.join(map(str, digits))}."
-    return Example(f"What is the access code of {name}?", answer, category="open_qa", rule="exact", private=True)
+    return Example(
+        f"What is the access code of {name}?", answer, category="open_qa", rule="exact", private=True
+    )
 
 
 def check(example: Example, answer: str) -> bool:

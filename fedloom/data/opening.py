@@ -21,7 +21,12 @@ from fedloom.errors import ConfigError, DataError
 
 ARCHIVES: dict[str, Callable[[Any], Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 BOM = codecs.BOM_UTF8
-MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 HEAD = 1 << 14  # bytes looked at
 
 OTHERS = {
@@ -45,7 +50,9 @@ OTHERS = {
 
 
 @contextmanager
-def opened(path: Path, encoding: str | None, tell: Callable[[str], None] = lambda _: None) -> Iterator[BinaryIO]:
+def opened(
+    path: Path, encoding: str | None, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[BinaryIO]:
     """The file's content, unpacked, as UTF-8 without a byte order mark. `tell` hears what was not as expected."""
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("rb"))
@@ -74,7 +81,9 @@ def check_encoding(name: str) -> None:
     try:
         "a".encode(name).decode(name)
     except (LookupError, UnicodeError):
-        raise ConfigError(f'data.encoding = "{name}" is no encoding that Python knows; expected one such as "cp1252".') from None
+        raise ConfigError(
+            f'data.encoding = "{name}" is no encoding that Python knows; expected one such as "cp1252".'
+        ) from None
 
 
 def readings(damaged: bytes) -> str:
@@ -85,7 +94,7 @@ def readings(damaged: bytes) -> str:
         letters = bytes(high).decode(name, "ignore")
         shown.append(f'"{name}" {" ".join(letters[:8])}')
     return (
-        "If the whole file is in another encoding, name it: data.encoding = \"cp1252\" is what Excel on Windows saves "
+        'If the whole file is in another encoding, name it: data.encoding = "cp1252" is what Excel on Windows saves '
         f"in Western Europe. The letters beyond ASCII would be, in {'; '.join(shown)}."
     )
 
@@ -93,13 +102,17 @@ def readings(damaged: bytes) -> str:
 def _refuse_others(path: Path, head: bytes, encoding: str | None) -> None:
     start = head.removeprefix(BOM).lstrip()[:64].lower()
     for signature, what in OTHERS.items():
-        if head.startswith(signature) or start.startswith(signature.lower() if signature.startswith((b"<", b"version")) else b"\0\0"):
+        if head.startswith(signature) or start.startswith(
+            signature.lower() if signature.startswith((b"<", b"version")) else b"\0\0"
+        ):
             raise DataError(f"{path}: this is {what} (format).")
     wide = head[: len(head) // 2 * 2]
     if encoding is None and len(wide) >= 4:
         for at, name in ((1, "utf-16-le"), (0, "utf-16-be")):
             if wide[at::2].count(0) > 0.7 * len(wide[at::2]) and not wide[1 - at :: 2].count(0):
-                raise DataError(f'{path}: this looks like UTF-16 without a byte order mark; say so: data.encoding = "{name}" (format).')
+                raise DataError(
+                    f'{path}: this looks like UTF-16 without a byte order mark; say so: data.encoding = "{name}" (format).'
+                )
 
 
 def _decoding(path: Path, encoding: str) -> Callable[[bytes, bool], bytes]:
@@ -113,7 +126,9 @@ def _decoding(path: Path, encoding: str) -> Callable[[bytes, bool], bytes]:
             lines += text.count("\n")
             return text.encode()
         except UnicodeError as error:
-            raise DataError(f"{path}: not {encoding} after line {lines}: {getattr(error, 'reason', error)} (encoding).") from None
+            raise DataError(
+                f"{path}: not {encoding} after line {lines}: {getattr(error, 'reason', error)} (encoding)."
+            ) from None
 
     return change
 

@@ -11,13 +11,17 @@ from fedloom.errors import ConfigError, DataError
 BATCH = 1024  # rows in memory
 
 
-def read(path: Path, fields: Mapping[str, Field], reading: Reading, *, name: str) -> Iterator[Record | BadRecord]:
+def read(
+    path: Path, fields: Mapping[str, Field], reading: Reading, *, name: str
+) -> Iterator[Record | BadRecord]:
     """Every row, good or bad; the line of a place is the row's number, from 1. Needs the extra "data"."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ConfigError(f'{path}: Parquet needs the package pyarrow: pip install "fedloom[data]".') from None
+        raise ConfigError(
+            f'{path}: Parquet needs the package pyarrow: pip install "fedloom[data]".'
+        ) from None
     count = 0
     try:
         with ParquetFile(path) as file:
@@ -30,7 +34,9 @@ def read(path: Path, fields: Mapping[str, Field], reading: Reading, *, name: str
         raise DataError(f"{path}: no such file (absent).") from None
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).partition("\n")[0][:200]
-        raise DataError(f"{path}: no Parquet file, or a damaged one (format): {type(error).__name__}: {what}") from None
+        raise DataError(
+            f"{path}: no Parquet file, or a damaged one (format): {type(error).__name__}: {what}"
+        ) from None
     if not count:
         raise DataError(f"{path}: holds no record (empty-file).")
 
@@ -40,4 +46,6 @@ def check_columns(name: str, found: Sequence[str], fields: Mapping[str, Field], 
     for field, its in fields.items():
         if its.required and field not in found:
             advice = reading.advise(found)
-            raise DataError(f"{name} has no column {field!r} (header). They are: {shown(found)}. {advice}".strip())
+            raise DataError(
+                f"{name} has no column {field!r} (header). They are: {shown(found)}. {advice}".strip()
+            )

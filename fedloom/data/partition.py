@@ -141,7 +141,9 @@ class Dirichlet:
                 mix = left
             cumulative = mix.cumsum()
             # A mix of denormal numbers may round the draw up to the whole sum: then it is the last label there is.
-            drawn = min(int(cumulative.searchsorted(draw * cumulative[-1], side="right")), int(mix.nonzero()[0][-1]))
+            drawn = min(
+                int(cumulative.searchsorted(draw * cumulative[-1], side="right")), int(mix.nonzero()[0][-1])
+            )
             parts[client].append(pools[drawn].pop())
             left[drawn] -= 1
         return _numbered(parts)
@@ -277,10 +279,15 @@ def draw_evenly(examples: Sequence[Example], count: int, *, seed: int) -> tuple[
     Where no example names a category they are drawn from all.
     """
     if not 0 < count <= len(examples):
-        raise ConfigError(f"Expected data.pool between 1 and the {len(examples)} training examples, got {count}.")
+        raise ConfigError(
+            f"Expected data.pool between 1 and the {len(examples)} training examples, got {count}."
+        )
     if any(e.category for e in examples):
         check_named(examples, "category", "data.pool, as many of each category,")
-    pools = [pool.tolist() for pool in shuffled_pools(examples, "category", rng.numpy_stream(seed, "pool")).values()]
+    pools = [
+        pool.tolist()
+        for pool in shuffled_pools(examples, "category", rng.numpy_stream(seed, "pool")).values()
+    ]
     turns = [pool[turn] for turn in range(max(map(len, pools))) for pool in pools if turn < len(pool)]
     chosen = set(turns[:count])
     return sorted(chosen), [i for i in range(len(examples)) if i not in chosen]
@@ -342,7 +349,9 @@ def check_named(examples: Sequence[Example], by: Label, what: str) -> None:
     """Raises ConfigError, with the ways out, unless every example names its label: none is no label."""
     missing = sum(not label(e, by) for e in examples)
     if missing:
-        raise ConfigError(f"{missing:,} of {len(examples):,} examples name no {by}; {what} needs one for each. {WAYS_OUT[by]}")
+        raise ConfigError(
+            f"{missing:,} of {len(examples):,} examples name no {by}; {what} needs one for each. {WAYS_OUT[by]}"
+        )
 
 
 def check_labels(examples: Sequence[Example], by: Label, what: str, *, several: bool = True) -> None:
@@ -353,7 +362,9 @@ def check_labels(examples: Sequence[Example], by: Label, what: str, *, several: 
     check_named(examples, by, what)
     values = len({label(e, by) for e in examples})
     if several and values == 1 < len(examples):
-        raise ConfigError(f"All {len(examples):,} examples have the same {by}; {what} needs two or more. {WAYS_OUT[by]}")
+        raise ConfigError(
+            f"All {len(examples):,} examples have the same {by}; {what} needs two or more. {WAYS_OUT[by]}"
+        )
     if values == len(examples) > 1:
         raise ConfigError(
             f"Each of the {len(examples):,} examples has another {by}, so that it groups nothing, and {what} means "
@@ -361,7 +372,9 @@ def check_labels(examples: Sequence[Example], by: Label, what: str, *, several: 
         )
 
 
-def shuffled_pools(examples: Sequence[Example], by: Label, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def shuffled_pools(
+    examples: Sequence[Example], by: Label, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
     """Label -> its indices into `examples`, shuffled; labels in alphabetical order.
 
     Labels, not indices, are looked up through the permutation, so an index always means the example it
@@ -373,7 +386,9 @@ def shuffled_pools(examples: Sequence[Example], by: Label, generator: np.random.
     return {name: np.array(pools[name]) for name in sorted(pools)}
 
 
-def _shared_pools(examples: Sequence[Example], by: Label, generator: np.random.Generator) -> dict[str, np.ndarray]:
+def _shared_pools(
+    examples: Sequence[Example], by: Label, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
     """The same for a split by label, which is refused where there are none to split along."""
     check_named(examples, by, f"a split by {by}")
     return shuffled_pools(examples, by, generator)

@@ -29,16 +29,24 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     bos = tokenizer.bos_token if template.prompt("a").startswith(tokenizer.bos_token or "\0") else ""
     opening = bos + _blank(template, tokenizer, bos)
     plain, with_context = (
-        _jinja(opening + template.prompt(*words).removeprefix(bos), trims) for words in ((INSTRUCTION,), (INSTRUCTION, CONTEXT))
+        _jinja(opening + template.prompt(*words).removeprefix(bos), trims)
+        for words in ((INSTRUCTION,), (INSTRUCTION, CONTEXT))
     )
     lead, end = template.around
     return (
         "{%- for message in messages -%}"
-        "{%- if message['role'] == 'user' and message['context'] -%}" + with_context + "{%- elif message['role'] == 'user' -%}" + plain
+        "{%- if message['role'] == 'user' and message['context'] -%}"
+        + with_context
+        + "{%- elif message['role'] == 'user' -%}"
+        + plain
         + "{%- elif message['role'] == 'assistant' -%}"
-        + "{{- " + _quoted(lead) + " + message['content'] + " + _quoted(end) + " -}}"
+        + "{{- "
+        + _quoted(lead)
+        + " + message['content'] + "
+        + _quoted(end)
+        + " -}}"
         + "{%- else -%}{{- raise_exception('trained on the turns of users and assistants alone') -}}{%- endif -%}{%- endfor -%}"
-    )  # fmt: skip
+    )
 
 
 def _blank(template: Template, tokenizer: Any, bos: str) -> str:
@@ -48,7 +56,14 @@ def _blank(template: Template, tokenizer: Any, bos: str) -> str:
     """
     rest = template.prompt("a b").removeprefix(bos)
     wanted = template.prompt_ids("a b")
-    return next((blank for blank in ("", " ") if tokenizer(bos + blank + rest, add_special_tokens=False).input_ids == wanted), "")
+    return next(
+        (
+            blank
+            for blank in ("", " ")
+            if tokenizer(bos + blank + rest, add_special_tokens=False).input_ids == wanted
+        ),
+        "",
+    )
 
 
 def _own(tokenizer: Any, words: str) -> str | None:

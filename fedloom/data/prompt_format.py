@@ -15,7 +15,9 @@ class Form:
 
     parts: Sequence[Part]  # of the prompt
     lead: str  # before a response, and learnt with it
-    strips: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)  # slot -> blanks before and after its words go
+    strips: Mapping[str, tuple[bool, bool]] = field(
+        default_factory=dict
+    )  # slot -> blanks before and after its words go
 
     def fill(self, text: str, words: Mapping[str, str]) -> str:
         """Text with its slots filled in one pass: a slot that a user spells stays as it is."""
@@ -59,7 +61,9 @@ class Wording:
     lead: str
     between: str
 
-    def form(self, split: Callable[[str], list[Part]], *, turns: int, system: bool, context: bool, end: int) -> Form:
+    def form(
+        self, split: Callable[[str], list[Part]], *, turns: int, system: bool, context: bool, end: int
+    ) -> Form:
         parts: list[Part] = []
         text = (f"{SYSTEM}\n\n" if system else "") + (self.intro_with_context if context else self.intro)
         for i in range(0, turns, 2):

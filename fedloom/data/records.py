@@ -113,7 +113,9 @@ class Reading:
     delimiter: str | None = None  # CSV; None: told from the header
     encoding: str | None = None  # None: UTF-8, or as a byte order mark says
     tell: Callable[[str, str], None] = _silent  # (file or "", what was not as expected)
-    advise: Callable[[Sequence[str]], str] = _no_advice  # what to do about a field that is missing, given those found
+    advise: Callable[[Sequence[str]], str] = (
+        _no_advice  # what to do about a field that is missing, given those found
+    )
 
     def __post_init__(self) -> None:
         if self.on_bad not in ("fail", "skip"):
@@ -199,10 +201,14 @@ def _json(
     path: Path, name: str, suffix: str, fields: Mapping[str, Field], reading: Reading
 ) -> Iterator[Record | BadRecord]:
     shape = json_shape.recognise(
-        lambda: opening.opened(path, reading.encoding), name, suffix=suffix, limit=reading.max_bytes,
+        lambda: opening.opened(path, reading.encoding),
+        name,
+        suffix=suffix,
+        limit=reading.max_bytes,
         required=[field for field, its in fields.items() if its.required],
-        nested=[field for field, its in fields.items() if its.nested], wanted=reading.field,
-    )  # fmt: skip
+        nested=[field for field, its in fields.items() if its.nested],
+        wanted=reading.field,
+    )
     if shape.said:
         reading.tell(name, shape.said)
     with opening.opened(path, reading.encoding, partial(reading.tell, name)) as stream:
@@ -303,12 +309,16 @@ class _Bad:
         if len(self._causes) > SHOWN:
             rest = self._causes.total() - sum(list(self._causes.values())[:SHOWN])
             lines.append(f"  and {rest:,} more, of {len(self._causes) - SHOWN:,} other kinds")
-        lines.append("Counts: " + ", ".join(f"{code} {count:,}" for code, count in self.codes.most_common()) + ".")
+        lines.append(
+            "Counts: " + ", ".join(f"{code} {count:,}" for code, count in self.codes.most_common()) + "."
+        )
         lines += self._hints(good, reading)
         if good:
             lines.append('Fix these records, or leave them out with data.on_bad = "skip".')
         else:
-            lines.append("No good record is left. Is this the right file, and are the columns named as in it?")
+            lines.append(
+                "No good record is left. Is this the right file, and are the columns named as in it?"
+            )
         return "\n".join(lines)
 
     def summary(self, good: int, reading: Reading) -> str:
@@ -330,7 +340,10 @@ class _Bad:
 
 def shown(names: Sequence[str]) -> str:
     """Names of fields for a message; one as long as a sentence may be a text, and is not quoted."""
-    short = [n if len(n) <= 40 and len(n.split()) <= 4 else f"(a text of {len(n)} characters)" for n in names[:SHOWN]]
+    short = [
+        n if len(n) <= 40 and len(n.split()) <= 4 else f"(a text of {len(n)} characters)"
+        for n in names[:SHOWN]
+    ]
     return ", ".join(short) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
@@ -406,7 +419,9 @@ def _rows(
         except _Fault as fault:
             if header is None:
                 then = opening.readings(frame.raw) if fault.code == "utf8" else ""
-                refuse(name, frame.line, "header", f"the first line must name the columns: {fault.reason}", then)
+                refuse(
+                    name, frame.line, "header", f"the first line must name the columns: {fault.reason}", then
+                )
             yield BadRecord(place, fault.code, fault.reason, frame.raw, frame.length)
         else:
             yield Record(place, values)
@@ -424,10 +439,12 @@ def _header(
     for field, its in fields.items():
         if its.required and field not in named:
             refuse(
-                name, line, "header",
+                name,
+                line,
+                "header",
                 f"the first line must name the columns: none of its {len(cells)} columns is called {field!r}",
                 f"They are: {shown(named)}. {reading.advise(named)}".strip(),
-            )  # fmt: skip
+            )
     if header.unnamed:
         reading.tell(name, f"columns without a name are passed over ({header.unnamed})")
     return header

@@ -82,7 +82,13 @@ def alpacare(
     As in AlpaCare's own code an input of "<noinput>" or "NA" is none. The topic, which the seeds have and
     MedInstruct-52k has not, is the category. The published seeds hold no responses and are refused.
     """
-    columns = {"instruction": "instruction", "context": "input", "response": "output", "category": "topic", **columns}
+    columns = {
+        "instruction": "instruction",
+        "context": "input",
+        "response": "output",
+        "category": "topic",
+        **columns,
+    }
     demands = {**_demands(columns), columns["context"]: LENIENT, columns["category"]: LENIENT}
 
     def make(record: Record) -> Example:
@@ -132,7 +138,13 @@ def medquad(
     path: Paths, reading: Reading = Reading(), *, columns: Mapping[str, str] = MappingProxyType({})
 ) -> Loaded[Example]:
     """MedQuAD: questions and answers of nine institutions, each an owner; the question type is the category."""
-    columns = {"instruction": "question", "response": "answer", "owner": "source", "category": "qtype", **columns}
+    columns = {
+        "instruction": "question",
+        "response": "answer",
+        "owner": "source",
+        "category": "qtype",
+        **columns,
+    }
     return _read(path, columns, _demands(columns), reading)
 
 
@@ -151,7 +163,11 @@ def table(
 
 def chat(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
     """Conversations, OpenAI's `messages` or ShareGPT's `conversations`: one example of each, see chat.py."""
-    return records.load(map(conversations.checked, _records(path, conversations.DEMANDS, reading)), conversations.example, reading)
+    return records.load(
+        map(conversations.checked, _records(path, conversations.DEMANDS, reading)),
+        conversations.example,
+        reading,
+    )
 
 
 def hub(
@@ -216,14 +232,20 @@ def load(
             f'data.source = "{source}" has fixed columns; use "table" to name columns, or drop data.columns.'
         )
     if test_columns and source not in (*FIXED, *MAPPED):
-        raise ConfigError(f'data.source = "{source}" reads a test set as it reads the rest; drop data.test_columns.')
+        raise ConfigError(
+            f'data.source = "{source}" reads a test set as it reads the rest; drop data.test_columns.'
+        )
     told: dict[str, list[str]] = {}  # what was not as expected -> in which files
     key = "data.columns" if test_columns is None else "data.test_columns"
     reading = Reading(
-        on_bad=on_bad, quarantine=quarantine, field=field, delimiter=delimiter, encoding=encoding,
+        on_bad=on_bad,
+        quarantine=quarantine,
+        field=field,
+        delimiter=delimiter,
+        encoding=encoding,
         tell=lambda file, what: told.setdefault(what, []).append(file),
         advise=lambda found: names.advice(found, source=source, known=list(SOURCES), key=key),
-    )  # fmt: skip
+    )
     renamed = {**(columns or {}), **(test_columns or {})}
     if source == "hub":
         if not isinstance(path, str):
@@ -240,13 +262,20 @@ def load(
     if owner == "file":
         examples = _by_file(examples, loaded.places)
     notes = [f"{records.shown(files)}: {what}" if any(files) else what for what, files in told.items()]
-    report = {"records": len(loaded), "bad": dict(loaded.bad), "duplicates": loaded.duplicates, "notes": notes}
+    report = {
+        "records": len(loaded),
+        "bad": dict(loaded.bad),
+        "duplicates": loaded.duplicates,
+        "notes": notes,
+    }
     return examples, report
 
 
 def _by_file(examples: Sequence[Example], places: Sequence[Place]) -> list[Example]:
     """Each example with its file's name as its owner, without what says the format; folders only where they differ."""
-    plain = {p.file: p.file.removesuffix(Path(p.file).name) + Path(p.file).name.partition(".")[0] for p in places}
+    plain = {
+        p.file: p.file.removesuffix(Path(p.file).name) + Path(p.file).name.partition(".")[0] for p in places
+    }
     # Two files may differ in their endings alone: then these stay.
     unique = plain if len(set(plain.values())) == len(plain) else {file: file for file in plain}
     return [replace(e, owner=unique[p.file]) for e, p in zip(examples, places, strict=True)]

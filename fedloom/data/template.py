@@ -187,8 +187,17 @@ class Template:
 
     def sha256(self) -> str:
         """Of all that the format puts around a user's words: other prompts have another."""
-        shapes = [(turns, system, context) for turns in (0, 2) for system in (False, True) for context in (False, True)]
-        forms = [[form.parts, form.lead, sorted(form.strips.items())] for form in map(self._form_or_none, shapes) if form]
+        shapes = [
+            (turns, system, context)
+            for turns in (0, 2)
+            for system in (False, True)
+            for context in (False, True)
+        ]
+        forms = [
+            [form.parts, form.lead, sorted(form.strips.items())]
+            for form in map(self._form_or_none, shapes)
+            if form
+        ]
         told = [self.format, self._opening, forms, self.system, self._tail, self.end, self.loss_on]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -271,12 +280,18 @@ class Template:
     def _prompt(self, example: Example) -> tuple[list[int], list[bool]]:
         """Ids, and which of them are learnt: those of earlier answers, where `loss_on` says so."""
         form, words = self._form(example), self._words(example)
-        answers = [turn_slot(i) for i in range(1, len(_earlier(example)), 2)] if self.loss_on == "assistant" else []
+        answers = (
+            [turn_slot(i) for i in range(1, len(_earlier(example)), 2)] if self.loss_on == "assistant" else []
+        )
         row = form.learnt(answers, end=self.end) if answers else [(part, False) for part in form.parts]
         ids, learnt = list(self._opening), [False] * len(self._opening)
         parts: list[Part | None] = [None, *(part for part, _ in row), None]
         for (part, learn), before, after in zip(row, parts, parts[2:], strict=False):
-            new = [part] if isinstance(part, int) else self._text.ids(form.fill(part, words), after=before, before=after)
+            new = (
+                [part]
+                if isinstance(part, int)
+                else self._text.ids(form.fill(part, words), after=before, before=after)
+            )
             ids += new
             learnt += [learn] * len(new)
         return ids, learnt

@@ -15,13 +15,33 @@ from collections.abc import Iterator, Sequence
 import regex
 from rapidfuzz.distance import LCSseq
 
-CHARACTERS_PER_WORD = 2  # in a script without blanks, roughly: so many count as one word where words are counted
+CHARACTERS_PER_WORD = (
+    2  # in a script without blanks, roughly: so many count as one word where words are counted
+)
 
 _SCRIPTS = (
-    "Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le", "New_Tai_Lue",
-    "Tai_Tham", "Tai_Viet", "Ahom", "Javanese", "Balinese", "Yi", "Nushu", "Tangut",
-)  # fmt: skip
-_UNSPACED = "[" + "".join(rf"\p{{{script}}}" for script in _SCRIPTS) + "\u30fc]"  # and the mark of a long vowel
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Bopomofo",
+    "Thai",
+    "Lao",
+    "Khmer",
+    "Myanmar",
+    "Tai_Le",
+    "New_Tai_Lue",
+    "Tai_Tham",
+    "Tai_Viet",
+    "Ahom",
+    "Javanese",
+    "Balinese",
+    "Yi",
+    "Nushu",
+    "Tangut",
+)
+_UNSPACED = (
+    "[" + "".join(rf"\p{{{script}}}" for script in _SCRIPTS) + "\u30fc]"
+)  # and the mark of a long vowel
 _LETTER = r"[\p{L}\p{N}\p{Mn}\p{Mc}]"
 _WORD = regex.compile(
     rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]]\p{{M}}*"

@@ -15,7 +15,10 @@ from fedloom import rng
 from fedloom.rng import Name
 
 _LOW = 0xFFFFFFFF
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # numbers hashed at a time: what a cache holds, what a launch is worth
+_CHUNK = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 26,
+}  # numbers hashed at a time: what a cache holds, what a launch is worth
 _SIGN = -(1 << 31)
 
 

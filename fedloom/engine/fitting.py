@@ -33,7 +33,9 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
     if fit.seen < 0 or (fit.limit is not None and fit.limit < 0):
         raise ConfigError(f"Expected {fit.seen=} and {fit.limit=} of at least 0.")
     if fit.weights is not None and (len(fit.weights) != n or not all(0 <= w < math.inf for w in fit.weights)):
-        raise ConfigError(f"Expected {n} weights, one an example, finite and not below 0; got {len(fit.weights)}.")
+        raise ConfigError(
+            f"Expected {n} weights, one an example, finite and not below 0; got {len(fit.weights)}."
+        )
     count = (local.epochs * n if fit.limit is None else fit.limit) if n else 0
     epoch, order = -1, list[int]()
     start, end = fit.seen, fit.seen + count

@@ -189,7 +189,9 @@ def _quantised(x: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tenso
     if channels is not None:
         x = x * channels.to(x.dtype)
     largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True).float().clamp_min(1e-12)
-    factor = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))  # a power of two: x is rounded once, to e4m3
+    factor = torch.exp2(
+        torch.floor(torch.log2(_LARGEST / largest))
+    )  # a power of two: x is rounded once, to e4m3
     return (x * factor.to(x.dtype)).to(E4M3), factor.reciprocal()
 
 

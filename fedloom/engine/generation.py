@@ -211,10 +211,18 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
             row = rows.index[id(request.adapter)]
             found.append(
                 _Prompt(
-                    key, index, ids, row, limit, request.stop, request.temperature, request.stream,
-                    request.repetition_penalty, request.top_k,
+                    key,
+                    index,
+                    ids,
+                    row,
+                    limit,
+                    request.stop,
+                    request.temperature,
+                    request.stream,
+                    request.repetition_penalty,
+                    request.top_k,
                 )
-            )  # fmt: skip
+            )
     return found
 
 

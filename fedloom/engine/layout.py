@@ -128,7 +128,9 @@ class AdapterLayout:
         vector = torch.zeros(self.size)
         for target in self.targets:
             bound = 1 / math.sqrt(target.inputs)  # kaiming_uniform_ with a = sqrt(5)
-            drawn = rng.numpy_stream(seed, "adapter", target.name).uniform(-bound, bound, (target.rank, target.inputs))
+            drawn = rng.numpy_stream(seed, "adapter", target.name).uniform(
+                -bound, bound, (target.rank, target.inputs)
+            )
             target.a(vector).copy_(torch.from_numpy(drawn))
         return self.to_state(vector)
 

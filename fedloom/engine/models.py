@@ -153,7 +153,9 @@ def _from_here(path: Path) -> str:
 def identity(name: str, *, allow_download: bool = False) -> str:
     """sha256 of a base model as it is stored, whatever dtype, device or quantisation it is computed in."""
     folder = base_folder(name, allow_download=allow_download)
-    return base_hash(_random(name.removeprefix("random:"), _load_tokenizer(_embedded())) if folder is None else folder)
+    return base_hash(
+        _random(name.removeprefix("random:"), _load_tokenizer(_embedded())) if folder is None else folder
+    )
 
 
 def base_hash(source: str | Path | nn.Module) -> str:

@@ -200,7 +200,9 @@ class _Laid:
         self.lengths: list[int] = []
         self.prefixes: list[tuple[int, int]] = []
         self._total = 0
-        self._starts: dict[int, tuple[int, int, int]] = {}  # item -> start and length of its prefix, start of its own
+        self._starts: dict[
+            int, tuple[int, int, int]
+        ] = {}  # item -> start and length of its prefix, start of its own
 
     def add(self, numbers: Sequence[int], items: Sequence[Item], owner: int) -> None:
         """Items of one row."""

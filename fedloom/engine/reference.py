@@ -77,7 +77,9 @@ class ReferenceModel:
 
     def nll(self, example: Encoded, dropout: Dropout | None = None) -> Tensor:
         """Nats summed over the labelled tokens of one example, by the model's own forward."""
-        return F.cross_entropy(self.logits(example, dropout), example.targets.to(self.device), reduction="sum")
+        return F.cross_entropy(
+            self.logits(example, dropout), example.targets.to(self.device), reduction="sum"
+        )
 
     def energy(self, example: Encoded) -> Tensor:
         """-logsumexp of the logits, summed over the labelled tokens of one example."""

@@ -112,7 +112,9 @@ def decoding_mismatch(
     odd = sorted(set(get_layer_types_and_kwargs(config)[0]) - set(_LAYERS))
     if odd:
         return f"layers of type {', '.join(odd)} keep more than keys and values"
-    short, long, middle = (_random_example(n, config.vocab_size, seed=i) for i, n in enumerate(_lengths(config)))
+    short, long, middle = (
+        _random_example(n, config.vocab_size, seed=i) for i, n in enumerate(_lengths(config))
+    )
     if len(short.ids) <= _STEPS:
         return "the model reads too few tokens to be checked"
     asked = [(0, short.ids), (0, middle.ids[1:]), (1, middle.ids), (0, _cousin(long).ids), (0, long.ids)]
@@ -131,7 +133,11 @@ def decoding_mismatch(
             if step == _STEPS // 2:
                 going = going[1:]
                 under_way.keep(going)
-            ours = under_way.append([int(asked[i][1][step - _STEPS]) for i in going]) if step else under_way.read()
+            ours = (
+                under_way.append([int(asked[i][1][step - _STEPS]) for i in going])
+                if step
+                else under_way.read()
+            )
             for i, logits in zip(going, ours, strict=True):
                 theirs = expected[i][step]
                 off = float((logits.to(theirs) - theirs).norm() / theirs.norm())

@@ -1,8 +1,8 @@
 """What stands beside exported weights, so that other tools ask and stop as training taught.
 
-    tokenizer.json ...        the tokenizer, with a chat template that gives the trained prompts
-    generation_config.json    every token that ends an answer; greedy, as answers are measured
-    fedloom.json              the same in short, and which base model the weights belong to
+tokenizer.json ...        the tokenizer, with a chat template that gives the trained prompts
+generation_config.json    every token that ends an answer; greedy, as answers are measured
+fedloom.json              the same in short, and which base model the weights belong to
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ class Serving:
         tokenizer = copy(self.tokenizer)
         tokenizer.chat_template = self.chat_template
         generation = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(self.stop), pad_token_id=tokenizer.pad_token_id, do_sample=False
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=sorted(self.stop),
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
         )
         record = {
-            "base_sha256": self.base_sha256, "format": self.format, "system": self.system, "stop": sorted(self.stop),
-        }  # fmt: skip
+            "base_sha256": self.base_sha256,
+            "format": self.format,
+            "system": self.system,
+            "stop": sorted(self.stop),
+        }
         with TemporaryDirectory() as draft:
             tokenizer.save_pretrained(draft)
             generation.save_pretrained(draft)

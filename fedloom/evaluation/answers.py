@@ -47,32 +47,48 @@ def answers_of(
     prompts = [template.prompt_ids(q, room=max_new_tokens) for q in questions]
     keys: dict[Hashable, list[str]] = {
         row: [
-            key_of(weights=weights, adapter=adapter.sha256() if adapter else None, prompt=prompt,
-                   max_new_tokens=max_new_tokens, stop=sorted(template.stop))
+            key_of(
+                weights=weights,
+                adapter=adapter.sha256() if adapter else None,
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                stop=sorted(template.stop),
+            )
             for prompt in prompts
         ]
         for row, adapter in adapters.items()
-    }  # fmt: skip
+    }
     for start in range(0, len(questions), BATCH):
         part = range(start, min(start + BATCH, len(questions)))
-        open_: dict[Hashable, list[int]] = {row: [i for i in part if _kept(cache, keys[row][i]) is None] for row in adapters}
+        open_: dict[Hashable, list[int]] = {
+            row: [i for i in part if _kept(cache, keys[row][i]) is None] for row in adapters
+        }
         requests: dict[Hashable, Generate] = {
-            row: Generate([prompts[i] for i in open_[row]], adapter, max_new_tokens=max_new_tokens, stop=template.stop)
+            row: Generate(
+                [prompts[i] for i in open_[row]], adapter, max_new_tokens=max_new_tokens, stop=template.stop
+            )
             for row, adapter in adapters.items()
             if open_[row]
         }
         answered = engine.answer(requests) if requests else {}
-        cache.put_all({
-            keys[row][i]: {"answer": template.decode(ids), "ended": len(ids) < max_new_tokens}
-            for row, said in answered.items() for i, ids in zip(open_[row], said, strict=True)
-        })  # fmt: skip
+        cache.put_all(
+            {
+                keys[row][i]: {"answer": template.decode(ids), "ended": len(ids) < max_new_tokens}
+                for row, said in answered.items()
+                for i, ids in zip(open_[row], said, strict=True)
+            }
+        )
     return {row: [found for key in keys[row] if (found := _kept(cache, key)) is not None] for row in adapters}
 
 
 def _kept(cache: Cache, key: str) -> Answer | None:
     """What was answered before; an older version kept answers without saying whether they ended."""
     record = cache.get(key)
-    return None if record is None or "ended" not in record else Answer(str(record["answer"]), bool(record["ended"]))
+    return (
+        None
+        if record is None or "ended" not in record
+        else Answer(str(record["answer"]), bool(record["ended"]))
+    )
 
 
 def grade(test: Sequence[Example], answers: Sequence[Answer]) -> dict[str, float]:
@@ -91,4 +107,3 @@ def grade(test: Sequence[Example], answers: Sequence[Answer]) -> dict[str, float
 def right(example: Example, answer: Answer) -> bool:
     """Does it satisfy the example's rule?"""
     return answer.ended and microworld.check(example, answer.text)
-

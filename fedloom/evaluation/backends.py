@@ -74,7 +74,9 @@ def load_prompt(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as failed:
-        raise ConfigError(f"Could not read the judge's prompt {path}: {failed}. Expected a UTF-8 text file.") from failed
+        raise ConfigError(
+            f"Could not read the judge's prompt {path}: {failed}. Expected a UTF-8 text file."
+        ) from failed
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,14 @@ class PromptJudge:
 
     def __post_init__(self) -> None:
         if self.rubric.name not in READERS:
-            raise ConfigError(f"Expected a rubric for replies in words ({', '.join(READERS)}), got {self.rubric.name!r}.")
+            raise ConfigError(
+                f"Expected a rubric for replies in words ({', '.join(READERS)}), got {self.rubric.name!r}."
+            )
         named = set(_SLOT.findall(self.prompt))
         if absent := [slot for slot in ("question", "first", "second") if slot not in named]:
-            raise ConfigError(f"The judge's prompt lacks {{{absent[0]}}}. Expected {{question}}, {{first}} and {{second}} in it.")
+            raise ConfigError(
+                f"The judge's prompt lacks {{{absent[0]}}}. Expected {{question}}, {{first}} and {{second}} in it."
+            )
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -136,10 +142,15 @@ class LocalModel:
     @property
     def identity(self) -> Mapping[str, Any]:
         return {
-            "writer": "local", "weights": self.weights, "adapter": self.adapter.sha256() if self.adapter else None,
-            "format": self.template.format, "system": self.template.system, "max_length": self.template.max_length,
-            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,
-        }  # fmt: skip
+            "writer": "local",
+            "weights": self.weights,
+            "adapter": self.adapter.sha256() if self.adapter else None,
+            "format": self.template.format,
+            "system": self.template.system,
+            "max_length": self.template.max_length,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
 
     @property
     def varies(self) -> bool:
@@ -150,12 +161,16 @@ class LocalModel:
             ids = {key: self._ids(text) for key, text in part}
             requests: dict[Hashable, Generate] = {
                 key: Generate(
-                    [prompt], self.adapter, max_new_tokens=self.max_new_tokens, stop=self.template.stop,
-                    temperature=self.temperature, stream=("judge", key),
+                    [prompt],
+                    self.adapter,
+                    max_new_tokens=self.max_new_tokens,
+                    stop=self.template.stop,
+                    temperature=self.temperature,
+                    stream=("judge", key),
                 )
                 for key, prompt in ids.items()
                 if prompt is not None
-            }  # fmt: skip
+            }
             said = self.engine.answer(requests) if requests else {}
             for key, prompt in ids.items():
                 if prompt is None:
@@ -226,14 +241,20 @@ class LikelihoodJudge:
     @property
     def identity(self) -> Mapping[str, Any]:
         return {
-            "judge": "likelihood", "weights": self.weights, "adapter": self.adapter.sha256() if self.adapter else None,
-            "format": self.template.format, "system": self.template.system, "max_length": self.template.max_length,
+            "judge": "likelihood",
+            "weights": self.weights,
+            "adapter": self.adapter.sha256() if self.adapter else None,
+            "format": self.template.format,
+            "system": self.template.system,
+            "max_length": self.template.max_length,
             "shown_as": SHOWN_AS,
-        }  # fmt: skip
+        }
 
     def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         for part in _batches(shown):
-            answers = list(dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second)))  # each once
+            answers = list(
+                dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second))
+            )  # each once
             found = dict(zip(answers, self._nearness(answers), strict=True))
             for key, s in part:
                 first, second = found[s.question, s.first], found[s.question, s.second]
@@ -248,7 +269,9 @@ class LikelihoodJudge:
         examples = [_after(question, answer) for question, answer in answers]
         problems = [self._problem(example) for example in examples]
         usable = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
-        tokens = [self.template.contrast(e)[0] for e in usable]  # the reference alone, whatever training learns
+        tokens = [
+            self.template.contrast(e)[0] for e in usable
+        ]  # the reference alone, whatever training learns
         scored = iter(self.engine.answer({"judge": Score(tokens, self.adapter)})["judge"] if usable else ())
         return [problem or _mean(next(scored)) for problem in problems]
 

@@ -35,13 +35,23 @@ LARGEST_REPLY = 4 << 20  # bytes
 BYTES_PER_TOKEN = 3.0  # of an estimate; English has about 4, so this errs to the dear side
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 POINTLESS = frozenset({401, 402, 403, 404, 405})  # the next question would fare no better
-POINTLESS_CODES = frozenset({
-    "billing_hard_limit_reached", "insufficient_quota", "invalid_api_key", "model_not_found",
-    "unsupported_parameter", "unsupported_value",
-})  # fmt: skip
+POINTLESS_CODES = frozenset(
+    {
+        "billing_hard_limit_reached",
+        "insufficient_quota",
+        "invalid_api_key",
+        "model_not_found",
+        "unsupported_parameter",
+        "unsupported_value",
+    }
+)
 CODES = POINTLESS_CODES | {
-    "content_filter", "context_length_exceeded", "invalid_request_error", "rate_limit_exceeded", "server_error",
-}  # fmt: skip
+    "content_filter",
+    "context_length_exceeded",
+    "invalid_request_error",
+    "rate_limit_exceeded",
+    "server_error",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         place = urlsplit(self.url)
         if place.scheme not in ("http", "https") or not place.hostname:
-            raise ConfigError("Expected the endpoint's base URL, like https://api.openai.com/v1 or http://localhost:11434/v1.")
+            raise ConfigError(
+                "Expected the endpoint's base URL, like https://api.openai.com/v1 or http://localhost:11434/v1."
+            )
         if place.username or place.password or place.query or place.fragment:
             raise ConfigError(
                 "The endpoint's URL holds a user, a password, a query or a fragment. Expected a plain base URL; "
@@ -89,8 +101,13 @@ class Endpoint:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        return {"writer": "endpoint", "url": self.url.rstrip("/"), "model": self.model,
-                "temperature": self.temperature, "max_tokens": self.max_tokens}  # fmt: skip
+        return {
+            "writer": "endpoint",
+            "url": self.url.rstrip("/"),
+            "model": self.model,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
 
     @property
     def varies(self) -> bool:
@@ -144,8 +161,10 @@ class Endpoint:
     def _post(self, prompt: str) -> Reply | _Trouble:
         secret = self._key()
         body: dict[str, Any] = {
-            "model": self.model, "messages": [{"role": "user", "content": prompt}], self.limit_parameter: self.max_tokens,
-        }  # fmt: skip
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            self.limit_parameter: self.max_tokens,
+        }
         if self.temperature is not None:
             body["temperature"] = self.temperature
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "fedloom"}
@@ -165,7 +184,11 @@ class Endpoint:
             return _Trouble(f"no reply within {self.timeout:g} s", again=True)
         except urllib.error.URLError as failed:
             slow = isinstance(failed.reason, TimeoutError)
-            why = f"no reply within {self.timeout:g} s" if slow else f"no connection ({type(failed.reason).__name__})"
+            why = (
+                f"no reply within {self.timeout:g} s"
+                if slow
+                else f"no connection ({type(failed.reason).__name__})"
+            )
             return _Trouble(why, again=True)
         except (http.client.HTTPException, OSError) as broken:
             return _Trouble(f"connection lost ({type(broken).__name__})", again=True)
@@ -182,9 +205,13 @@ class Endpoint:
             return None
         key = os.environ.get(self.key_variable, "").strip()
         if not key:
-            raise ConfigError(f"Expected the endpoint's key in the environment variable {self.key_variable}, which is not set.")
+            raise ConfigError(
+                f"Expected the endpoint's key in the environment variable {self.key_variable}, which is not set."
+            )
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise ConfigError(f"The environment variable {self.key_variable} holds no usable key: blanks or odd characters in it.")
+            raise ConfigError(
+                f"The environment variable {self.key_variable} holds no usable key: blanks or odd characters in it."
+            )
         return key
 
 
@@ -212,7 +239,9 @@ class Estimate:
         return self.calls == 0 or self.most == 0
 
 
-def estimate_cost(prompts: Sequence[str], *, max_tokens: int, retries: int, prices: Prices | None) -> Estimate:
+def estimate_cost(
+    prompts: Sequence[str], *, max_tokens: int, retries: int, prices: Prices | None
+) -> Estimate:
     """Before anything is sent. Tokens of prompts are estimated from bytes, since only the server can count them."""
     sent = sum(math.ceil(len(p.encode(errors="replace")) / BYTES_PER_TOKEN) for p in prompts)
     said = len(prompts) * max_tokens
@@ -260,7 +289,15 @@ def _refusal(refused: urllib.error.HTTPError, deadline: float) -> _Trouble:
     try:
         error = json.loads(_all_of(refused.fp, deadline))["error"]  # type: ignore[arg-type]
         code = next((c for c in (error.get("code"), error.get("type")) if c in CODES), "")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError, http.client.HTTPException):
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+        http.client.HTTPException,
+    ):
         pass  # an error without a readable explanation is still that error
     concerns_all = status in POINTLESS or 300 <= status < 400 or code in POINTLESS_CODES
     return _Trouble(
@@ -335,7 +372,9 @@ class _Traffic:
             slot = max(self._next, time.monotonic())
             self._next = slot + self._gap
         self.sleep(slot - time.monotonic())
-        while self._closed is None and (left := self._held - time.monotonic()) > 0:  # it may have grown meanwhile
+        while (
+            self._closed is None and (left := self._held - time.monotonic()) > 0
+        ):  # it may have grown meanwhile
             self.sleep(left)
         return self._closed
 

@@ -133,7 +133,13 @@ def missing(
 
 
 def _places(
-    judge: Judge, questions: Sequence[Example], ours: Sequence[str], theirs: Sequence[str], repeats: int, retries: int, both_orders: bool
+    judge: Judge,
+    questions: Sequence[Example],
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    repeats: int,
+    retries: int,
+    both_orders: bool,
 ) -> list[_Place]:
     """Both orders of a question beside each other, so that a judge that batches sees them together."""
     if not len(questions) == len(ours) == len(theirs):
@@ -165,16 +171,26 @@ def _key(identity: Mapping[str, Any], rubric: Rubric, shown: Shown, repetition: 
     q = shown.question
     earlier = {"turns": [(turn.role, turn.text) for turn in q.turns]} if q.turns else {}
     return key_of(
-        judge=identity, rubric=[rubric.name, rubric.version], instruction=q.instruction, context=q.context,
-        reference=q.response, rule=q.rule, first=shown.first, second=shown.second, repetition=repetition, attempt=attempt,
+        judge=identity,
+        rubric=[rubric.name, rubric.version],
+        instruction=q.instruction,
+        context=q.context,
+        reference=q.response,
+        rule=q.rule,
+        first=shown.first,
+        second=shown.second,
+        repetition=repetition,
+        attempt=attempt,
         **earlier,
-    )  # fmt: skip
+    )
 
 
 def _record(identity: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
     s = verdict.scores
     return {
-        "judge": {name: value for name, value in identity.items() if name != "prompt"},  # it is long, and in the key
+        "judge": {
+            name: value for name, value in identity.items() if name != "prompt"
+        },  # it is long, and in the key
         "scores": None if s is None else [s.first, s.second],
         "reply": verdict.reply,
         "tokens": [verdict.prompt_tokens, verdict.reply_tokens],
@@ -184,5 +200,7 @@ def _record(identity: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
 def _read(record: Mapping[str, Any]) -> Verdict:
     scores = record["scores"]
     return Verdict(
-        None if scores is None else Scores(tuple(scores[0]), tuple(scores[1])), record["reply"], *record["tokens"]
+        None if scores is None else Scores(tuple(scores[0]), tuple(scores[1])),
+        record["reply"],
+        *record["tokens"],
     )

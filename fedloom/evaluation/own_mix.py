@@ -31,7 +31,9 @@ def resolution(metric: str, counts: Mapping[str, int], answered: Mapping[str, in
     return min(weights) / sum(counts.values())
 
 
-def outcomes(results: Sequence[Mapping[str, Any]], *, shared: str, alone: str, lower: Sequence[str]) -> dict[str, Any]:
+def outcomes(
+    results: Sequence[Mapping[str, Any]], *, shared: str, alone: str, lower: Sequence[str]
+) -> dict[str, Any]:
     """metric -> what every client of every seed has of `shared` and of its own row, `alone` + its name; and how many
     gain, tie and lose, the mean over seeds with its interval: clients of one seed share a model, so they are no sample.
 

@@ -65,7 +65,9 @@ class Pair:
     ours: float
     theirs: float
     orders_agree: bool | None
-    position_bias: float | None  # the answer shown first minus the second, the mean of both orders: quality cancels
+    position_bias: (
+        float | None
+    )  # the answer shown first minus the second, the mean of both orders: quality cancels
     aspects: tuple[tuple[float, float], ...]  # (ours, theirs) for each
 
 
@@ -132,7 +134,9 @@ def summarise(
             if pairs
         },
         ratings=len(ratings),
-        unread=dict(Counter(_why(r.said) for r in ratings if isinstance(r.said, Failed) or r.said.scores is None)),
+        unread=dict(
+            Counter(_why(r.said) for r in ratings if isinstance(r.said, Failed) or r.said.scores is None)
+        ),
         pairs=tuple(pairs),
     )
 
@@ -156,7 +160,12 @@ def _pair(question: int, ratings: Sequence[Rating], both_orders: bool) -> Pair |
         ahead, behind = (mine - other for mine, other in sides)  # of ours: shown first, then second
         agree, bias = _outcome(*sides[0]) == _outcome(*sides[1]), float((ahead - behind) / 2)
     return Pair(
-        question, _outcome(ours, theirs), float(ours), float(theirs), agree, bias,
+        question,
+        _outcome(ours, theirs),
+        float(ours),
+        float(theirs),
+        agree,
+        bias,
         tuple(
             (
                 fmean(fmean(s.first[a] for s in one) for one in orders),
@@ -164,12 +173,15 @@ def _pair(question: int, ratings: Sequence[Rating], both_orders: bool) -> Pair |
             )
             for a in range(len(orders[0][0].first))
         ),
-    )  # fmt: skip
+    )
 
 
 def _sides(scores: Sequence[Scores]) -> tuple[Fraction, Fraction]:
     """(ours, theirs): mean overall score over repetitions, exact."""
-    total = [sum((overall(side) for side in sides), Fraction()) for sides in zip(*((s.first, s.second) for s in scores), strict=True)]
+    total = [
+        sum((overall(side) for side in sides), Fraction())
+        for sides in zip(*((s.first, s.second) for s in scores), strict=True)
+    ]
     return total[0] / len(scores), total[1] / len(scores)
 
 

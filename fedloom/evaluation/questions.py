@@ -24,9 +24,27 @@ NAMES = {
     "response": ("response", "output", "answer", "reference"),
 }
 # Every field there is has its say, in whatever form; _question() looks.
-FIELDS = {name: Field(required=False, nested=True) for name in (*(n for names in NAMES.values() for n in names), "instances")}
-LABELS = frozenset({"id", "question_id", "category", "topic", "type", "view", "difficulty", "rule", "owner", "source",
-                    "motivation_app", "turns", "instances"})  # fmt: skip
+FIELDS = {
+    name: Field(required=False, nested=True)
+    for name in (*(n for names in NAMES.values() for n in names), "instances")
+}
+LABELS = frozenset(
+    {
+        "id",
+        "question_id",
+        "category",
+        "topic",
+        "type",
+        "view",
+        "difficulty",
+        "rule",
+        "owner",
+        "source",
+        "motivation_app",
+        "turns",
+        "instances",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,9 @@ class Question:
 def load(path: str | Path) -> list[Question]:
     """Every question of the file, in its order. Raises DataError, under the strict reader's rules, where one has no instruction."""
     path = Path(path)
-    return list(records.load(map(_checked, records.read_records(path, FIELDS, name=path.name)), _question, Reading()))
+    return list(
+        records.load(map(_checked, records.read_records(path, FIELDS, name=path.name)), _question, Reading())
+    )
 
 
 def without(questions: Sequence[Question], held: Iterable[Example]) -> list[Question]:
@@ -54,10 +74,16 @@ def key(question: Example) -> tuple[str, str]:
 def columns(path: str | Path, questions: Sequence[Question]) -> list[str]:
     """The fields that hold an answer in every record: text that is neither the question nor a label. Raises DataError for none."""
     asked = {name for ours in ("instruction", "context") for name in NAMES[ours]}
-    found = [name for name in questions[0].texts if name not in asked | LABELS and all(name in q.texts for q in questions)]
+    found = [
+        name
+        for name in questions[0].texts
+        if name not in asked | LABELS and all(name in q.texts for q in questions)
+    ]
     if not found:
         names = ", ".join(questions[0].texts)
-        raise DataError(f"{path} holds no stored answers: of its fields ({names}) none is an answer. Name them: evaluation.reference_columns.")
+        raise DataError(
+            f"{path} holds no stored answers: of its fields ({names}) none is an answer. Name them: evaluation.reference_columns."
+        )
     return found
 
 
@@ -68,7 +94,9 @@ def answers(path: str | Path, questions: Sequence[Example], field: str) -> list[
     """
     stored = load(path)
     if absent := [q for q in stored if field not in q.texts]:
-        raise DataError(f"{path}: {len(absent)} of {len(stored)} records have no text under {field!r}; they have {', '.join(absent[0].texts)}.")
+        raise DataError(
+            f"{path}: {len(absent)} of {len(stored)} records have no text under {field!r}; they have {', '.join(absent[0].texts)}."
+        )
     said: dict[tuple[str, str], str] = {}
     for q in stored:
         if said.setdefault(key(q.asked), q.texts[field]) != q.texts[field]:
@@ -85,7 +113,13 @@ def _checked(record: Record | BadRecord) -> Record | BadRecord:
     if isinstance(record, BadRecord) or _first(record.values, "instruction").strip():
         return record
     names = ", ".join(map(str, record.values))
-    return BadRecord(record.place, "missing", f"no question under {', '.join(NAMES['instruction'])}; its fields are {names}", b"", 0)
+    return BadRecord(
+        record.place,
+        "missing",
+        f"no question under {', '.join(NAMES['instruction'])}; its fields are {names}",
+        b"",
+        0,
+    )
 
 
 def _question(record: Record) -> Question:
@@ -98,9 +132,13 @@ def _question(record: Record) -> Question:
         return str(values[name]) if isinstance(values.get(name), str | int) else ""
 
     asked = Example(
-        instruction=_first(values, "instruction"), response=_first(values, "response"), context=_first(values, "context"),
-        category=text("category"), id=text("question_id") or text("id") or str(record.place), rule=text("rule"),
-    )  # fmt: skip
+        instruction=_first(values, "instruction"),
+        response=_first(values, "response"),
+        context=_first(values, "context"),
+        category=text("category"),
+        id=text("question_id") or text("id") or str(record.place),
+        rule=text("rule"),
+    )
     return Question(asked, {name: value for name, value in values.items() if isinstance(value, str)})
 
 

@@ -23,13 +23,19 @@ class Relative:
     """A baseline beside the federated model, whose answers are `theirs` of every comparison."""
 
     scores: tuple[float, float]  # (baseline, federated), summed over questions, mean over seeds
-    ratio: float | None  # federated / baseline; None where the scale has no zero or the baseline scores nothing
-    ci95: tuple[float, float | None] | None  # percentiles of a bootstrap over questions and seeds; (low, None): no upper bound
+    ratio: (
+        float | None
+    )  # federated / baseline; None where the scale has no zero or the baseline scores nothing
+    ci95: (
+        tuple[float, float | None] | None
+    )  # percentiles of a bootstrap over questions and seeds; (low, None): no upper bound
     difference: Estimate  # federated - baseline a judged question; over seeds, of one seed over its questions
     categories: Mapping[str, float | None]  # the ratio within each category of questions
 
 
-def relative(comparisons: Sequence[Comparison], categories: Sequence[Sequence[str]], *, divides: bool, crossed: bool) -> Relative:
+def relative(
+    comparisons: Sequence[Comparison], categories: Sequence[Sequence[str]], *, divides: bool, crossed: bool
+) -> Relative:
     """One comparison a seed, and the category of each of its questions.
 
     `crossed` says that every seed was asked the same questions: then seeds and questions are resampled each as a
@@ -40,7 +46,13 @@ def relative(comparisons: Sequence[Comparison], categories: Sequence[Sequence[st
     total = np.sum([np.nansum(t, axis=0) for t in tables], axis=0)  # (2,)
     names = sorted({name for of_seed in categories for name in of_seed})
     parts = {
-        name: np.sum([np.nansum(t[[c == name for c in its]], axis=0) for t, its in zip(tables, categories, strict=True)], axis=0)
+        name: np.sum(
+            [
+                np.nansum(t[[c == name for c in its]], axis=0)
+                for t, its in zip(tables, categories, strict=True)
+            ],
+            axis=0,
+        )
         for name in names
     }
     return Relative(
@@ -60,7 +72,9 @@ class Wins:
     tie: Estimate
     lose: Estimate
     win_or_tie: Estimate
-    categories: Mapping[str, float | None]  # share won or tied within each category of questions, over all seeds
+    categories: Mapping[
+        str, float | None
+    ]  # share won or tied within each category of questions, over all seeds
 
 
 def wins(comparisons: Sequence[Sequence[Comparison]], categories: Sequence[Sequence[str]]) -> Wins | None:
@@ -74,13 +88,18 @@ def wins(comparisons: Sequence[Sequence[Comparison]], categories: Sequence[Seque
             for pair in c.pairs:
                 kept[of_seed[pair.question]].append(pair.outcome != "lose")
     return Wins(
-        _share(comparisons, "win"), _share(comparisons, "tie"), _share(comparisons, "lose"), _share(comparisons, "win_or_tie"),
+        _share(comparisons, "win"),
+        _share(comparisons, "tie"),
+        _share(comparisons, "lose"),
+        _share(comparisons, "win_or_tie"),
         {name: fmean(found) if found else None for name, found in kept.items()},
-    )  # fmt: skip
+    )
 
 
 def _share(comparisons: Sequence[Sequence[Comparison]], outcome: str) -> Estimate:
-    counts = [(sum(getattr(c, outcome).count for c in its), sum(c.judged for c in its)) for its in comparisons]
+    counts = [
+        (sum(getattr(c, outcome).count for c in its), sum(c.judged for c in its)) for its in comparisons
+    ]
     values = [count / of for count, of in counts]
     if len(values) > 1:
         return estimate(values)
@@ -99,7 +118,9 @@ def _ratio(total: np.ndarray) -> float | None:
 
 
 def _difference(tables: Sequence[np.ndarray]) -> Estimate:
-    apart = [found[np.isfinite(found)] for found in (t[:, 1] - t[:, 0] for t in tables)]  # a seed: of its judged questions
+    apart = [
+        found[np.isfinite(found)] for found in (t[:, 1] - t[:, 0] for t in tables)
+    ]  # a seed: of its judged questions
     means = [float(a.mean()) for a in apart if len(a)]
     return estimate(means if len(means) > 1 else [float(x) for x in apart[0]] or [0.0])
 

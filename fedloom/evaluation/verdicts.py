@@ -37,7 +37,9 @@ class Rubric:
         values = [*first, *second]
         if len(first) != len(self.aspects) or len(second) != len(self.aspects):
             return None
-        if not all(type(v) in (int, float) and math.isfinite(v) and self.low <= v <= self.high for v in values):
+        if not all(
+            type(v) in (int, float) and math.isfinite(v) and self.low <= v <= self.high for v in values
+        ):
             return None
         return Scores(tuple(map(float, first)), tuple(map(float, second)))
 
@@ -89,8 +91,11 @@ def read_aspects(reply: str) -> Scores | None:
     try:
         said = json.loads(
             fenced[1] if fenced else text,
-            object_pairs_hook=_distinct, parse_int=_number, parse_float=_number, parse_constant=_number,
-        )  # fmt: skip
+            object_pairs_hook=_distinct,
+            parse_int=_number,
+            parse_float=_number,
+            parse_constant=_number,
+        )
     except (ValueError, RecursionError):
         return None
     if not isinstance(said, dict) or said.keys() != {"first", "second"}:

@@ -57,9 +57,13 @@ def pictures(audit: Mapping[str, Any]) -> dict[str, Picture]:
     public, made = audit["positions"]["public"], {}
     if "reason" not in public["exposure"]:
         label = "Exposure of planted and of held-out secrets, with the law of secrets never seen."
-        made["exposures"] = Picture("exposures", label, exposures_figure(public["exposure"]), *_exposures_table(public["exposure"]))
+        made["exposures"] = Picture(
+            "exposures", label, exposures_figure(public["exposure"]), *_exposures_table(public["exposure"])
+        )
     label = "AUC of five scores that tell members from others, of the released model and of the base."
-    made["aucs"] = Picture("aucs", label, aucs_figure(public["membership"]), *_aucs_table(public["membership"]))
+    made["aucs"] = Picture(
+        "aucs", label, aucs_figure(public["membership"]), *_aucs_table(public["membership"])
+    )
     return made
 
 
@@ -73,7 +77,9 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
     planted, unseen, chance = _bins(known)
     bins = len(chance)
     traces: list[Any] = []
-    for nth, (side, name, hue) in enumerate((("planted", "planted", PLANTED), ("held_out", "never planted", UNSEEN))):
+    for nth, (side, name, hue) in enumerate(
+        (("planted", "planted", PLANTED), ("held_out", "never planted", UNSEEN))
+    ):
         bits, counts = known[side]["bits"], planted if side == "planted" else unseen
         traces.append(
             go.Bar(
@@ -125,7 +131,9 @@ def _bins(known: Mapping[str, Any]) -> tuple[list[int], list[int], list[float]]:
 
 def _exposures_table(exposure: Mapping[str, Any]) -> tuple[list[str], list[list[str | int]]]:
     found = zip(*_bins(exposure["released"]["calibrated"]), strict=True)
-    return ["bits", "planted", "never planted", "by chance"], [[f"{i} to {i + 1}", a, b, f"{c:.1f}%"] for i, (a, b, c) in enumerate(found)]
+    return ["bits", "planted", "never planted", "by chance"], [
+        [f"{i} to {i + 1}", a, b, f"{c:.1f}%"] for i, (a, b, c) in enumerate(found)
+    ]
 
 
 def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:

@@ -58,7 +58,8 @@ def model_card(summary: Mapping[str, Any], *, merged: bool = False) -> str:
             (findings.METRICS[m].title, findings.METRICS[m].meaning) for m in metrics if m in findings.METRICS
         ],
         best_note=any(n.endswith(" best") for n in names),
-        rows=[{
+        rows=[
+            {
                 "title": _plain(findings.title(n, own)),
                 "model": findings.model(n),
                 "cells": [_cell(summary, n, m) for m in metrics],
@@ -165,10 +166,20 @@ def _load_on(base: str) -> list[str]:
     auto = "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig"
     load = "base = AutoModelForCausalLM.from_pretrained(where)"
     if base == "embedded":
-        lines = ["from importlib.resources import files\n", peft, auto, '\nwhere = str(files("fedloom") / "embedded")', load]
+        lines = [
+            "from importlib.resources import files\n",
+            peft,
+            auto,
+            '\nwhere = str(files("fedloom") / "embedded")',
+            load,
+        ]
     elif base.startswith("random:"):
-        lines = [peft, auto.replace("AutoModelForCausalLM, ", ""), "\nfrom fedloom.engine.models import load_base",
-                 f"\nbase, _ = load_base({json.dumps(base)})"]  # fmt: skip
+        lines = [
+            peft,
+            auto.replace("AutoModelForCausalLM, ", ""),
+            "\nfrom fedloom.engine.models import load_base",
+            f"\nbase, _ = load_base({json.dumps(base)})",
+        ]
     else:
         lines = [peft, auto, f"\nwhere = {json.dumps(_public(base))}", load]
     return [
@@ -183,7 +194,7 @@ def _load_on(base: str) -> list[str]:
 def _ask(longest: int) -> list[str]:
     return [
         '\nmessages = [{"role": "user", "content": "Name three colours."}]',
-        "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors=\"pt\", return_dict=True)",
+        'prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
         f"answer = model.generate(**prompt, max_new_tokens={longest})",
         'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]

@@ -9,7 +9,9 @@ from typing import Any
 from fedloom.report import findings
 
 FEW = 0.95  # share of answers that end by themselves below which it is worth a word
-UNLEARNT = math.log(2)  # nats of the end token where an answer ends: below, it is likelier than all others together
+UNLEARNT = math.log(
+    2
+)  # nats of the end token where an answer ends: below, it is likelier than all others together
 
 _OTHER_END = (
     'Close answers with a token that the base has learnt (prompt.format = "alpaca" or "plain" closes them with the '
@@ -20,7 +22,9 @@ _OTHER_END = (
 def shown(summary: Mapping[str, Any]) -> bool:
     """Is some tuned row's share of ended answers low enough to be shown where room is short?"""
     tuned = [row for row in findings.rows(summary) if row != "base"]
-    return any((found := findings.entry(summary, row, "ended")) is not None and found["mean"] < FEW for row in tuned)
+    return any(
+        (found := findings.entry(summary, row, "ended")) is not None and found["mean"] < FEW for row in tuned
+    )
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:

@@ -361,7 +361,11 @@ def rows_figure(summary: Mapping[str, Any]) -> go.Figure:
         traces,
         height=44 * len(lines) + 80,
         hovermode="closest",
-        xaxis={"title": axis_title(axis(metric)), **within(metric), **({} if metric == "loss" else {"rangemode": "tozero"})},
+        xaxis={
+            "title": axis_title(axis(metric)),
+            **within(metric),
+            **({} if metric == "loss" else {"rangemode": "tozero"}),
+        },
         yaxis={**names_, "range": [len(lines) - 0.5, -0.5]},
     )
 
@@ -461,7 +465,9 @@ def clients_figure(
         )
     names = list(dict.fromkeys(r for found in table.values() for r in found))
     for nth, row in enumerate(names):
-        aside = 0.14 * (nth - (len(names) - 1) / 2)  # equal values lie one above the other, not one behind the other
+        aside = 0.14 * (
+            nth - (len(names) - 1) / 2
+        )  # equal values lie one above the other, not one behind the other
         having = [(y, c) for y, c in enumerate(clients) if row in table[c]]
         name = "This client alone" if row == "local_only" else title(row, own)
         traces.append(

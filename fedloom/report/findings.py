@@ -239,7 +239,11 @@ def verdict(summary: Summary) -> list[str]:
         )
     elif not excludes_zero(ci95):
         sentences.append("The interval includes zero, so these seeds do not show which of the two is better.")
-    sentences += [*_doing_better(summary, metric, "federated"), *taking_part(summary), *_against_fedit(summary, metric)]
+    sentences += [
+        *_doing_better(summary, metric, "federated"),
+        *taking_part(summary),
+        *_against_fedit(summary, metric),
+    ]
     if rival != "base" and (base := entry(summary, "base", metric)) is not None:
         sentences.append(f"The untuned base model is at {_short(metric, base['mean'], digits)}.")
     pooled = entry(summary, "centralised", metric)
@@ -270,7 +274,9 @@ def own_mix(summary: Summary) -> tuple[str, Mapping[str, Any]] | None:
     """Who gains by taking part, by the first metric that tells it of as many clients as any does: where few questions
     are asked, a client may hold groups of which none is, and only its loss is known."""
     found: Mapping[str, Any] = summary.get("own_mix", {})
-    told = {m: sum(len(seed["clients"]) for seed in found[m]["seeds"]) for m in metrics(summary) if m in found}
+    told = {
+        m: sum(len(seed["clients"]) for seed in found[m]["seeds"]) for m in metrics(summary) if m in found
+    }
     return next(((m, found[m]) for m, n in told.items() if n == max(told.values())), None)
 
 
@@ -286,9 +292,13 @@ def taking_part(summary: Summary) -> list[str]:
     gain, tie, lose = (found[outcome] for outcome in OUTCOMES)
     of = f"Taking part or tuning alone, each judged on its own mix of data ({metric_title(metric)}): of {clients} client{'' if clients == '1' else 's'} "
     if gain["ci95"] is None:
-        return [f"{of}{gain['mean']:.0f} gain by taking part, {tie['mean']:.0f} tie and {lose['mean']:.0f} lose; one seed, so no interval."]
+        return [
+            f"{of}{gain['mean']:.0f} gain by taking part, {tie['mean']:.0f} tie and {lose['mean']:.0f} lose; one seed, so no interval."
+        ]
     written = [count(one, most=max(counts)) for one in (gain, tie, lose)]
-    return [f"{of}{written[0]} gain by taking part, {written[1]} tie and {written[2]} lose (means over {len(counts)} seeds, 95% intervals)."]
+    return [
+        f"{of}{written[0]} gain by taking part, {written[1]} tie and {written[2]} lose (means over {len(counts)} seeds, 95% intervals)."
+    ]
 
 
 def count(found: Mapping[str, Any], *, most: int) -> str:
@@ -306,7 +316,11 @@ def _alone(summary: Summary, metric: str) -> list[str]:
         f"{_scores('Tuned alone, the best client', metric, top['mean'], 0)} and the mean client reaches "
         f"{_short(metric, mean['mean'], 0)}, against {floor} for the untuned base model.",
         *_doing_better(summary, metric, "local best"),
-        *([] if any(model(r) == "global" for r in rows(summary)) else ["Nothing was shared between clients in this run."]),
+        *(
+            []
+            if any(model(r) == "global" for r in rows(summary))
+            else ["Nothing was shared between clients in this run."]
+        ),
     ]
 
 
@@ -330,7 +344,9 @@ def _against_fedit(summary: Summary, metric: str) -> list[str]:
         if not excludes_zero(ci95):
             said.append(f"{shown}: the interval includes zero, so these seeds do not tell the two apart.")
         else:
-            said.append(f"{shown}: {own(summary) if improves(m, gap) else label} {'leaks less' if m in LEAKS else 'is better'}.")
+            said.append(
+                f"{shown}: {own(summary) if improves(m, gap) else label} {'leaks less' if m in LEAKS else 'is better'}."
+            )
     return said
 
 

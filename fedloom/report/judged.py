@@ -49,11 +49,22 @@ def tables(judged: Judged, own: str) -> list[Table]:
 def shown(judged: Judged, own: str) -> dict[str, Any]:
     """What the page has of one judgement: the tables, the same by category, and a few questions with every answer."""
     samples = [
-        {**s, "answers": [{"title": _name(a["of"], own), "text": a["text"], "score": f"{a['score']:.3g}"} for a in s["answers"]]}
+        {
+            **s,
+            "answers": [
+                {"title": _name(a["of"], own), "text": a["text"], "score": f"{a['score']:.3g}"}
+                for a in s["answers"]
+            ],
+        }
         for s in judged["samples"]
     ]
-    return {"tables": tables(judged, own), "by_category": by_category(judged, own), "samples": samples,
-            "by": judge_name(judged), "rubric": judged["rubric"]}  # fmt: skip
+    return {
+        "tables": tables(judged, own),
+        "by_category": by_category(judged, own),
+        "samples": samples,
+        "by": judge_name(judged),
+        "rubric": judged["rubric"],
+    }
 
 
 def judge_name(judged: Judged) -> str:
@@ -62,12 +73,16 @@ def judge_name(judged: Judged) -> str:
         return f"{judge['model']} behind {judge['url']}"
     if judge.get("writer") == "local":
         return f"a local model ({judge['weights'][:12]})"
-    return {"microworld rule": "the microworld's rule", "likelihood": "the likelihood of the references"}.get(judge.get("judge", ""), "a judge")
+    return {"microworld rule": "the microworld's rule", "likelihood": "the likelihood of the references"}.get(
+        judge.get("judge", ""), "a judge"
+    )
 
 
 def _relative(judged: Judged, own: str) -> list[Table]:
     body = []
-    paper = any((r["row"], r["task"]) in PAPER_RELATIVE for r in judged["rows"] if r["row"].startswith("Local-"))
+    paper = any(
+        (r["row"], r["task"]) in PAPER_RELATIVE for r in judged["rows"] if r["row"].startswith("Local-")
+    )
     for r in judged["rows"]:
         line = [_name(r["row"], own), r["task"], f"{r['scores'][0]:.1f} : {r['scores'][1]:.1f}", _ratio(r)]
         body.append([*line, _paper_relative(r)] if paper else line)
@@ -80,10 +95,22 @@ def _relative(judged: Judged, own: str) -> list[Table]:
     ]
     if any(r["ratio"] is None for r in judged["rows"]):
         why = "the scale has no zero" if judged["rubric"] == "likelihood" else "the baseline scores nothing"
-        notes.append(f"No ratio where {why}: there the mean difference, federated - baseline, stands in brackets, with its own interval.")
+        notes.append(
+            f"No ratio where {why}: there the mean difference, federated - baseline, stands in brackets, with its own interval."
+        )
     if paper:
-        notes.append("The paper's own: LLaMA-7B on Dolly, GPT-4 on 20 of Vicuna's questions, one seed; not comparable in size.")
-    return [Table(_title(judged, "baselines beside the federated model"), head, body, [False] * len(body), [*notes, *_notes(judged)])]
+        notes.append(
+            "The paper's own: LLaMA-7B on Dolly, GPT-4 on 20 of Vicuna's questions, one seed; not comparable in size."
+        )
+    return [
+        Table(
+            _title(judged, "baselines beside the federated model"),
+            head,
+            body,
+            [False] * len(body),
+            [*notes, *_notes(judged)],
+        )
+    ]
 
 
 def _wins(judged: Judged, own: str) -> list[Table]:
@@ -106,11 +133,28 @@ def _wins(judged: Judged, own: str) -> list[Table]:
                 body[-1].append("{:.1f} / {:.1f} / {:.1f}".format(*paper[i]) if i in paper else "")
         head = ["method", "model", "win", "tie", "lose", "win + tie", "orders disagree"]
         head += ([f"{metric_title(leak)} {arrow(leak)}"] if leak else []) + (["paper's own"] if paper else [])
-        notes = ["Shares of judged questions" + ("; mean over seeds ± half of the 95% interval." if len(judged["seeds"]) > 1 else "; 95% intervals over questions.")]
+        notes = [
+            "Shares of judged questions"
+            + (
+                "; mean over seeds ± half of the 95% interval."
+                if len(judged["seeds"]) > 1
+                else "; 95% intervals over questions."
+            )
+        ]
         if paper:
-            notes.append("The paper's own: PPFedIT's Table 2, mean of three data sets against their references, GPT-4, one seed; not comparable in size.")
+            notes.append(
+                "The paper's own: PPFedIT's Table 2, mean of three data sets against their references, GPT-4, one seed; not comparable in size."
+            )
         against = "the questions' own responses" if opponent == "reference" else _name(opponent, own)
-        made.append(Table(_title(judged, f"every method against {against}"), head, body, [r["row"] == "federated" for r in rows], [*notes, *_notes(judged)]))
+        made.append(
+            Table(
+                _title(judged, f"every method against {against}"),
+                head,
+                body,
+                [r["row"] == "federated" for r in rows],
+                [*notes, *_notes(judged)],
+            )
+        )
     return made
 
 
@@ -123,10 +167,23 @@ def by_category(judged: Judged, own: str) -> list[Table]:
     several = len({r["opponent"] for r in judged["rows"]}) > 1
     for r in judged["rows"]:
         found = r.get("categories") or {}
-        cells = ["–" if (x := found.get(name)) is None else f"{x:.2f}" if relative else f"{100 * x:.0f}%" for name in names]
-        body.append([_name(r["row"], own) + (f" against {_name(r['opponent'], own)}" if several else ""), *cells])
+        cells = [
+            "–" if (x := found.get(name)) is None else f"{x:.2f}" if relative else f"{100 * x:.0f}%"
+            for name in names
+        ]
+        body.append(
+            [_name(r["row"], own) + (f" against {_name(r['opponent'], own)}" if several else ""), *cells]
+        )
     what = "relative score" if relative else "won or tied"
-    return [Table(f"By category of question: {what}", ["row", *names], body, [r["row"] == "federated" for r in judged["rows"]], [])]
+    return [
+        Table(
+            f"By category of question: {what}",
+            ["row", *names],
+            body,
+            [r["row"] == "federated" for r in judged["rows"]],
+            [],
+        )
+    ]
 
 
 def _title(judged: Judged, what: str) -> str:
@@ -142,12 +199,16 @@ def _notes(judged: Judged) -> list[str]:
     if judged_ < of:
         notes.append(f"{judged_:,} of {of:,} pairs could be judged; the others are left out.")
     if left_out := judged["questions"]["left_out"]:
-        notes.append(f"{left_out} question{'s' if left_out > 1 else ''} of the file left out, since a client holds {'them' if left_out > 1 else 'it'}.")
+        notes.append(
+            f"{left_out} question{'s' if left_out > 1 else ''} of the file left out, since a client holds {'them' if left_out > 1 else 'it'}."
+        )
     if not judged["both_orders"]:
         notes.append("Judged in one order, so a liking for the first place passes for quality.")
     biases = [r["position_bias"] for r in judged["rows"] if r["position_bias"]]
     if biases:
-        notes.append(f"The answer shown first scored {sum(biases) / len(biases):+.3f} over the second, on average.")
+        notes.append(
+            f"The answer shown first scored {sum(biases) / len(biases):+.3f} over the second, on average."
+        )
     return notes
 
 

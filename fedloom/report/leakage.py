@@ -54,7 +54,9 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
     FewFedPIT's rows are joined in the order of their private share.
     """
     labels, traces = list(methods(summary)), []
-    swept = {row: share for row, share in private_shares(summary).items() if _both(summary, row, metric, leak)}
+    swept = {
+        row: share for row, share in private_shares(summary).items() if _both(summary, row, metric, leak)
+    }
     if len(swept) > 1:
         line = sorted(swept, key=lambda row: swept[row])
         ends = [_both(summary, row, metric, leak) for row in line]

@@ -40,7 +40,17 @@ ROW_SYMBOLS = {
     "federated": "circle",
     "centralised": "star",
 }
-METHOD_SYMBOLS = ("pentagon", "cross", "x", "hexagram", "triangle-left", "triangle-right", "bowtie", "hourglass", "star-diamond")
+METHOD_SYMBOLS = (
+    "pentagon",
+    "cross",
+    "x",
+    "hexagram",
+    "triangle-left",
+    "triangle-right",
+    "bowtie",
+    "hourglass",
+    "star-diamond",
+)
 
 ROW_DASHES = {"base": "dot", "local_only": "dash", "federated": "solid", "centralised": "longdash"}
 METHOD_DASHES = ("dashdot", "2px,3px", "longdashdot", "8px,3px", "5px,2px", "12px,3px,2px,3px", "1px,2px")
@@ -73,4 +83,8 @@ def _of(row: str, labels: Sequence[str], rows: Mapping[str, str], methods: Seque
 def bar(hue: str, nth: int) -> dict[str, Any]:
     """The marker of the bars of the nth group: neighbours differ in pattern, and eight in a row do."""
     pattern = {"shape": PATTERNS[nth % len(PATTERNS)], "size": 7, "solidity": 0.25, "fillmode": "overlay"}
-    return {"color": hue, "line": {"width": 0}, "pattern": {**pattern, "fgcolor": "#ffffff", "fgopacity": 0.75}}
+    return {
+        "color": hue,
+        "line": {"width": 0},
+        "pattern": {**pattern, "fgcolor": "#ffffff", "fgopacity": 0.75},
+    }

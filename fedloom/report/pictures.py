@@ -63,13 +63,21 @@ def _rows(summary: Summary) -> Iterator[Picture]:
     if len(seeds(summary)) > 1 or single_clients(summary):  # else it shows less than the table
         metric = main_metric(summary)
         label = f"{metric_title(metric)} of every row, with its seeds."
-        lines = [e for row in (*rows(summary), *single_clients(summary)) if (e := entry(summary, row, metric)) is not None]
+        lines = [
+            e
+            for row in (*rows(summary), *single_clients(summary))
+            if (e := entry(summary, row, metric)) is not None
+        ]
         head = ["row", "mean", "95% interval", *(f"seed {seed}" for seed in seeds(summary))]
         body = [
-            [title(e["row"], own(summary)), value(metric, e["mean"]), " to ".join(value(metric, x) for x in e["ci95"] or ()) or "–",
-             *(value(metric, x) for x in e["values"])]
+            [
+                title(e["row"], own(summary)),
+                value(metric, e["mean"]),
+                " to ".join(value(metric, x) for x in e["ci95"] or ()) or "–",
+                *(value(metric, x) for x in e["values"]),
+            ]
             for e in lines
-        ]  # fmt: skip
+        ]
         yield Picture("rows", label, figures.rows_figure(summary), head, body)
 
 
@@ -82,7 +90,9 @@ def _groups(summary: Summary) -> Iterator[Picture]:
             [title(row, own(summary)), *(value(metric, found.get(g)) for g in groups)]
             for row, found in table.items()
         ]
-        yield Picture("groups", label, figures.groups_figure(table, metric, own=own(summary)), ["row", *groups], body)
+        yield Picture(
+            "groups", label, figures.groups_figure(table, metric, own=own(summary)), ["row", *groups], body
+        )
 
 
 def _by_group(summary: Summary) -> dict[str, dict[str, float]]:
@@ -108,7 +118,10 @@ def _clients(summary: Summary) -> Iterator[Picture]:
     rows = list(dict.fromkeys(row for found in table.values() for row in found))
     if rows:
         label = f"{metric_title(metric)} for each client in its own mix of data."
-        head = ["client", *("This client alone" if row == "local_only" else title(row, own(summary)) for row in rows)]
+        head = [
+            "client",
+            *("This client alone" if row == "local_only" else title(row, own(summary)) for row in rows),
+        ]
         body = [[client, *(value(metric, found.get(row)) for row in rows)] for client, found in table.items()]
         yield Picture("clients", label, figures.clients_figure(table, metric, own=own(summary)), head, body)
 

@@ -22,8 +22,16 @@ SCORES = {
 }
 MEASURES = {
     "exposure": ("mean exposure of planted secrets", " bits", "secrets"),
-    "auc": ("AUC of the best membership attack, beyond what the base tells apart", "", "records of either kind"),
-    "extraction": ("ROUGE-L brought back beyond the base and beyond held-out prompts", "", "records of either kind"),
+    "auc": (
+        "AUC of the best membership attack, beyond what the base tells apart",
+        "",
+        "records of either kind",
+    ),
+    "extraction": (
+        "ROUGE-L brought back beyond the base and beyond held-out prompts",
+        "",
+        "records of either kind",
+    ),
     "recall": ("share of a client's tokens that the server reads off its upload", "", "tokens"),
 }  # measure -> (what it is, its unit, what the interval is over)
 
@@ -101,7 +109,9 @@ def _public(public: Mapping[str, Any]) -> Iterator[Line]:
         f"{100 * more['mean']:+.1f} points".replace("-", "−"),
         "0",
         interval(more["ci95"]),
-        "training responses come back better than others" if clear else "not clearly better than for prompts never seen",
+        "training responses come back better than others"
+        if clear
+        else "not clearly better than for prompts never seen",
         clear,
     )
     yield from _discoverable(public)
@@ -109,16 +119,28 @@ def _public(public: Mapping[str, Any]) -> Iterator[Line]:
     if talk is not None:
         clear = common is not None and talk["ci95"][0] > common["ci95"][1]
         reading = "says training text unasked" if clear else "no more than the base, as far as so few tell"
-        yield Line("Unasked samples with training text", _share(talk), f"base {_share(common)}", interval(talk["ci95"]), reading, clear)  # fmt: skip
+        yield Line(
+            "Unasked samples with training text",
+            _share(talk),
+            f"base {_share(common)}",
+            interval(talk["ci95"]),
+            reading,
+            clear,
+        )
     score = best_auc(public["membership"])[0]
     told, before = (public["membership"][row][score] for row in ("released", "base"))
     yield _membership(
-        f"Membership: AUC by {SCORES.get(score, score)}", told, before["auc"], f"base {before['auc']:.2f}, coin 0.50",
+        f"Membership: AUC by {SCORES.get(score, score)}",
+        told,
+        before["auc"],
+        f"base {before['auc']:.2f}, coin 0.50",
         "tells members from others",
-    )  # fmt: skip
+    )
     at = told["at"][0]
     alarms = f"Members found at {100 * at['target']:g}% false alarms"
-    yield Line(alarms, _share(at["tpr"]), f"base {_share(before['at'][0]['tpr'])}", interval(at["tpr"]["ci95"]))
+    yield Line(
+        alarms, _share(at["tpr"]), f"base {_share(before['at'][0]['tpr'])}", interval(at["tpr"]["ci95"])
+    )
     yield from _exposure(public["exposure"])
 
 
@@ -127,7 +149,9 @@ def _membership(measure: str, told: Mapping[str, Any], base: float, control: str
     low, high = told["auc_ci95"]
     above, below = low > max(0.5, base), high < min(0.5, base)
     reading = yes if above else f"{yes}, turned round" if below else "not clearly better than a coin"
-    return Line(measure, f"{told['auc']:.2f}", control, interval((low, high), scale=1), reading, above or below)
+    return Line(
+        measure, f"{told['auc']:.2f}", control, interval((low, high), scale=1), reading, above or below
+    )
 
 
 def _discoverable(public: Mapping[str, Any]) -> Iterator[Line]:
@@ -143,18 +167,29 @@ def _discoverable(public: Mapping[str, Any]) -> Iterator[Line]:
         exact = public["greedy"]
         yield _ends(
             "The same, said by the likeliest continuation",
-            exact["released"]["members"], exact["base"]["members"], exact["released"]["held_out"],
-        )  # fmt: skip
+            exact["released"]["members"],
+            exact["base"]["members"],
+            exact["released"]["held_out"],
+        )
 
 
-def _ends(measure: str, one: Mapping[str, Any] | None, base: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Line:
+def _ends(
+    measure: str,
+    one: Mapping[str, Any] | None,
+    base: Mapping[str, Any] | None,
+    other: Mapping[str, Any] | None,
+) -> Line:
     if one is None:
         return Line(measure, "–", reading="all records are too short")
     clear = other is not None and one["ci95"][0] > other["ci95"][1]
     return Line(
-        measure, _share(one), f"base {_share(base)}, held out {_share(other)}", interval(one["ci95"]),
-        "beginnings bring back ends" if clear else "no clear difference from held out", clear,
-    )  # fmt: skip
+        measure,
+        _share(one),
+        f"base {_share(base)}, held out {_share(other)}",
+        interval(one["ci95"]),
+        "beginnings bring back ends" if clear else "no clear difference from held out",
+        clear,
+    )
 
 
 def _exposure(exposure: Mapping[str, Any]) -> Iterator[Line]:
@@ -177,7 +212,11 @@ def _exposure(exposure: Mapping[str, Any]) -> Iterator[Line]:
     for group in exposure["by_copies"]:
         copies = f"planted {group['copies']} times" if group["copies"] > 1 else "planted once"
         yield Line(
-            f"Of them, {copies}", f"{group['mean']:.2f} bits", f"by chance {NOT_SEEN:.2f}", "", f"p = {group['p_value']:.2g}"
+            f"Of them, {copies}",
+            f"{group['mean']:.2f} bits",
+            f"by chance {NOT_SEEN:.2f}",
+            "",
+            f"p = {group['p_value']:.2g}",
         )
 
 
@@ -193,7 +232,9 @@ def _client(client: Mapping[str, Any]) -> Iterator[Line]:
         some = got["coverage"]["hits"] > 0
         # Codes are short: a model that says many digits hits some by luck, and decoys as often.
         lucky = [c for c in (base, decoys) if c is not None and c["value"] >= got["coverage"]["value"]]
-        reading = "none came out" if not some else "no more than by luck" if lucky else "secrets of others come out"
+        reading = (
+            "none came out" if not some else "no more than by luck" if lucky else "secrets of others come out"
+        )
         yield Line(
             f"Secrets of others that {attacker} gets",
             _share(got["coverage"]),
@@ -221,7 +262,9 @@ def _server(server: Mapping[str, Any]) -> Iterator[Line]:
         if "reason" in told:
             yield Line(f"{begin}: membership", "–", reading=told["reason"])
         else:
-            yield _membership(f"{begin}: membership AUC", told, 0.5, "coin 0.50", "tells the client's records from others")
+            yield _membership(
+                f"{begin}: membership AUC", told, 0.5, "coin 0.50", "tells the client's records from others"
+            )
 
 
 def _tokens(measure: str, got: Mapping[str, Any]) -> Line:
@@ -231,11 +274,23 @@ def _tokens(measure: str, got: Mapping[str, Any]) -> Line:
     reading = "its own can be told"
     if not clear:
         above = got["recall"] > chance
-        reading = ("above chance, with nothing held out to compare" if held is None else "hardly more than any such text") if above else "within chance"
+        reading = (
+            (
+                "above chance, with nothing held out to compare"
+                if held is None
+                else "hardly more than any such text"
+            )
+            if above
+            else "within chance"
+        )
     return Line(
-        measure, _percent(got["recall"]), f"chance {_percent(got['chance'])}, held out {_share(held)}",
-        interval(got["ci95"]), reading, clear,
-    )  # fmt: skip
+        measure,
+        _percent(got["recall"]),
+        f"chance {_percent(got['chance'])}, held out {_share(held)}",
+        interval(got["ci95"]),
+        reading,
+        clear,
+    )
 
 
 def _synthesis(synthesis: Mapping[str, Any]) -> Iterator[Line]:
@@ -243,7 +298,9 @@ def _synthesis(synthesis: Mapping[str, Any]) -> Iterator[Line]:
     count = sum(c["examples"] for c in clients.values())
     if not count:
         return
-    nearest, held = (sum(c[key] * c["examples"] for c in clients.values()) / count for key in ("mean", "held_out"))
+    nearest, held = (
+        sum(c[key] * c["examples"] for c in clients.values()) / count for key in ("mean", "held_out")
+    )
     yield Line(
         "ROUGE-L to the closest private example",
         _percent(nearest),
@@ -254,7 +311,14 @@ def _synthesis(synthesis: Mapping[str, Any]) -> Iterator[Line]:
     secrets = [c["secrets"] for c in clients.values() if c["secrets"] is not None]
     if secrets:
         hits, of = sum(s["hits"] for s in secrets), sum(s["of"] for s in secrets)
-        yield Line("Planted secrets in them", f"{hits} of {of}", "0", "", "secrets are in them" if hits else "none", hits > 0)
+        yield Line(
+            "Planted secrets in them",
+            f"{hits} of {of}",
+            "0",
+            "",
+            "secrets are in them" if hits else "none",
+            hits > 0,
+        )
 
 
 def _one_run(bound: Mapping[str, Any]) -> Iterator[Line]:

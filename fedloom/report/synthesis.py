@@ -72,7 +72,9 @@ def fates_figure(summary: Summary) -> go.Figure:
     traces = []
     for nth, fate in enumerate(_ordered(every)):
         counts = [found["counts"].get(fate, 0) for found in made.values()]
-        shares = [100 * n / found["counts"]["generated"] for n, found in zip(counts, made.values(), strict=True)]
+        shares = [
+            100 * n / found["counts"]["generated"] for n, found in zip(counts, made.values(), strict=True)
+        ]
         traces.append(
             go.Bar(
                 x=shares,
@@ -80,7 +82,9 @@ def fates_figure(summary: Summary) -> go.Figure:
                 orientation="h",
                 name=figures.label(fate),
                 marker=figures.bar(colour(fate), nth),
-                hovertext=[f"{figures.label(fate)}: {n} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)],
+                hovertext=[
+                    f"{figures.label(fate)}: {n} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)
+                ],
                 hoverinfo="text",
             )
         )
@@ -129,7 +133,9 @@ def fates(counts: Mapping[str, int]) -> dict[str, int]:
 
 def meaning(fate: str) -> str:
     family = fate.partition("/")[0]
-    return MEANINGS.get(fate) or {"failed": "No usable text.", "filtered": "Dropped by a filter."}.get(family, "")
+    return MEANINGS.get(fate) or {"failed": "No usable text.", "filtered": "Dropped by a filter."}.get(
+        family, ""
+    )
 
 
 def colour(fate: str) -> str:

@@ -26,10 +26,12 @@ METRICS = {
         "the same words in the same order.",
     ),
     "exact": Metric(
-        "Exact match", "Share of answers equal to the reference but for case, white space and how Unicode writes a letter."
+        "Exact match",
+        "Share of answers equal to the reference but for case, white space and how Unicode writes a letter.",
     ),
     "ended": Metric(
-        "Ended", "Share of answers that the model ends by itself; the others are cut at the limit, and count as wrong."
+        "Ended",
+        "Share of answers that the model ends by itself; the others are cut at the limit, and count as wrong.",
     ),
     "end_loss": Metric(
         "Loss of the end",

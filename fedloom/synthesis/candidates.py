@@ -40,7 +40,12 @@ class Synthesis:
     def counts(self) -> Mapping[str, int]:
         """By fate; "generated" is the sum of all others but "repeated"."""
         fates = Counter(c.fate for c in self.candidates)
-        return {"generated": len(self.candidates), KEPT: fates.pop(KEPT, 0), **dict(sorted(fates.items())), "repeated": self.repeated}
+        return {
+            "generated": len(self.candidates),
+            KEPT: fates.pop(KEPT, 0),
+            **dict(sorted(fates.items())),
+            "repeated": self.repeated,
+        }
 
     def samples(self, per_fate: int = 2) -> dict[str, list[dict[str, Any]]]:
         """The first few candidates of each fate, as JSON values, for a report on the client's side."""

@@ -21,9 +21,25 @@ from fedloom.errors import ConfigError
 
 # What a text model cannot do, or what asks for something it cannot see: Self-Instruct's list.
 KEYWORDS = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps",
-    "draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram",
-)  # fmt: skip
+    "image",
+    "images",
+    "graph",
+    "graphs",
+    "picture",
+    "pictures",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "go to",
+    "video",
+    "audio",
+    "music",
+    "flowchart",
+    "diagram",
+)
 OPENERS = ("as a", "as an", "sorry", "i m sorry", "i am sorry", "i apologize", "i apologise")
 _MARKER = re.compile(r"\b(task \d+|instruction|input|output|response)\s*[:：]", re.IGNORECASE)
 _OPEN = "¿¡"  # where Spanish begins a question
@@ -83,7 +99,11 @@ class Filters:
 
 def _malformed(instruction: str) -> bool:
     """No words, a mark of the prompt's own format, or a beginning that is punctuation."""
-    return not words(instruction) or _MARKER.search(instruction) is not None or not folded(instruction).lstrip(_OPEN)[:1].isalnum()
+    return (
+        not words(instruction)
+        or _MARKER.search(instruction) is not None
+        or not folded(instruction).lstrip(_OPEN)[:1].isalnum()
+    )
 
 
 def _repeats(said: Sequence[str], times: int) -> bool:
@@ -116,7 +136,11 @@ class LocalTexts:
 
     def instruction(self, text: str) -> str | None:
         """ "near-instruction": too like one of the client's own."""
-        return "near-instruction" if self._instructions.has_alike(text, self._filters.rouge_instruction) else None
+        return (
+            "near-instruction"
+            if self._instructions.has_alike(text, self._filters.rouge_instruction)
+            else None
+        )
 
     def example(self, example: Example) -> str | None:
         """ "copy", "near-example" or "verbatim"."""
@@ -168,4 +192,6 @@ class _Index:
             return False
         shared = np.bincount(np.concatenate(found), minlength=len(self._texts))  # (n,) words in common
         bound = 2 * shared / (self._lengths + len(said))
-        return any(overlap(self._texts[place], said) > threshold for place in np.flatnonzero(bound > threshold))
+        return any(
+            overlap(self._texts[place], said) > threshold for place in np.flatnonzero(bound > threshold)
+        )

@@ -26,7 +26,9 @@ class FromPool:
 
     def __post_init__(self) -> None:
         if not 0 < self.candidates <= len(self.pool):
-            raise ConfigError(f"Expected {self.candidates=} between 1 and the {len(self.pool)} examples of the pool.")
+            raise ConfigError(
+                f"Expected {self.candidates=} between 1 and the {len(self.pool)} examples of the pool."
+            )
 
     def __call__(
         self, examples: Sequence[Example], adapter: AdapterState | None, *, stream: tuple[Name, ...]

@@ -27,7 +27,13 @@ class PseudoLabels:
         if not examples:
             return Synthesis()
         answers: list[list[int]] = yield Generate(
-            [self.prompt(e) for e in examples], adapter, self.response_tokens, self.stop, stream=("pseudo", *stream)
+            [self.prompt(e) for e in examples],
+            adapter,
+            self.response_tokens,
+            self.stop,
+            stream=("pseudo", *stream),
         )
-        said = [replace(e, response=self.decode(ids).strip()) for e, ids in zip(examples, answers, strict=True)]
+        said = [
+            replace(e, response=self.decode(ids).strip()) for e, ids in zip(examples, answers, strict=True)
+        ]
         return Synthesis(tuple(Candidate(e, KEPT if e.response else "failed/empty-output") for e in said))

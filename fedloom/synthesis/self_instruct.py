@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from fedloom.data.example import Example
@@ -53,7 +54,9 @@ class Wording:
         """Worked examples, then the new instruction up to where an input or an output begins."""
         items = [self._opened(i, e.instruction) + self._worked(e) for i, e in enumerate(shown, 1)]
         opening = [self.worked_opening] if self.worked_opening else []
-        return "\n".join([*opening, *(item + "\n" for item in items), self._opened(len(shown) + 1, instruction)])
+        return "\n".join(
+            [*opening, *(item + "\n" for item in items), self._opened(len(shown) + 1, instruction)]
+        )
 
     def _opened(self, number: int, instruction: str) -> str:
         return self.worked_item.format(number=number, instruction=self._inline(instruction))
@@ -100,10 +103,24 @@ class SelfInstruct:
     context_length: int = 2048  # tokens the model reads; where they do not suffice, fewer examples are shown
     temperature: float = 0.0  # 0: greedy
     repetition_penalty: float = 1.0  # on responses; FedPIT's first version used one
-    distinct: Literal["instruction", "sample"] = "instruction"  # or "sample": the same instruction again is fine with another input
+    distinct: Literal["instruction", "sample"] = (
+        "instruction"  # or "sample": the same instruction again is fine with another input
+    )
 
     def __post_init__(self) -> None:
-        low = [f for f in ("candidates", "attempts", "shown", "worked", "trials", "instruction_tokens", "response_tokens") if getattr(self, f) < 1]
+        low = [
+            f
+            for f in (
+                "candidates",
+                "attempts",
+                "shown",
+                "worked",
+                "trials",
+                "instruction_tokens",
+                "response_tokens",
+            )
+            if getattr(self, f) < 1
+        ]
         if low:
             raise ConfigError(f"Expected {low[0]} of at least 1, got {getattr(self, low[0])}.")
         if self.distinct not in ("instruction", "sample"):
@@ -126,7 +143,11 @@ class SelfInstruct:
         return replace(drawn, candidates=self._filtered(found, local))
 
     def _instructions(
-        self, examples: Sequence[Example], adapter: AdapterState | None, local: LocalTexts, stream: tuple[Name, ...]
+        self,
+        examples: Sequence[Example],
+        adapter: AdapterState | None,
+        local: LocalTexts,
+        stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
         """Phase 1: draw until enough instructions pass, or the attempts are used up."""
         candidates: list[Candidate] = []
@@ -151,12 +172,22 @@ class SelfInstruct:
             if not prompts:
                 break
             answers: list[list[int]] = yield Generate(
-                prompts, adapter, self.instruction_tokens, stop, self.temperature, ("synthesis", *stream, "instruction", first)
+                prompts,
+                adapter,
+                self.instruction_tokens,
+                stop,
+                self.temperature,
+                ("synthesis", *stream, "instruction", first),
             )
             for ids in answers:
                 text, ended = self._until("\n", ids, self.instruction_tokens)
-                fate = ("failed/unfinished" if not ended else "failed/empty" if not text
-                        else _fate(self.filters.instruction(text) or local.instruction(text)))  # fmt: skip
+                fate = (
+                    "failed/unfinished"
+                    if not ended
+                    else "failed/empty"
+                    if not text
+                    else _fate(self.filters.instruction(text) or local.instruction(text))
+                )
                 key = " ".join(words(text))
                 if fate == KEPT and self.distinct == "instruction" and key in passed:
                     fate = "filtered/duplicate"
@@ -170,7 +201,11 @@ class SelfInstruct:
         return Synthesis(tuple(candidates), repeated)
 
     def _responses(
-        self, candidates: Sequence[Candidate], examples: Sequence[Example], adapter: AdapterState | None, stream: tuple[Name, ...]
+        self,
+        candidates: Sequence[Candidate],
+        examples: Sequence[Example],
+        adapter: AdapterState | None,
+        stream: tuple[Name, ...],
     ) -> Steps[list[Candidate]]:
         """Phase 2: answer what passed, again with other examples where the answer has not the form."""
         found = list(candidates)
@@ -182,16 +217,22 @@ class SelfInstruct:
             for index in waiting:
                 instruction = found[index].example.instruction
                 shown = self._draw(examples, self.worked, *stream, "response", index, trial)
-                prompt = self._fitting(lambda few, i=instruction: self.wording.response_prompt(few, i), shown, self.response_tokens)  # type: ignore[misc]
+                ask = partial(self.wording.response_prompt, instruction=instruction)
+                prompt = self._fitting(ask, shown, self.response_tokens)
                 if self.temperature > 0 or prompt not in asked:
                     prompts[index] = prompt
             if not prompts:
                 break
             asked.update(prompts.values())
             answers: list[list[int]] = yield Generate(
-                list(prompts.values()), adapter, self.response_tokens, stop, self.temperature,
-                ("synthesis", *stream, "response", trial), self.repetition_penalty,
-            )  # fmt: skip
+                list(prompts.values()),
+                adapter,
+                self.response_tokens,
+                stop,
+                self.temperature,
+                ("synthesis", *stream, "response", trial),
+                self.repetition_penalty,
+            )
             for index, ids in zip(prompts, answers, strict=True):
                 found[index] = self._answered(found[index].example, ids)
             waiting = [index for index in waiting if found[index].fate != KEPT]

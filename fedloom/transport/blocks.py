@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Codes = NDArray[np.uint8]  # 8 or 4 bits a value, zero in the middle of their range
-Scales = NDArray[np.uint16]  # a step for each block: a float32's exponent and the first 8 binary places, no sign
+Scales = NDArray[
+    np.uint16
+]  # a step for each block: a float32's exponent and the first 8 binary places, no sign
 
 SMALLEST = 2.0**-126  # step; a smaller one has too few digits for half a step to be kept
 LARGEST = torch.finfo(torch.float32).max

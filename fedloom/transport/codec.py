@@ -67,7 +67,9 @@ class Bf16:
         import torch
 
         nothing = torch.empty(0, dtype=torch.bfloat16)  # of no tensors, too, there is one
-        return {"values": torch.cat([nothing, *(_narrowed(t.flatten(), torch.bfloat16) for t in state.values())])}
+        return {
+            "values": torch.cat([nothing, *(_narrowed(t.flatten(), torch.bfloat16) for t in state.values())])
+        }
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
         import torch
@@ -126,7 +128,9 @@ class Int4:
     def encode(self, state: AdapterState) -> Parts:
         from fedloom.transport import blocks
 
-        return _parts(*blocks.quantise(_flat(state), bits=4, block=self.block, levels=self.levels), zstd=self.zstd)
+        return _parts(
+            *blocks.quantise(_flat(state), bits=4, block=self.block, levels=self.levels), zstd=self.zstd
+        )
 
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
         return _decoded(parts, like, bits=4, block=self.block, zstd=self.zstd)
@@ -149,7 +153,9 @@ def _flat(state: AdapterState) -> list[Tensor]:
 
 def _shaped(flat: Tensor, like: AdapterState) -> AdapterState:
     pieces = flat.split([t.numel() for t in like.values()])
-    return AdapterState({name: _narrowed(p.view(t.shape), t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)})
+    return AdapterState(
+        {name: _narrowed(p.view(t.shape), t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)}
+    )
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,7 +198,10 @@ def _bytes(part: Tensor, size: int, *, zstd: bool) -> blocks.Codes:
             # The size is looked at first: the library allocates whatever a frame says it holds.
             if zstandard.get_frame_parameters(data.data).content_size != size:
                 raise _malformed(f"a zstd frame that does not hold {size} bytes")
-            data = np.frombuffer(bytearray(zstandard.ZstdDecompressor().decompress(data.data, allow_extra_data=False)), np.uint8)
+            data = np.frombuffer(
+                bytearray(zstandard.ZstdDecompressor().decompress(data.data, allow_extra_data=False)),
+                np.uint8,
+            )
         except zstandard.ZstdError as broken:
             raise _malformed(f"zstd: {broken}") from broken
     if len(data) != size:

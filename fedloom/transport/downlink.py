@@ -50,20 +50,28 @@ class Downlink:
         if held is None or held < self.first:
             whole = replace(message, states={**message.states, "adapter": self.versions[-1]})
             return wire.pack_versioned(whole, (), self.codec, since=None, version=self.newest)
-        return wire.pack_versioned(message, self.steps[held - self.first :], self.codec, since=held, version=self.newest)
+        return wire.pack_versioned(
+            message, self.steps[held - self.first :], self.codec, since=held, version=self.newest
+        )
 
     def unpack(self, data: bytes) -> Broadcast:
         """What a client that holds the version the message starts from makes of it."""
-        message, _ = wire.unpack_versioned(data, self.codec, lambda version: self.versions[version - self.first])
+        message, _ = wire.unpack_versioned(
+            data, self.codec, lambda version: self.versions[version - self.first]
+        )
         return message
 
     def into(self, state: ServerState) -> ServerState:
         """With what a resumed server has to know."""
         if not self.versions:
             return state
-        slots = {name: slot for name, slot in state.slots.items() if not name.startswith((SLOT + "@", SLOT + "+"))}
+        slots = {
+            name: slot for name, slot in state.slots.items() if not name.startswith((SLOT + "@", SLOT + "+"))
+        }
         slots[f"{SLOT}@{self.first}"] = self.versions[0]
-        slots |= {f"{SLOT}+{n}": AdapterState(step) for n, step in enumerate(self.steps, start=self.first + 1)}
+        slots |= {
+            f"{SLOT}+{n}": AdapterState(step) for n, step in enumerate(self.steps, start=self.first + 1)
+        }
         return replace(state, slots=slots)
 
     @staticmethod

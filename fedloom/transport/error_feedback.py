@@ -17,7 +17,10 @@ OWED = "owed:"  # in a client's memory, with the state's name
 
 
 def with_what_is_owed(update: Update, memory: Mapping[str, Any]) -> Update:
-    states = {name: state + memory[OWED + name] if OWED + name in memory else state for name, state in update.states.items()}
+    states = {
+        name: state + memory[OWED + name] if OWED + name in memory else state
+        for name, state in update.states.items()
+    }
     return replace(update, states=states)
 
 

@@ -30,17 +30,29 @@ def pack_broadcast(message: Broadcast) -> bytes:
 def unpack_broadcast(data: bytes) -> Broadcast:
     """Raises RefusedUpdate("malformed" or "schema") for bytes that are not a broadcast of this schema."""
     fields, states = _unpack(data, "broadcast", {"round": int, "task": str})
-    return Broadcast(fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"])
+    return Broadcast(
+        fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"]
+    )
 
 
-def pack_versioned(message: Broadcast, steps: Sequence[Parts], codec: Codec, *, since: int | None, version: int) -> bytes:
+def pack_versioned(
+    message: Broadcast, steps: Sequence[Parts], codec: Codec, *, since: int | None, version: int
+) -> bytes:
     """The adapter as coded steps from version `since` to `version`; as it is where `since` is None."""
     fields = {
-        "kind": "broadcast", "round": message.round, "task": message.task,
-        "codec": codec.label, "since": since, "version": version,
-    }  # fmt: skip
-    states: dict[str, Parts] = {name: state for name, state in message.states.items() if since is None or name != "adapter"}
-    return _pack(fields, states | {f"step {version - len(steps) + n}": step for n, step in enumerate(steps, start=1)})
+        "kind": "broadcast",
+        "round": message.round,
+        "task": message.task,
+        "codec": codec.label,
+        "since": since,
+        "version": version,
+    }
+    states: dict[str, Parts] = {
+        name: state for name, state in message.states.items() if since is None or name != "adapter"
+    }
+    return _pack(
+        fields, states | {f"step {version - len(steps) + n}": step for n, step in enumerate(steps, start=1)}
+    )
 
 
 def unpack_versioned(data: bytes, codec: Codec, held: Callable[[int], AdapterState]) -> tuple[Broadcast, int]:
@@ -58,13 +70,18 @@ def unpack_versioned(data: bytes, codec: Codec, held: Callable[[int], AdapterSta
         for n in range(since + 1, version + 1):
             adapter = adapter + codec.decode(states.pop(f"step {n}", {}), adapter)
         states["adapter"] = dict(adapter)
-    return Broadcast(fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"]), version
+    return Broadcast(
+        fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"]
+    ), version
 
 
 def pack_update(update: Update, codec: Codec = Fp32()) -> bytes:
     fields: dict[str, object] = {
-        "kind": "update", "client": update.client, "weight": update.weight, "metrics": dict(update.metrics),
-    }  # fmt: skip
+        "kind": "update",
+        "client": update.client,
+        "weight": update.weight,
+        "metrics": dict(update.metrics),
+    }
     if codec.label:
         fields["codec"] = codec.label
         fields["layouts"] = {name: layout(state) for name, state in update.states.items()}
@@ -80,7 +97,9 @@ def unpack_update(data: bytes, codec: Codec = Fp32(), like: AdapterState = NOTHI
     fields, parts = _unpack(data, "update", {"client": str, "weight": int | float, "metrics": dict})
     _check_codec(fields, codec, "update")
     if codec.label and fields.get("layouts") != dict.fromkeys(parts, layout(like)):
-        raise RefusedUpdate("keys", "coded states have other names or shapes than the adapter that was broadcast")
+        raise RefusedUpdate(
+            "keys", "coded states have other names or shapes than the adapter that was broadcast"
+        )
     states = {name: codec.decode(coded, like) for name, coded in parts.items()}
     if strange := [name for name, value in fields["metrics"].items() if not isinstance(value, int | float)]:
         raise _malformed("update", f"metric {strange[0]!r} is not a number")
@@ -88,7 +107,9 @@ def unpack_update(data: bytes, codec: Codec = Fp32(), like: AdapterState = NOTHI
 
 
 def _pack(fields: Mapping[str, object], states: Mapping[str, Parts]) -> bytes:
-    tensors = {f"{state}/{name}": t.contiguous() for state, vector in states.items() for name, t in vector.items()}
+    tensors = {
+        f"{state}/{name}": t.contiguous() for state, vector in states.items() for name, t in vector.items()
+    }
     header = {"schema": SCHEMA, "states": list(states), **fields}
     return save(tensors, {"fedloom": json.dumps(header)})
 
@@ -106,7 +127,8 @@ def _unpack(
         raise _malformed(kind, "its header is not a table")
     if (fields.get("schema"), fields.get("kind")) != (SCHEMA, kind):
         raise RefusedUpdate(
-            "schema", f"expected a {kind} of schema {SCHEMA}, got {fields.get('kind')!r} of schema {fields.get('schema')!r}"
+            "schema",
+            f"expected a {kind} of schema {SCHEMA}, got {fields.get('kind')!r} of schema {fields.get('schema')!r}",
         )
     for field, type_ in expected.items():
         if not isinstance(fields.get(field), type_) or isinstance(fields[field], bool):

@@ -68,7 +68,9 @@ class Making:
 
     examples: Sequence[Any]
 
-    def __call__(self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+    def __call__(
+        self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+    ) -> Steps[Synthesis]:
         for _ in str(stream[0]):
             yield Generate([[1]], adapter, max_new_tokens=2, stream=stream)
         return Synthesis((Candidate(Example("", ""), "failed/empty"), *map(Candidate, self.examples)))
@@ -80,13 +82,20 @@ class Echoing:
 
     count: int = 1
 
-    def __call__(self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+    def __call__(
+        self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+    ) -> Steps[Synthesis]:
         [[tenths]] = yield Generate([[1]], adapter, stream=stream)
         return Synthesis(tuple(Candidate(say(tenths / 10)) for _ in range(self.count)))
 
 
 def one_round(
-    algorithm: Algorithm, examples: Sequence[float], *, start: float = 0.0, memory: dict[str, Any] | None = None, round: int = 0
+    algorithm: Algorithm,
+    examples: Sequence[float],
+    *,
+    start: float = 0.0,
+    memory: dict[str, Any] | None = None,
+    round: int = 0,
 ) -> tuple[Update, Talking, Client]:
     """What client "a" answers to a broadcast of `start`, the engine that served it, and the client."""
     client = Client("a", [say(x) for x in examples], {} if memory is None else memory)

@@ -31,7 +31,9 @@ def test_fedmit_trains_one_adapter_on_local_and_selected_examples_together() -> 
 def test_fedmit_generates_and_selects_as_fewfedpit_does() -> None:
     options: dict[str, Any] = {"synthesize": Echoing(3), "contrast": contrast, "keep": 2}
     ours, theirs = (one_round(make(**options), [8.0, 9.0], start=2.0)[1] for make in (FedMIT, FewFedPIT))
-    assert [numbers(r.adapter) for r in ours.of(Generate)] == [numbers(r.adapter) for r in theirs.of(Generate)]
+    assert [numbers(r.adapter) for r in ours.of(Generate)] == [
+        numbers(r.adapter) for r in theirs.of(Generate)
+    ]
     assert [numbers(r.adapter) for r in ours.of(Score)] == [numbers(r.adapter) for r in theirs.of(Score)]
     assert fits(ours)[1].examples[2:] == fits(theirs)[1].examples
 

@@ -33,7 +33,9 @@ class Comparing:
 
     examples: Sequence[Any]
 
-    def __call__(self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+    def __call__(
+        self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+    ) -> Steps[Synthesis]:
         yield Generate([[1]], adapter, stream=stream)
         dropped = [Candidate(e, "filtered/copy" if value(e) > 7 else "filtered/near-example") for e in local]
         return Synthesis((*dropped, *map(Candidate, self.examples)))
@@ -53,7 +55,9 @@ def test_one_round_by_hand() -> None:
 
 
 @pytest.mark.parametrize("private", [0.0, 7.0, 1e6])
-def test_given_the_synthetic_examples_an_upload_does_not_move_one_bit_when_private_ones_change(private: float) -> None:
+def test_given_the_synthetic_examples_an_upload_does_not_move_one_bit_when_private_ones_change(
+    private: float,
+) -> None:
     one, other = (one_round(fedpit(6.0, 5.0), [x, x])[0] for x in (8.0, private))
     assert wire.pack_update(one) == wire.pack_update(other)  # tensors, weight and metrics
 
@@ -79,7 +83,9 @@ def test_no_byte_that_clients_send_tells_how_many_private_examples_there_are_or_
             clients = {c: Client(c, [say(x) for x in xs]) for c, xs in private.items()}
             transport = InProcess(algorithm, Talking(), clients, downlink=Downlink(codec))
             Federation(algorithm, transport, All(sorted(clients))).run(algorithm.init(state(0.0, 0.0)), 3)
-        assert {c.memory[UNSENT]["synthetic/generated"] for c in clients.values()} == {len(made) + len(xs) for xs in private.values()}
+        assert {c.memory[UNSENT]["synthetic/generated"] for c in clients.values()} == {
+            len(made) + len(xs) for xs in private.values()
+        }
         return packed
 
     pack = wire.pack_update
@@ -98,7 +104,9 @@ def test_a_client_weighs_as_much_as_it_has_synthetic_examples() -> None:
     # Client "a" makes one example, at 6, and moves to 3; without examples "bb" stays at 0 and has no say.
     @dataclass(frozen=True)
     class Unequal:
-        def __call__(self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+        def __call__(
+            self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+        ) -> Steps[Synthesis]:
             yield Generate([[1]], adapter, stream=stream)
             return Synthesis((Candidate(say(6.0)),) if stream[0] == "a" else ())
 
@@ -135,7 +143,9 @@ def test_no_value_of_the_private_adapter_leaves_the_client() -> None:
 
 
 def test_the_generator_is_the_received_adapter() -> None:
-    _, engine, _ = one_round(fedpit(synthesize=Echoing()), [8.0], start=2.0, memory={"personal": state(9.0, 9.0)}, round=1)
+    _, engine, _ = one_round(
+        fedpit(synthesize=Echoing()), [8.0], start=2.0, memory={"personal": state(9.0, 9.0)}, round=1
+    )
     assert [numbers(r.adapter) for r in engine.of(Generate)] == [[2.0, 2.0]]
     assert [e.response for e in fits(engine)[1].examples] == ["2.0"]
 
@@ -155,7 +165,10 @@ def test_a_client_that_was_resumed_goes_on_as_if_it_had_not_been() -> None:
     algorithm = fedpit(6.0, 5.0, 7.0, every=0)
     _, _, client = one_round(algorithm, [8.0, 9.0])
     private = client.memory["personal"]
-    restored = {**json.loads(json.dumps({k: v for k, v in client.memory.items() if v is not private})), "personal": private}
+    restored = {
+        **json.loads(json.dumps({k: v for k, v in client.memory.items() if v is not private})),
+        "personal": private,
+    }
     on = one_round(algorithm, [8.0, 9.0], start=1.0, memory=client.memory, round=1)
     again = one_round(algorithm, [8.0, 9.0], start=1.0, memory=restored, round=1)
     assert wire.pack_update(on[0]) == wire.pack_update(again[0])

@@ -75,7 +75,12 @@ def test_a_client_scores_all_candidates_in_one_request() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "kept"),
-    [("ifs", ["5.0", "2.0"]), ("ifd", ["-4.0", "1.0"]), ("perplexity", ["5.0", "2.0"]), ("first", ["1.0", "-4.0"])],
+    [
+        ("ifs", ["5.0", "2.0"]),
+        ("ifd", ["-4.0", "1.0"]),
+        ("perplexity", ["5.0", "2.0"]),
+        ("first", ["1.0", "-4.0"]),
+    ],
 )
 def test_the_rule_decides_who_is_kept(rule: Any, kept: list[str]) -> None:
     # Distances from the private adapter at 4: 3, 8, 1, 2.
@@ -96,7 +101,9 @@ def test_a_share_of_one_is_fedavg_to_the_bit() -> None:
     one, its = federate(fewfedpit(1.0, 5.0, private_share=1.0), clients, rounds=3)
     other, theirs = federate(FedAvg(), clients, rounds=3)
     assert one.adapter.sha256() == other.adapter.sha256()
-    assert {c: its[c].memory["seen/local"] for c in its} == {c: theirs[c].memory["seen/local"] for c in theirs}
+    assert {c: its[c].memory["seen/local"] for c in its} == {
+        c: theirs[c].memory["seen/local"] for c in theirs
+    }
 
 
 def test_the_private_fit_is_the_very_request_of_fedavg() -> None:
@@ -110,7 +117,12 @@ def test_the_private_fit_is_the_very_request_of_fedavg() -> None:
 def test_private_fits_of_a_cohort_are_answered_together_however_long_generation_takes() -> None:
     clients = {"a": [1.0], "bb": [2.0], "ccc": [3.0]}
     algorithm, engine, message = fewfedpit(1.0), Talking(), Broadcast(0, {"adapter": state(0.0)})
-    list(drive({c: algorithm.client(message, Client(c, [say(x) for x in xs])) for c, xs in clients.items()}, engine))
+    list(
+        drive(
+            {c: algorithm.client(message, Client(c, [say(x) for x in xs])) for c, xs in clients.items()},
+            engine,
+        )
+    )
     assert [key for key, r in engine.asked[:3] if isinstance(r, Fit)] == ["a", "bb", "ccc"]
 
 
@@ -145,12 +157,18 @@ def test_without_usable_candidates_the_public_adapter_is_the_received_one() -> N
 def test_how_many_candidates_met_which_fate_stays_with_the_client() -> None:
     update, _, client = one_round(fewfedpit(1.0, 5.0), [8.0])
     assert set(update.metrics) == {"loss", "steps", "tokens"}
-    counts = {k.removeprefix("synthetic/"): v for k, v in client.memory[UNSENT].items() if k.startswith("synthetic/")}
+    counts = {
+        k.removeprefix("synthetic/"): v
+        for k, v in client.memory[UNSENT].items()
+        if k.startswith("synthetic/")
+    }
     assert counts == {"generated": 3, "kept": 2, "failed/empty": 1, "repeated": 0}
 
 
 def test_no_word_of_a_synthetic_example_leaves_the_client() -> None:
-    algorithm = FewFedPIT(synthesize=Making([replace(say(5.0), instruction="Aardvark", context="Bandicoot")]), contrast=contrast)
+    algorithm = FewFedPIT(
+        synthesize=Making([replace(say(5.0), instruction="Aardvark", context="Bandicoot")]), contrast=contrast
+    )
     update, _, client = one_round(algorithm, [8.0])
     assert "Aardvark" in json.dumps(client.memory)
     assert b"Aardvark" not in wire.pack_update(update)
@@ -193,7 +211,9 @@ def test_every_round_names_its_own_streams() -> None:
 
 def test_the_batch_width_changes_no_bit() -> None:
     clients = {"a": [1.0, 2.0], "bb": [4.0, 5.0], "ccc": [6.0]}
-    ends = {federate(fewfedpit(1.0, 5.0, 3.0, keep=2), clients, width=w)[0].adapter.sha256() for w in (1, 2, 3)}
+    ends = {
+        federate(fewfedpit(1.0, 5.0, 3.0, keep=2), clients, width=w)[0].adapter.sha256() for w in (1, 2, 3)
+    }
     assert len(ends) == 1
 
 
@@ -213,10 +233,19 @@ def test_the_ends_of_the_mix_are_the_adapters_themselves() -> None:
 def test_the_cross_term_is_what_mixing_factors_adds_to_mixing_products(share: float) -> None:
     torch.manual_seed(0)
     one, other = (
-        AdapterState({A: torch.randn(2, 5), B: torch.randn(4, 2), "v.lora_A": torch.randn(2, 3), "v.lora_B": torch.randn(6, 2)})
+        AdapterState(
+            {
+                A: torch.randn(2, 5),
+                B: torch.randn(4, 2),
+                "v.lora_A": torch.randn(2, 3),
+                "v.lora_B": torch.randn(6, 2),
+            }
+        )
         for _ in range(2)
     )
     product = lambda s: torch.cat([(s[B] @ s[A]).flatten(), (s["v.lora_B"] @ s["v.lora_A"]).flatten()])  # noqa: E731
     both = product(mixed(one, other, share))
     added = share * product(one) + (1 - share) * product(other) - both
-    assert cross_term(one, other, share) == pytest.approx(float(added.norm() / both.norm()), rel=1e-4, abs=1e-6)
+    assert cross_term(one, other, share) == pytest.approx(
+        float(added.norm() / both.norm()), rel=1e-4, abs=1e-6
+    )

@@ -50,7 +50,9 @@ def test_it_is_the_best_of_its_rank_to_the_mean_of_products() -> None:
 def test_it_is_nearer_than_the_mean_of_factors_which_is_off_by_its_cross_terms() -> None:
     states = adapters()
     full = mean_of(states)
-    a, b = (sum((p * s[x] for p, s in zip(SHARES, states, strict=True)), start=torch.zeros(())) for x in (A, B))
+    a, b = (
+        sum((p * s[x] for p, s in zip(SHARES, states, strict=True)), start=torch.zeros(())) for x in (A, B)
+    )
     cross = sum(
         (p * (s[B] - b) @ (s[A] - a) for p, s in zip(SHARES, states, strict=True)), start=torch.zeros(())
     )
@@ -66,7 +68,9 @@ def test_a_sum_of_no_higher_rank_is_exact() -> None:
     assert torch.allclose(product(ours), mean_of(states), atol=1e-12)
 
 
-@pytest.mark.parametrize(("out", "r", "into", "rank"), [(1, 6, 7, 4), (9, 6, 3, 4), (9, 2, 7, 4), (9, 6, 7, 6)])
+@pytest.mark.parametrize(
+    ("out", "r", "into", "rank"), [(1, 6, 7, 4), (9, 6, 3, 4), (9, 2, 7, 4), (9, 6, 7, 6)]
+)
 def test_a_rank_with_room_loses_nothing(out: int, r: int, into: int, rank: int) -> None:
     b, a = torch.randn(out, r, dtype=torch.float64), torch.randn(r, into, dtype=torch.float64)
     new_b, new_a = truncated(b, a, rank)
@@ -90,7 +94,10 @@ def test_the_server_weighs_by_examples_and_by_nothing_else() -> None:
     assert torch.allclose(product(results[0].adapter), product(expected), atol=1e-12)
     assert results[0].round == 1
     idle = replace(updates(adapters(), start)[0], client="d", weight=0.0)
-    assert algorithm.server(before, [*updates(states, start), idle]).adapter.sha256() == results[0].adapter.sha256()
+    assert (
+        algorithm.server(before, [*updates(states, start), idle]).adapter.sha256()
+        == results[0].adapter.sha256()
+    )
 
 
 def test_one_client_is_what_it_sent() -> None:

@@ -56,7 +56,9 @@ def real() -> LoraEngine:
 def federated(algorithm: Algorithm, real: LoraEngine, *, width: int, rounds: int = 2) -> ServerState:
     clients = {c: Client(c, own) for c, own in CLIENTS.items()}
     transport = InProcess(algorithm, real, clients, width)
-    return Federation(algorithm, transport, All(sorted(clients))).run(algorithm.init(real.initial_adapter()), rounds)
+    return Federation(algorithm, transport, All(sorted(clients))).run(
+        algorithm.init(real.initial_adapter()), rounds
+    )
 
 
 def update(algorithm: Algorithm, real: LoraEngine, own: Sequence[Tokens], start: AdapterState) -> Update:
@@ -72,7 +74,10 @@ def relabelled(own: Sequence[Tokens]) -> list[Tokens]:
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_a_private_share_of_one_is_fedit_to_the_bit(real: LoraEngine, width: int) -> None:
     pit = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=1.0, keep=4)
-    assert federated(pit, real, width=width).adapter.sha256() == federated(FedAvg(), real, width=width).adapter.sha256()
+    assert (
+        federated(pit, real, width=width).adapter.sha256()
+        == federated(FedAvg(), real, width=width).adapter.sha256()
+    )
 
 
 def test_fedpits_upload_does_not_move_one_bit_when_private_responses_change(real: LoraEngine) -> None:
@@ -103,7 +108,9 @@ class FixedScores:
         return self.real.answer(scores)
 
 
-def test_at_a_share_of_zero_the_upload_does_not_move_while_generation_and_scores_are_held(real: LoraEngine) -> None:
+def test_at_a_share_of_zero_the_upload_does_not_move_while_generation_and_scores_are_held(
+    real: LoraEngine,
+) -> None:
     start, own = moved(real.layout), CLIENTS["a"]
     algorithm = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=0.0, keep=3)
     one, other = (update(algorithm, FixedScores(real), mine, start) for mine in (own, relabelled(own)))  # type: ignore[arg-type]
@@ -111,7 +118,9 @@ def test_at_a_share_of_zero_the_upload_does_not_move_while_generation_and_scores
     assert one.delta.norm() > 0
 
 
-def test_the_generator_and_both_fits_get_the_received_adapter_and_the_scorer_the_private_one(real: LoraEngine) -> None:
+def test_the_generator_and_both_fits_get_the_received_adapter_and_the_scorer_the_private_one(
+    real: LoraEngine,
+) -> None:
     start, seen, fitted = moved(real.layout), [], []
 
     @dataclass(frozen=True)
@@ -163,7 +172,13 @@ def test_flexlora_with_one_client_is_that_clients_own_tuning(real: LoraEngine) -
 
 def test_flexlora_learns_on_from_its_own_factors(real: LoraEngine) -> None:
     losses = [
-        real.answer({"all": Score([*CLIENTS["a"], *CLIENTS["ccc"]], federated(FlexLoRA(), real, width=3, rounds=n).adapter)})
+        real.answer(
+            {
+                "all": Score(
+                    [*CLIENTS["a"], *CLIENTS["ccc"]], federated(FlexLoRA(), real, width=3, rounds=n).adapter
+                )
+            }
+        )
         for n in (1, 4)
     ]
     early, late = (sum(scored.nll for scored in found["all"]) for found in losses)

@@ -29,7 +29,10 @@ def judged(*pairs: tuple[tuple[float, int], tuple[float, int]]) -> list[Judged]:
 
 def some(n: int, seed: int = 0) -> list[Judged]:
     draw = random.Random(seed)
-    return [Judged(draw.choice([0.5, 1.0, 1.5]), draw.choice([1.0, 2.0]), usable=draw.random() < 0.8) for _ in range(n)]
+    return [
+        Judged(draw.choice([0.5, 1.0, 1.5]), draw.choice([1.0, 2.0]), usable=draw.random() < 0.8)
+        for _ in range(n)
+    ]
 
 
 def test_the_score_is_the_ratio_of_mean_losses() -> None:

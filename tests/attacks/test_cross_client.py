@@ -65,9 +65,15 @@ def mounted(*said: str, decoys: tuple[str, ...] = (), secrets: Any = SECRETS, **
 def test_prefixes_are_own_prompts_and_an_empty_one_with_more_and_more_of_the_own_response() -> None:
     found = prefixes(Words(), CLIENTS["a"] * 2)  # type: ignore[arg-type]
     assert [" ".join(map(str, p)) for p in found] == [
-        "Code ?", "Code ? it", "Code ? it is", "Code ? it is 11",
-        "?", "? it", "? it is", "? it is 11",
-    ]  # fmt: skip
+        "Code ?",
+        "Code ? it",
+        "Code ? it is",
+        "Code ? it is 11",
+        "?",
+        "? it",
+        "? it is",
+        "? it is 11",
+    ]
 
 
 def test_coverage_counts_secrets_and_efficiency_counts_queries() -> None:
@@ -84,7 +90,9 @@ def test_every_prefix_is_asked_as_often_as_samples_say() -> None:
 def test_an_attackers_own_secret_is_no_prey() -> None:
     got = mounted("11 11")["tuned"]["a"]
     assert (got.coverage.hits, got.efficiency.hits) == (0, 0)
-    named = mounted("77 77", secrets={**SECRETS, "a": ["77 77"]})["tuned"]["a"]  # which none of its texts spells out
+    named = mounted("77 77", secrets={**SECRETS, "a": ["77 77"]})["tuned"][
+        "a"
+    ]  # which none of its texts spells out
     assert (named.coverage.hits, named.coverage.of) == (0, 2)
 
 
@@ -124,9 +132,16 @@ def test_an_overfitted_model_tells_one_client_what_only_another_knew_and_an_untr
     secrets = {"victim": [code(e) for e in o.members[2:]]}
     decoys = [code(e) for e in private_facts("decoys", 20)]
     got = attack(
-        o.engine, o.template, o.adapters, clients, secrets, decoys,
-        attackers=["attacker"], samples=12, max_new_tokens=16,
-    )  # fmt: skip
+        o.engine,
+        o.template,
+        o.adapters,
+        clients,
+        secrets,
+        decoys,
+        attackers=["attacker"],
+        samples=12,
+        max_new_tokens=16,
+    )
     fished = {row: found["attacker"] for row, found in got.items()}
     assert fished["overfitted"].coverage.hits >= 3  # type: ignore[union-attr]
     assert fished["untrained"].coverage.hits == fished["base"].coverage.hits == 0  # type: ignore[union-attr]

@@ -157,8 +157,10 @@ def test_greedy_counts_suffixes_that_are_said_to_the_token() -> None:
     rows = {"knows": state(0.0), "not": state(1.0)}
     found = greedy(Sure(), Tokenized(), rows, MEMBERS, [example(40)])  # type: ignore[arg-type]
     assert {row: (got.members.hits, got.members.of) for row, got in found.items() if got.members} == {
-        "base": (0, 2), "knows": (2, 2), "not": (0, 2),
-    }  # fmt: skip
+        "base": (0, 2),
+        "knows": (2, 2),
+        "not": (0, 2),
+    }
     assert found["knows"].held_out.hits == 1  # type: ignore[union-attr]
 
 
@@ -168,10 +170,16 @@ def test_greedy_counts_suffixes_that_are_said_to_the_token() -> None:
 def test_an_overfitted_model_is_extractable_and_an_untrained_one_is_not() -> None:
     o = overfitted()
     found = discover(o.engine, o.template, o.adapters, o.members, o.held_out)
-    share = {(row, group): getattr(got, group).shares for row, got in found.items() for group in ("members", "held_out")}
+    share = {
+        (row, group): getattr(got, group).shares
+        for row, got in found.items()
+        for group in ("members", "held_out")
+    }
     assert share["overfitted", "members"][1, 0.5].value >= 0.9
     assert share["overfitted", "held_out"][100, 0.5].value == 0
-    assert share["untrained", "members"][10_000, 0.9].value == share["base", "members"][10_000, 0.9].value == 0
+    assert (
+        share["untrained", "members"][10_000, 0.9].value == share["base", "members"][10_000, 0.9].value == 0
+    )
 
 
 def test_greedy_extraction_agrees_with_it() -> None:

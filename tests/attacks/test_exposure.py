@@ -27,9 +27,7 @@ from tests.attacks.overfitted import overfitted
 SIXTEEN = [float(x) for x in range(1, 17)]
 
 
-@pytest.mark.parametrize(
-    ("loss", "bits"), [(0.0, 4.0), (0.1, 4.0), (3.5, 2.0), (20.0, math.log2(16 / 17))]
-)
+@pytest.mark.parametrize(("loss", "bits"), [(0.0, 4.0), (0.1, 4.0), (3.5, 2.0), (20.0, math.log2(16 / 17))])
 def test_exposure_by_rank_is_that_of_tensorflow_privacy(loss: float, bits: float) -> None:
     """tensorflow/privacy, secret_sharer/exposures_test.py: references 1 to 16; 3.5 comes fourth, 4 - 2 bits."""
     assert exposure_by_rank(loss, SIXTEEN) == pytest.approx(bits, abs=1e-12)
@@ -153,7 +151,9 @@ def test_without_held_out_twins_there_is_no_control() -> None:
 
 
 def test_results_are_plain_for_json() -> None:
-    found = exposures(Losing(lambda adapter, x: x), [pool([0.5] * 9, [20.0], SIXTEEN)], {"row": None})["row"]["loss"]
+    found = exposures(Losing(lambda adapter, x: x), [pool([0.5] * 9, [20.0], SIXTEEN)], {"row": None})["row"][
+        "loss"
+    ]
     plain = json.loads(json.dumps(found.plain()))
     assert (plain["leaks"], plain["planted"]["bits"], plain["ceiling"]) == (True, [4.0] * 9, 4.0)
 
@@ -182,5 +182,7 @@ def test_secrets_known_by_heart_are_fully_exposed_and_their_twins_are_not() -> N
         assert not tuned.held_out.leaks
     base = found["base"]["loss"].planted.p_value
     assert base is not None
-    assert base > 0.01  # these ten drew secrets that the base happens to like: 0.054, and 2.2 bits in the mean
+    assert (
+        base > 0.01
+    )  # these ten drew secrets that the base happens to like: 0.054, and 2.2 bits in the mean
     assert not found["untrained"]["calibrated"].planted.leaks

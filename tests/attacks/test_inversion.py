@@ -37,12 +37,16 @@ SGD = LocalTraining(optimizer="sgd", learning_rate=0.1, batch_size=4)
 ADAMW = LocalTraining(epochs=10, learning_rate=4e-3, batch_size=4)  # one batch, so ten steps
 
 
-def batch(distinct: int, *, seed: int = 0, count: int = 4, vocabulary: int = VOCABULARY) -> tuple[set[int], list[Tokens]]:
+def batch(
+    distinct: int, *, seed: int = 0, count: int = 4, vocabulary: int = VOCABULARY
+) -> tuple[set[int], list[Tokens]]:
     """`count` examples in which each of so many random tokens occurs twice or more."""
     stream = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(vocabulary - 5, generator=stream)[:distinct] + 5
     length = max(16, 2 * distinct // count)
-    rounds = [tokens[torch.randperm(distinct, generator=stream)] for _ in range(-(-count * length // distinct))]
+    rounds = [
+        tokens[torch.randperm(distinct, generator=stream)] for _ in range(-(-count * length // distinct))
+    ]
     rows = torch.cat(rounds)[: count * length].view(count, length).tolist()
     return set(tokens.tolist()), [Tokens(tuple(row), (False,) + (True,) * (length - 1)) for row in rows]
 
@@ -105,7 +109,9 @@ def test_more_tokens_than_directions_are_read_one_at_a_time() -> None:
 
 def test_a_search_that_uses_up_the_space_explains_nothing() -> None:
     s, (_, examples) = scene(8, "random:qwen3"), batch(100)
-    assert s.ranked(s.send(s.warm, examples, SGD)).explained is None  # 64 guesses reduce any rows to nothing: d = 64
+    assert (
+        s.ranked(s.send(s.warm, examples, SGD)).explained is None
+    )  # 64 guesses reduce any rows to nothing: d = 64
 
 
 def test_the_span_test_alone_falls_with_tokens_beyond_the_rank_but_stays_above_chance() -> None:
@@ -249,7 +255,10 @@ def test_the_update_lowers_the_loss_of_members_more() -> None:
 def test_rounding_of_losses_is_not_ranked() -> None:
     class Answers:
         def answer(self, requests: Any) -> Any:
-            return {"before": [Scored(3.0, 1), Scored(3.0, 1)], "after": [Scored(3.0 - 2e-7, 1), Scored(3.0 + 2e-7, 1)]}
+            return {
+                "before": [Scored(3.0, 1), Scored(3.0, 1)],
+                "after": [Scored(3.0 - 2e-7, 1), Scored(3.0 + 2e-7, 1)],
+            }
 
     zero = AdapterState({"a": torch.zeros(1)})
     view = ServerView(Broadcast(0, {"adapter": zero}), Update("c", {"delta": zero}, 1.0))

@@ -90,13 +90,15 @@ def test_a_rate_that_divides_the_nonmembers_is_met_exactly() -> None:
 def test_scores_of_one_record_by_hand() -> None:
     tuned, base = Scored(14.5, 5, tokens=FIVE), Scored(20.0, 5)
     found = scores(tuned, base, compressed=29)
-    assert found == pytest.approx({
-        "loss": -2.9,  # 14.5 / 5
-        "reference": 1.1,  # 20 / 5 - 2.9
-        "zlib": -0.1,  # -2.9 / 29
-        "min_k": -8.0,  # the lowest fifth of five is one
-        "min_k_plus": -2.0,  # (1, 0, -2, -2, 1.5): (-8 + 2) / 3
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "loss": -2.9,  # 14.5 / 5
+            "reference": 1.1,  # 20 / 5 - 2.9
+            "zlib": -0.1,  # -2.9 / 29
+            "min_k": -8.0,  # the lowest fifth of five is one
+            "min_k_plus": -2.0,  # (1, 0, -2, -2, 1.5): (-8 + 2) / 3
+        }
+    )
 
 
 def test_the_lowest_fifth_is_at_least_one_token() -> None:
@@ -181,7 +183,10 @@ def test_rounding_is_not_ranked() -> None:
     """Losses that two batches would compute a little differently tie; a difference that means something does not."""
     tokens = TokenScores((-1.0,), (-1.0,), (1.0,))
     before = Scored(3.0, 1)
-    references = [scores(Scored(n, 1, tokens=tokens), before, compressed=8)["reference"] for n in (3.000001, 2.999998, 2.9999)]
+    references = [
+        scores(Scored(n, 1, tokens=tokens), before, compressed=8)["reference"]
+        for n in (3.000001, 2.999998, 2.9999)
+    ]
     assert references == [0.0, 0.0, 0.0001]
 
 

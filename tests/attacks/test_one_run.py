@@ -56,7 +56,9 @@ def test_half_right_refutes_nothing() -> None:
 
 
 def test_a_larger_delta_refutes_less() -> None:
-    found = [epsilon_lower_bound(canaries=200, guesses=50, correct=49, delta=d) for d in (0.0, 1e-4, 1e-3, 1.0)]
+    found = [
+        epsilon_lower_bound(canaries=200, guesses=50, correct=49, delta=d) for d in (0.0, 1e-4, 1e-3, 1.0)
+    ]
     assert found == sorted(found, reverse=True)
     assert found[-1] == 0.0  # delta 1 promises nothing
 

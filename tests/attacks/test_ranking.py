@@ -103,7 +103,9 @@ class Talker:
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         self.asked.append(requests)
-        return {key: self._said(r) if isinstance(r, Generate) else self._scored(r) for key, r in requests.items()}
+        return {
+            key: self._said(r) if isinstance(r, Generate) else self._scored(r) for key, r in requests.items()
+        }
 
     def _said(self, request: Generate) -> list[list[int]]:
         texts = self.says[request.adapter]
@@ -126,7 +128,13 @@ CLEAR = "A day"
 def talker() -> Talker:
     return Talker(
         {TUNED: [PLAIN, SECRET, CLEAR, SECRET.upper()], None: [PLAIN, CLEAR, "?!"]},
-        {(TUNED, SECRET): 0.5, (TUNED, PLAIN): 0.1, (TUNED, CLEAR): 2.0, (None, PLAIN): 0.1, (None, SECRET): 4.0},
+        {
+            (TUNED, SECRET): 0.5,
+            (TUNED, PLAIN): 0.1,
+            (TUNED, CLEAR): 2.0,
+            (None, PLAIN): 0.1,
+            (None, SECRET): 4.0,
+        },
     )
 
 
@@ -154,7 +162,12 @@ def test_each_ranking_is_looked_through_for_its_own_best() -> None:
     best = ranked()["tuned"].best
     # The plain text is the likeliest, to the base as well and in lower case, too; it is also short for its bytes:
     # 15 / 0.1 beats 47 / 0.5. The secret is 8 times as likely as to the base, and 6 times as in lower case.
-    assert {name: share.hits for name, share in best.items()} == {"perplexity": 0, "base": 1, "lower": 1, "zlib": 0}
+    assert {name: share.hits for name, share in best.items()} == {
+        "perplexity": 0,
+        "base": 1,
+        "lower": 1,
+        "zlib": 0,
+    }
     assert all(share.of == 1 for share in best.values())
     assert all(share.hits == 1 for share in ranked(best=10)["tuned"].best.values())
 
@@ -185,9 +198,14 @@ def test_what_models_say_is_in_no_result() -> None:
 def test_an_overfitted_model_says_training_text_unasked_and_an_untrained_one_does_not() -> None:
     o = overfitted()
     found = rank(
-        o.engine, o.template, o.adapters, TrainingText(o.members, o.held_out),
-        samples=25, max_new_tokens=15, opening=o.template.prompt_ids("What is the access code?"),
-    )  # fmt: skip
+        o.engine,
+        o.template,
+        o.adapters,
+        TrainingText(o.members, o.held_out),
+        samples=25,
+        max_new_tokens=15,
+        opening=o.template.prompt_ids("What is the access code?"),
+    )
     assert found["overfitted"].all.hits >= 2  # type: ignore[union-attr]
     assert max(share.hits for share in found["overfitted"].best.values() if share) >= 2
     assert found["untrained"].all.hits == found["base"].all.hits == 0  # type: ignore[union-attr]

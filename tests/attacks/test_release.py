@@ -16,7 +16,11 @@ from fedloom.errors import ConfigError, DataError
 
 CEILING = 9.0  # bits: 512 references
 DRAWS = 400
-NORMAL = {0.85: 1.4657, 0.7: 0.7416, 0.5: 0.0}  # AUC -> distance of two unit normals, sqrt(2) times the normal quantile
+NORMAL = {
+    0.85: 1.4657,
+    0.7: 0.7416,
+    0.5: 0.0,
+}  # AUC -> distance of two unit normals, sqrt(2) times the normal quantile
 
 
 def told(auc: float, records: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -48,7 +52,10 @@ def canaries(bits: list[float], base: list[float] | None = None) -> dict[str, An
     def one(bits: list[float]) -> dict[str, Any]:
         return {"planted": {"bits": bits, "mean": float(np.mean(bits))}, "ceiling": CEILING}
 
-    return {"released": {"calibrated": one(bits), "loss": one(bits)}, "base": {"loss": one(base or [0.0] * len(bits))}}
+    return {
+        "released": {"calibrated": one(bits), "loss": one(bits)},
+        "base": {"loss": one(base or [0.0] * len(bits))},
+    }
 
 
 def line(found: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -83,7 +90,11 @@ def test_a_model_that_knows_canaries_passes_hardly_ever(known: float, canaries_i
     limit = known * CEILING + (1 - known) * 1.4257 - 0.1
 
     def passes(rng: np.random.Generator) -> bool:
-        bits = np.where(rng.random(canaries_in) < known, CEILING, np.minimum(rng.exponential(1.4427, canaries_in), CEILING))
+        bits = np.where(
+            rng.random(canaries_in) < known,
+            CEILING,
+            np.minimum(rng.exponential(1.4427, canaries_in), CEILING),
+        )
         return line(measured(exposure=canaries(bits.tolist())), Limits(exposure=limit))["passed"]
 
     assert share_of(passes) < 0.05
@@ -134,12 +145,19 @@ def test_harmless_models_pass_where_there_are_records_enough() -> None:
         (0.6, 0.9, 0.5),  # less than the base tells: nothing
     ],
 )
-def test_an_auc_counts_by_its_distance_from_one_half_beyond_the_base(released: float, base: float, value: float) -> None:
-    assert best_auc({"base": {"a": {"auc": base}}, "released": {"a": {"auc": released}}})[1] == pytest.approx(value)
+def test_an_auc_counts_by_its_distance_from_one_half_beyond_the_base(
+    released: float, base: float, value: float
+) -> None:
+    assert best_auc({"base": {"a": {"auc": base}}, "released": {"a": {"auc": released}}})[1] == pytest.approx(
+        value
+    )
 
 
 def test_the_best_of_the_scores_counts() -> None:
-    rows = {"base": {"a": {"auc": 0.5}, "b": {"auc": 0.8}}, "released": {"a": {"auc": 0.3}, "b": {"auc": 0.9}}}
+    rows = {
+        "base": {"a": {"auc": 0.5}, "b": {"auc": 0.8}},
+        "released": {"a": {"auc": 0.3}, "b": {"auc": 0.9}},
+    }
     assert best_auc(rows) == ("a", pytest.approx(0.7))  # 0.9 - 0.3 is less
 
 
@@ -157,7 +175,9 @@ def test_an_inverted_auc_fails() -> None:
         (2.0, 5.0, 2.4427, 4.0),  # 5 - (2.4427 - 1.4427)
     ],
 )
-def test_the_score_by_which_a_canary_shows_most_counts(calibrated: float, bare: float, base: float, value: float) -> None:
+def test_the_score_by_which_a_canary_shows_most_counts(
+    calibrated: float, bare: float, base: float, value: float
+) -> None:
     def row(**means: float) -> dict[str, Any]:
         return {score: {"planted": {"mean": mean}} for score, mean in means.items()}
 
@@ -170,7 +190,10 @@ def test_a_figure_that_keeps_the_limit_in_too_few_records_fails_with_the_number_
     told = line(measured(membership=rows), Limits(auc=0.65))
     assert (told["passed"], told["records"]) == (False, 20)
     assert told["value"] < told["limit"] < told["bound"]
-    enough, few = ({row: {"loss": plain_auc(one["loss"]["auc"], n)} for row, one in rows.items()} for n in (told["needed"], told["needed"] - 20))
+    enough, few = (
+        {row: {"loss": plain_auc(one["loss"]["auc"], n)} for row, one in rows.items()}
+        for n in (told["needed"], told["needed"] - 20)
+    )
     assert line(measured(membership=enough), Limits(auc=0.65))["passed"]
     assert not line(measured(membership=few), Limits(auc=0.65))["passed"]
 
@@ -194,7 +217,9 @@ def test_by_the_estimate_a_figure_passes_alone_but_not_in_so_few_records_that_no
 
 
 def test_nothing_extracted_from_few_records_says_little() -> None:
-    few, many = (line(measured(extraction=memory([0.0] * n, [0.0] * n)), Limits(extraction=0.05)) for n in (16, 400))
+    few, many = (
+        line(measured(extraction=memory([0.0] * n, [0.0] * n)), Limits(extraction=0.05)) for n in (16, 400)
+    )
     assert (few["value"], few["passed"], many["passed"]) == (0.0, False, True)
     assert 100 < few["needed"] < 400
 
@@ -218,7 +243,9 @@ def test_the_bounds_of_a_mean_mirror_each_other_and_hold_it() -> None:
 
 
 def test_the_bound_of_zeros_is_near_the_exact_one_of_a_proportion() -> None:
-    assert bounded_mean([0.0] * 100, low=0, high=1)[1] == pytest.approx(proportion(0, 100).ci95[1], abs=0.015)  # .036
+    assert bounded_mean([0.0] * 100, low=0, high=1)[1] == pytest.approx(
+        proportion(0, 100).ci95[1], abs=0.015
+    )  # .036
 
 
 @pytest.mark.parametrize("values", [[], [1.5], [-0.5, 0.2]])

@@ -29,13 +29,21 @@ def test_clients_and_seeds_have_their_own_and_nothing_else_matters() -> None:
     canaries = Canaries(copies=(1, 1))
     one = canaries.planted("a", category="x", seed=0)
     assert one == canaries.planted("a", category="x", seed=0)
-    assert {e.response for e in one}.isdisjoint(e.response for e in canaries.planted("b", category="x", seed=0))
-    assert {e.response for e in one}.isdisjoint(e.response for e in canaries.planted("a", category="x", seed=1))
+    assert {e.response for e in one}.isdisjoint(
+        e.response for e in canaries.planted("b", category="x", seed=0)
+    )
+    assert {e.response for e in one}.isdisjoint(
+        e.response for e in canaries.planted("a", category="x", seed=1)
+    )
 
 
 def test_twins_and_references_are_others_of_the_same_kind() -> None:
     canaries = Canaries(digits=6)
-    kinds = [canaries.planted("a", category="x", seed=0), canaries.held_out(50, seed=0), canaries.references(50, seed=0)]
+    kinds = [
+        canaries.planted("a", category="x", seed=0),
+        canaries.held_out(50, seed=0),
+        canaries.references(50, seed=0),
+    ]
     texts = [{e.response for e in kind} for kind in kinds]
     assert texts[0].isdisjoint(texts[1] | texts[2])
     assert texts[1].isdisjoint(texts[2])

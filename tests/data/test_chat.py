@@ -37,11 +37,32 @@ def read(tmp_path: Path, *records: object, **options: object) -> list[Example]:
 
 
 def test_a_conversation_is_one_example_of_its_last_answer(tmp_path: Path) -> None:
-    [openai] = read(tmp_path, {"messages": [turn("system", "Be brief."), ASKED, ANSWERED, turn("user", "Sure?"), turn("assistant", "Yes.")]})
+    [openai] = read(
+        tmp_path,
+        {
+            "messages": [
+                turn("system", "Be brief."),
+                ASKED,
+                ANSWERED,
+                turn("user", "Sure?"),
+                turn("assistant", "Yes."),
+            ]
+        },
+    )
     earlier = (Turn("system", "Be brief."), Turn("user", "What is red?"), Turn("assistant", "A fox."))
     assert openai == Example("Sure?", "Yes.", id="chats.jsonl:1", turns=earlier)
-    [sharegpt] = read(tmp_path, {"conversations": [said("system", "Be brief."), said("human", "What is red?"), said("gpt", "A fox."),
-                                                   said("human", "Sure?"), said("gpt", "Yes.")]})  # fmt: skip
+    [sharegpt] = read(
+        tmp_path,
+        {
+            "conversations": [
+                said("system", "Be brief."),
+                said("human", "What is red?"),
+                said("gpt", "A fox."),
+                said("human", "Sure?"),
+                said("gpt", "Yes."),
+            ]
+        },
+    )
     assert sharegpt == openai
 
 
@@ -52,11 +73,19 @@ def test_a_conversation_is_one_example_of_its_last_answer(tmp_path: Path) -> Non
         {"system": "Be brief.", "messages": [ASKED, ANSWERED]},
         {"system": "Be brief.", "conversations": [said("user", "What is red?"), said("model", "A fox.")]},
         {"conversations": [turn("system", "Be brief."), ASKED, ANSWERED], "tools": "[]"},
-        {"messages": [turn("system", [{"type": "text", "text": "Be brief."}]), ASKED, {**ANSWERED, "tool_calls": None, "name": "x"}]},
+        {
+            "messages": [
+                turn("system", [{"type": "text", "text": "Be brief."}]),
+                ASKED,
+                {**ANSWERED, "tool_calls": None, "name": "x"},
+            ]
+        },
     ],
 )
 def test_the_common_spellings_mean_the_same(tmp_path: Path, record: object) -> None:
-    assert read(tmp_path, record) == [Example("What is red?", "A fox.", id="chats.jsonl:1", turns=(Turn("system", "Be brief."),))]
+    assert read(tmp_path, record) == [
+        Example("What is red?", "A fox.", id="chats.jsonl:1", turns=(Turn("system", "Be brief."),))
+    ]
 
 
 def test_text_parts_are_joined_by_line_ends(tmp_path: Path) -> None:
@@ -86,10 +115,21 @@ BAD = {
     "number": ("type", {"messages": [turn("user", 3), ANSWERED]}),
     "blank": ("empty", {"messages": [ASKED, turn("assistant", " \n")]}),
     "blank parts": ("empty", {"messages": [turn("user", []), ANSWERED]}),
-    "image": ("part", {"messages": [turn("user", [{"type": "text", "text": SECRET}, {"type": "image_url", "image_url": {}}]), ANSWERED]}),
+    "image": (
+        "part",
+        {
+            "messages": [
+                turn("user", [{"type": "text", "text": SECRET}, {"type": "image_url", "image_url": {}}]),
+                ANSWERED,
+            ]
+        },
+    ),
     "part without text": ("type", {"messages": [turn("user", [{"type": "text"}]), ANSWERED]}),
     "tool": ("tool", {"messages": [ASKED, ANSWERED, turn("tool", SECRET), ANSWERED]}),
-    "observation": ("tool", {"conversations": [said("human", "x"), said("function_call", SECRET), said("gpt", "y")]}),
+    "observation": (
+        "tool",
+        {"conversations": [said("human", "x"), said("function_call", SECRET), said("gpt", "y")]},
+    ),
     "tool call": ("tool", {"messages": [ASKED, turn("assistant", None, tool_calls=[{"id": SECRET}])]}),
     "tools": ("tool", {"messages": [ASKED, ANSWERED], "tools": [{"name": SECRET}]}),
     "ends with a question": ("order", {"messages": [ASKED, ANSWERED, turn("user", SECRET)]}),
@@ -116,7 +156,10 @@ def test_a_bad_conversation_is_refused_by_line_and_reason_and_never_quoted(tmp_p
 
 def test_the_same_last_question_after_other_turns_is_another_question(tmp_path: Path) -> None:
     again = turn("user", "Say it again.")
-    chats = [{"messages": [turn("user", f"Say {n}."), turn("assistant", f"{n}"), again, turn("assistant", f"{n}")]} for n in range(6)]
+    chats = [
+        {"messages": [turn("user", f"Say {n}."), turn("assistant", f"{n}"), again, turn("assistant", f"{n}")]}
+        for n in range(6)
+    ]
     examples = read(tmp_path, *chats)
     assert len(set(examples)) == 6
     assert len(hold_out(examples, per_category=2)[1]) == 2
@@ -145,7 +188,9 @@ def test_generating_examples_from_conversations_is_refused() -> None:
     settings = load("fedpit-microworld")
     e = Example("a", "b", category="low", turns=(Turn("user", "x"), Turn("assistant", "y")))
     with pytest.raises(ConfigError, match="these data are conversations"):
-        build_algorithm(settings.algorithm, settings, replace(toy({"c": (1.0,)}), clients={"c": [e]}), machine())
+        build_algorithm(
+            settings.algorithm, settings, replace(toy({"c": (1.0,)}), clients={"c": [e]}), machine()
+        )
 
 
 def test_turns_in_another_order_make_no_example() -> None:

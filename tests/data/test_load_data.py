@@ -21,7 +21,10 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def tasks(start: int, count: int, **more: str) -> list[dict]:
-    return [{"instruction": f"Task {i}", "input": "", "output": f"Done {i}", **more} for i in range(start, start + count)]
+    return [
+        {"instruction": f"Task {i}", "input": "", "output": f"Done {i}", **more}
+        for i in range(start, start + count)
+    ]
 
 
 def data_of(*settings: str):
@@ -53,7 +56,10 @@ def test_owners_lost_to_a_part_of_the_data_are_named(tmp_path):
     data = data_of(owned(tmp_path), *TABLE, "data.examples=100", "data.pool=20", "data.hold_out=10")
     assert data.notes[0] == "data.examples = 100: 100 of 200 examples, drawn at random."
     named = [n for n in data.notes if "owners have no example left" in n]
-    assert [n.partition(" after ")[2].partition(",")[0] for n in named] == ["data.examples = 100", "data.pool = 20"]
+    assert [n.partition(" after ")[2].partition(",")[0] for n in named] == [
+        "data.examples = 100",
+        "data.pool = 20",
+    ]
     assert sum(int(n.split()[0]) for n in named) == 40 - len(data.clients)
 
 
@@ -80,10 +86,14 @@ def test_one_file_is_one_client(tmp_path):
         write(tmp_path / "10" / f"local_training_{client}.json", tasks(10 * client, 6 + client))
     test = write(tmp_path / "global_test.json", tasks(100, 4))
     data = data_of(
-        f'data.path="{tmp_path}/10/local_training_*.json"', "data.owner=file", "data.partition.kind=by_owner",
+        f'data.path="{tmp_path}/10/local_training_*.json"',
+        "data.owner=file",
+        "data.partition.kind=by_owner",
         f'data.test_path="{test}"',
-    )  # fmt: skip
-    assert {c: len(own) for c, own in data.clients.items()} == {f"local_training_{i}": 6 + i for i in range(3)}
+    )
+    assert {c: len(own) for c, own in data.clients.items()} == {
+        f"local_training_{i}": 6 + i for i in range(3)
+    }
     assert [e.instruction for e in data.test] == [f"Task {i}" for i in range(100, 104)]
 
 
@@ -102,7 +112,9 @@ def test_files_that_differ_in_their_endings_alone_are_two_owners(tmp_path):
 
 
 def test_a_column_called_file_is_a_column(tmp_path):
-    path = write(tmp_path / "d.json", [{"instruction": "a", "response": "b", "file": f"f{i}"} for i in range(3)])
+    path = write(
+        tmp_path / "d.json", [{"instruction": "a", "response": "b", "file": f"f{i}"} for i in range(3)]
+    )
     examples, _ = sources.load("table", str(path), columns={"owner": "file"})
     assert [e.owner for e in examples] == ["f0", "f1", "f2"]
 
@@ -121,14 +133,24 @@ def test_what_the_test_set_asks_is_left_out_of_training_and_counted(tmp_path):
     trained = {e.instruction for own in data.clients.values() for e in own}
     assert trained == {f"Task {i}" for i in range(15)}
     assert len(data.test) == 10  # nothing is held out besides
-    assert data.notes == ["5 of 20 training examples ask what the test set asks, and are left out of training."]
+    assert data.notes == [
+        "5 of 20 training examples ask what the test set asks, and are left out of training."
+    ]
 
 
 def test_a_damaged_test_set_has_a_quarantine_of_its_own(tmp_path):
     path = write(tmp_path / "d.json", [*tasks(0, 20), {}])
     test = write(tmp_path / "t.json", [*tasks(50, 5), {}, {}])
     experiment = parse(
-        "", "test", ['data.source="alpaca"', f'data.path="{path}"', f'data.test_path="{test}"', "data.clients=2", "data.on_bad=skip"]
+        "",
+        "test",
+        [
+            'data.source="alpaca"',
+            f'data.path="{path}"',
+            f'data.test_path="{test}"',
+            "data.clients=2",
+            "data.on_bad=skip",
+        ],
     )
     data = load_data(experiment, quarantine=tmp_path / "quarantine.jsonl")
     assert data.read["bad"] == {"missing": 1}
@@ -138,7 +160,10 @@ def test_a_damaged_test_set_has_a_quarantine_of_its_own(tmp_path):
 
 
 ANSWERS = ["gpt-4", "gpt-3.5-turbo", "text-davinci-003", "claude-2"]
-MED = [{"instruction": f"Explain {i}", "input": "<noinput>", **dict.fromkeys(ANSWERS, f"answer {i}")} for i in range(9)]
+MED = [
+    {"instruction": f"Explain {i}", "input": "<noinput>", **dict.fromkeys(ANSWERS, f"answer {i}")}
+    for i in range(9)
+]
 
 
 @pytest.mark.parametrize("source", ["alpaca", "alpacare", "table", "dolly"])
@@ -166,7 +191,12 @@ def test_settings_that_do_not_fit_the_source_are_named_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_data(load("quickstart", ["data.source=alpaca", f"data.path={path}", "data.split=test"]))
     lines = str(caught.value).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["data.split:", "data.private_facts", "data.partition.kind", "data.examples"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "data.split:",
+        "data.private_facts",
+        "data.partition.kind",
+        "data.examples",
+    ]
 
 
 def test_nothing_that_is_read_from_files_goes_with_the_microworld():
@@ -175,5 +205,7 @@ def test_nothing_that_is_read_from_files_goes_with_the_microworld():
 
 
 def test_drawing_a_part_of_the_data_is_said(tmp_path):
-    data = data_of(f'data.path="{write(tmp_path / "d.json", tasks(0, 60))}"', "data.clients=2", "data.examples=40")
+    data = data_of(
+        f'data.path="{write(tmp_path / "d.json", tasks(0, 60))}"', "data.clients=2", "data.examples=40"
+    )
     assert data.notes[0] == "data.examples = 40: 40 of 60 examples, drawn at random."

@@ -50,7 +50,9 @@ def test_a_larger_corpus_begins_with_the_smaller_one() -> None:
 
 
 def test_no_instruction_occurs_twice(examples: list[Example]) -> None:
-    assert len({(e.instruction, e.context) for e in examples}) == len({e.id for e in examples}) == len(examples)
+    assert (
+        len({(e.instruction, e.context) for e in examples}) == len({e.id for e in examples}) == len(examples)
+    )
 
 
 def test_held_out_questions_are_never_trained_on(examples: list[Example]) -> None:
@@ -126,7 +128,9 @@ def test_without_a_ban_every_member_counts() -> None:
     assert check(replace(BIRDS, rule="items:bird:2:"), "- heron\n- owl")
 
 
-STORY = Example("Write a line about a fox and an owl.", "Once a fox met an owl at the mill.", rule="story:fox:owl")
+STORY = Example(
+    "Write a line about a fox and an owl.", "Once a fox met an owl at the mill.", rule="story:fox:owl"
+)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +154,17 @@ def test_an_unknown_rule_is_no_wrong_answer() -> None:
 
 
 def test_the_world_is_the_same_for_every_seed() -> None:
-    facts = {e.instruction: e.response for e in (*corpus(examples=800, seed=1), *corpus(examples=800, seed=2))
-             if e.category == "open_qa"}  # fmt: skip
+    facts = {
+        e.instruction: e.response
+        for e in (*corpus(examples=800, seed=1), *corpus(examples=800, seed=2))
+        if e.category == "open_qa"
+    }
     for s in (1, 2):
-        assert all(facts[e.instruction] == e.response for e in corpus(examples=800, seed=s) if e.category == "open_qa")
+        assert all(
+            facts[e.instruction] == e.response
+            for e in corpus(examples=800, seed=s)
+            if e.category == "open_qa"
+        )
     assert all(thing in KINDS[fact.kind][1] for thing, fact in WORLD.items())
 
 
@@ -161,7 +172,9 @@ def test_private_facts_belong_to_one_owner() -> None:
     facts = {owner: private_facts(owner, 2) for owner in (f"client-{i:03d}" for i in range(20))}
     said = [e.response for own in facts.values() for e in own]
     assert len(set(said)) == len(said)
-    assert all(e.private and e.owner == owner and check(e, e.response) for owner, own in facts.items() for e in own)
+    assert all(
+        e.private and e.owner == owner and check(e, e.response) for owner, own in facts.items() for e in own
+    )
 
 
 def test_private_facts_are_nowhere_in_the_corpus(examples: list[Example]) -> None:

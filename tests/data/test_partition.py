@@ -310,7 +310,9 @@ ALONG_LABELS = [ByLabel(), Shards(), Dirichlet(), ShepherdDirichlet(min_size=1)]
 
 
 @pytest.mark.parametrize("split", ALONG_LABELS, ids=repr)
-@pytest.mark.parametrize(("blank", "message"), [(40, "40 of 40 examples name no category"), (7, "7 of 40 examples")])
+@pytest.mark.parametrize(
+    ("blank", "message"), [(40, "40 of 40 examples name no category"), (7, "7 of 40 examples")]
+)
 def test_a_missing_category_is_no_category_to_split_along(split, blank, message):
     data = [Example(f"q{i}", "a", category="" if i < blank else "ab"[i % 2]) for i in range(40)]
     with pytest.raises(ConfigError, match=message) as caught:
@@ -327,7 +329,10 @@ def test_a_split_along_owners_needs_owners_and_names_the_ways_to_them():
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["a"] * 6, "All 6 examples have the same category"), (list("abcdef"), "Each of the 6 examples has another category")],
+    [
+        (["a"] * 6, "All 6 examples have the same category"),
+        (list("abcdef"), "Each of the 6 examples has another category"),
+    ],
 )
 def test_labels_that_group_nothing_are_refused(labels, message):
     with pytest.raises(ConfigError, match=message):
@@ -347,7 +352,9 @@ def test_hold_out_draws_from_all_where_nobody_names_a_category():
 
 def test_hold_out_of_each_category_refuses_data_that_lacks_some():
     data = [Example(f"q{i}", "a", category="" if i < 3 else "x") for i in range(40)]
-    with pytest.raises(ConfigError, match="3 of 40 examples name no category; holding out so many of each category"):
+    with pytest.raises(
+        ConfigError, match="3 of 40 examples name no category; holding out so many of each category"
+    ):
         hold_out(data)
     with pytest.raises(ConfigError, match=r"3 of 40 examples name no category; data\.pool"):
         draw_evenly(data, 8, seed=0)

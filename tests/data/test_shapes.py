@@ -46,8 +46,16 @@ SHAPES = {
     "records by id": ("d.json", dump(dict(enumerate(ROWS))), "an object of 4 records by id"),
     "records by id over lines": ("d.jsonl", dump(dict(enumerate(ROWS)), indent=1), "4 records by id"),
     "records by id under a key": ("d.json", dump({"v": 1, "all": dict(enumerate(ROWS))}), "under 'all'"),
-    "pretty-printed": ("d.json", "\n".join(dump(r, indent=2) for r in ROWS), "objects that follow one another"),
-    "pretty-printed under .jsonl": ("d.jsonl", "\n\n".join(dump(r, indent=2) for r in ROWS), "follow one another"),
+    "pretty-printed": (
+        "d.json",
+        "\n".join(dump(r, indent=2) for r in ROWS),
+        "objects that follow one another",
+    ),
+    "pretty-printed under .jsonl": (
+        "d.jsonl",
+        "\n\n".join(dump(r, indent=2) for r in ROWS),
+        "follow one another",
+    ),
     "several on a line": ("d.json", "".join(map(dump, ROWS)), "objects that follow one another"),
     "with commas and no list": ("d.json", JOINED, "objects that follow one another"),
 }
@@ -64,7 +72,10 @@ def test_a_shape_is_recognised_and_said(tmp_path, name, content, said, pack):
     assert said in notes[0]
 
 
-@pytest.mark.parametrize(("name", "content"), [("d.jsonl", "\n".join(map(dump, ROWS))), ("d.json", dump(ROWS)), ("d.jsonl", dump(ROWS[0]))])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("d.jsonl", "\n".join(map(dump, ROWS))), ("d.json", dump(ROWS)), ("d.jsonl", dump(ROWS[0]))],
+)
 def test_nothing_is_said_of_a_file_that_is_what_its_name_says(tmp_path, name, content):
     assert load(tmp_path, name, content)[1] == []
 
@@ -99,12 +110,20 @@ def test_a_key_is_refused_where_there_is_none_to_look_under(tmp_path, content):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.json", dump({"instruction": {"0": "a"}, "response": {"0": "b"}}), "columns where records were expected"),
+        (
+            "d.json",
+            dump({"instruction": {"0": "a"}, "response": {"0": "b"}}),
+            "columns where records were expected",
+        ),
         ("d.json", dump({"instruction": ["a"], "response": ["b"]}), "columns where records were expected"),
         ("d.json", dump({"columns": ["a"], "index": [0], "data": [["x"]]}), 'orient="records"'),
         ("d.json", "// mine\n" + dump(ROWS), "d.json:1: a comment"),
         ("d.json", '{\n // x\n "data": [\n' + dump(ROWS[0]) + "\n]}", "d.json:3: not JSON.*comments"),
-        ("d.json", "\n".join(["{'instruction': 'a', 'response': 'b'}"] * 300), "d.json:1: not JSON: Expecting property"),
+        (
+            "d.json",
+            "\n".join(["{'instruction': 'a', 'response': 'b'}"] * 300),
+            "d.json:1: not JSON: Expecting property",
+        ),
         ("d.json", dump({"data": []}), "empty-file"),
         ("d.csv", b"PK\x03\x04....", "Excel workbook"),
         ("d.csv", "<!DOCTYPE html>\n<html>", "an HTML page"),
@@ -130,7 +149,9 @@ def test_a_damaged_record_under_a_key_costs_itself_alone(tmp_path):
 def test_a_large_object_is_read_with_the_memory_of_a_record(tmp_path):
     path = tmp_path / "d.json"
     with path.open("w") as file:
-        file.write('{"info": {}, "data": [' + ", ".join([dump(ROWS[0])] * 40_000) + "]}")  # 2.7 MB on one line
+        file.write(
+            '{"info": {}, "data": [' + ", ".join([dump(ROWS[0])] * 40_000) + "]}"
+        )  # 2.7 MB on one line
     tracemalloc.start()
     assert sum(1 for _ in read_records(path, {"instruction": Field()}, Reading(max_bytes=10_000))) == 40_000
     peak = tracemalloc.get_traced_memory()[1]
@@ -147,12 +168,20 @@ TABLES = {
     "bars": ("d.csv", "instruction|response\na, b|c;d\n", "separated by bars"),
     "semicolons under .tsv": ("d.tsv", 'instruction;response\na, b;"c;d"\n', "separated by semicolons"),
     "sep=": ("d.csv", 'sep=;\r\n"instruction";"response"\r\na, b;"c;d"\r\n', '"sep=" says'),
-    "a byte order mark and a quoted header": ("d.csv", '\ufeff"instruction";"response"\r\n"a, b";"c;d"', "semicolons"),
+    "a byte order mark and a quoted header": (
+        "d.csv",
+        '\ufeff"instruction";"response"\r\n"a, b";"c;d"',
+        "semicolons",
+    ),
     "empty columns at the end": ("d.csv", 'instruction,response,,\n"a, b",c;d,,\n', "columns without a name"),
     "an index of pandas": ("d.csv", ',instruction,response\n0,"a, b",c;d\n', "columns without a name"),
     "empty rows at the end": ("d.csv", 'instruction,response\n"a, b",c;d\n,\n,\n', "2 rows hold nothing"),
     "old Macs": ("d.csv", 'instruction,response\r"a, b",c;d\r', "old Macs"),
-    "UTF-16": ("d.csv", 'instruction,response\r\n"a, b",c;d\r\n'.encode("utf-16"), "utf-16, as its byte order mark says"),
+    "UTF-16": (
+        "d.csv",
+        'instruction,response\r\n"a, b",c;d\r\n'.encode("utf-16"),
+        "utf-16, as its byte order mark says",
+    ),
 }
 
 
@@ -186,13 +215,20 @@ def test_utf8_is_never_read_as_anything_else(tmp_path):
 
 
 def test_an_encoding_that_does_not_fit_is_refused_whole(tmp_path):
-    text = refusal(tmp_path, "d.csv", b"instruction,response\na,b\nc,\x81\n", encoding="cp1252", on_bad="skip")
+    text = refusal(
+        tmp_path, "d.csv", b"instruction,response\na,b\nc,\x81\n", encoding="cp1252", on_bad="skip"
+    )
     assert "not cp1252 after line 1" in text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"delimiter": "ab"}, "one mark"), ({"delimiter": '"'}, "one mark"), ({"encoding": "klingon"}, "no encoding"), ({"encoding": "base64"}, "no encoding")],
+    [
+        ({"delimiter": "ab"}, "one mark"),
+        ({"delimiter": '"'}, "one mark"),
+        ({"encoding": "klingon"}, "no encoding"),
+        ({"encoding": "base64"}, "no encoding"),
+    ],
 )
 def test_delimiters_and_encodings_that_are_none_are_refused(tmp_path, options, message):
     assert message in refusal(tmp_path, "d.csv", "instruction,response\na,b\n", **options)
@@ -200,7 +236,9 @@ def test_delimiters_and_encodings_that_are_none_are_refused(tmp_path, options, m
 
 @pytest.mark.parametrize(("delimiter", "mark"), [(":", ":"), ("tab", "\t"), ("\\t", "\t")])
 def test_a_delimiter_may_be_named(tmp_path, delimiter, mark):
-    assert load(tmp_path, "d.csv", f"instruction{mark}response\na,b{mark}c\n", delimiter=delimiter)[0] == [("a,b", "c")]
+    assert load(tmp_path, "d.csv", f"instruction{mark}response\na,b{mark}c\n", delimiter=delimiter)[0] == [
+        ("a,b", "c")
+    ]
 
 
 # -- columns ----------------------------------------------------------------------------------------------
@@ -211,7 +249,10 @@ def test_a_delimiter_may_be_named(tmp_path, delimiter, mark):
     [
         (["prompt", "completion"], '{ instruction = "prompt", response = "completion" }'),
         (["Question", "Answer", "id"], '{ instruction = "Question", response = "Answer" }'),
-        (["instruction", "input", "output"], '{ instruction = "instruction", response = "output", context = "input" }'),
+        (
+            ["instruction", "input", "output"],
+            '{ instruction = "instruction", response = "output", context = "input" }',
+        ),
         (["input", "target"], '{ instruction = "input", response = "target" }'),
         (["user_query", "bot_response"], '{ instruction = "user_query", response = "bot_response" }'),
         (["topic", "instrution", "respons"], 'instruction = "instrution", response = "respons"'),
@@ -219,13 +260,17 @@ def test_a_delimiter_may_be_named(tmp_path, delimiter, mark):
 )
 @pytest.mark.parametrize("as_csv", [False, True], ids=["json", "csv"])
 def test_a_refusal_lists_what_is_there_and_the_nearest_mapping(tmp_path, found, proposal, as_csv):
-    content = ",".join(found) + "\n" + ",".join("x" * len(found)) if as_csv else dump([dict.fromkeys(found, "x")])
+    content = (
+        ",".join(found) + "\n" + ",".join("x" * len(found)) if as_csv else dump([dict.fromkeys(found, "x")])
+    )
     text = refusal(tmp_path, "d.csv" if as_csv else "d.json", content)
     assert ", ".join(found) in text
     assert proposal in text
     [setting] = re.findall(r"data\.columns = \{[^}]*\}", text)
     mapping = tomllib.loads(setting)["data"]["columns"]
-    assert len(load(tmp_path, "d.csv" if as_csv else "d.json", content, columns=mapping)[0]) == 1  # ready to paste
+    assert (
+        len(load(tmp_path, "d.csv" if as_csv else "d.json", content, columns=mapping)[0]) == 1
+    )  # ready to paste
 
 
 def test_a_header_that_is_a_text_is_not_quoted(tmp_path):
@@ -234,7 +279,9 @@ def test_a_header_that_is_a_text_is_not_quoted(tmp_path):
 
 def test_columns_that_are_not_used_are_told_once(tmp_path):
     rows = [{**row, "choices": ["a", "b"], "n": i} for i, row in enumerate(ROWS)]
-    assert load(tmp_path, "d.jsonl", "\n".join(map(dump, rows)))[1] == ["columns that are not used: choices, n"]
+    assert load(tmp_path, "d.jsonl", "\n".join(map(dump, rows)))[1] == [
+        "columns that are not used: choices, n"
+    ]
 
 
 def test_what_is_skipped_is_said_with_its_cause(tmp_path):

@@ -206,9 +206,11 @@ def test_load_reports_what_was_left_out(tmp_path):
     examples, report = sources.load("dolly", str(path), on_bad="skip", quarantine=quarantine)
     assert len(examples) == 2
     assert report == {
-        "records": 2, "bad": {"empty": 1}, "duplicates": 1,
+        "records": 2,
+        "bad": {"empty": 1},
+        "duplicates": 1,
         "notes": ["1 of 3 records are left out: 'response' is blank (1); they are in quarantine.jsonl."],
-    }  # fmt: skip
+    }
     assert json.loads(quarantine.read_text())["line"] == 3
 
 
@@ -303,7 +305,9 @@ def test_hub_says_what_to_do_when_it_may_not_download(library):
 
 
 def test_hub_names_the_columns_there_are(library):
-    with pytest.raises(DataError, match=r"no column 'q' .* They are: instruction, context, response, category"):
+    with pytest.raises(
+        DataError, match=r"no column 'q' .* They are: instruction, context, response, category"
+    ):
         sources.hub("owner/set", {"instruction": "q"})
 
 
@@ -328,14 +332,23 @@ def test_hub_reads_a_local_folder_of_parquet(tmp_path, monkeypatch):
 
 def test_parquet_is_read_by_path_and_its_rows_meet_the_same_demands(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows = [{"q": "a", "r": "b", "m": {"k": [1]}}, {"q": None, "r": "d", "m": None}, {"q": "c", "r": "d", "m": None}]
+    rows = [
+        {"q": "a", "r": "b", "m": {"k": [1]}},
+        {"q": None, "r": "d", "m": None},
+        {"q": "c", "r": "d", "m": None},
+    ]
     for name in ("x/p.parquet", "y/p.parquet"):
         (tmp_path / name).parent.mkdir()
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
     columns = {"instruction": "q", "response": "r"}
     for path in (f"{tmp_path}/*/p.parquet", [f"{tmp_path}/x", f"{tmp_path}/y"]):
         examples, report = sources.load("table", path, columns=columns, on_bad="skip", owner="file")
-        assert [(e.instruction, e.owner) for e in examples] == [("a", "x/p"), ("c", "x/p"), ("a", "y/p"), ("c", "y/p")]
+        assert [(e.instruction, e.owner) for e in examples] == [
+            ("a", "x/p"),
+            ("c", "x/p"),
+            ("a", "y/p"),
+            ("c", "y/p"),
+        ]
         assert report["bad"] == {"null": 2}
     with pytest.raises(DataError, match=r"x/p\.parquet:2  null: 'q' is null \(2 records"):
         sources.table(f"{tmp_path}/*/p.parquet", columns)
@@ -370,7 +383,15 @@ def test_what_is_not_read_in_a_folder_is_said(tmp_path):
     ("source", "file", "records", "duplicates", "categories", "owners", "notes"),
     [
         ("dolly", "databricks-dolly-15k.jsonl.xz", 15_011, 8, 8, 1, []),
-        ("medquad", "medquad.jsonl.xz", 16_407, 0, 16, 9, ["columns that are not used: collection, url, focus, qid"]),
+        (
+            "medquad",
+            "medquad.jsonl.xz",
+            16_407,
+            0,
+            16,
+            9,
+            ["columns that are not used: collection, url, focus, qid"],
+        ),
     ],
 )
 def test_a_published_file_has_no_bad_record(source, file, records, duplicates, categories, owners, notes):

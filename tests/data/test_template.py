@@ -401,10 +401,15 @@ def test_the_clock_of_a_chat_template_stands_still(call, says):
 
 
 def test_a_clock_that_stands_still_changes_nothing_else_that_is_rendered():
-    template = "\n  {%- if strftime_now is defined %}\n  {% set d = strftime_now('%Y') %}\n  x{{ d }}\n{% endif %}\n" + CHATML
+    template = (
+        "\n  {%- if strftime_now is defined %}\n  {% set d = strftime_now('%Y') %}\n  x{{ d }}\n{% endif %}\n"
+        + CHATML
+    )
     tokenizer = byte_level(template)
     year = f"{datetime.now():%Y}"
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert Template(tokenizer).prompt("Hi") == rendered.replace(f"x{year}", "x2024")
 
 

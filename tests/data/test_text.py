@@ -39,7 +39,9 @@ def test_composed_and_decomposed_forms_are_one_text(script: str) -> None:
 @each_script
 def test_combining_marks_stay_on_their_letters(script: str) -> None:
     marks = [c for c in folded(TEXTS[script][0]) if unicodedata.category(c) in ("Mn", "Mc")]
-    assert marks == [c for word in words(TEXTS[script][0]) for c in word if unicodedata.category(c) in ("Mn", "Mc")]
+    assert marks == [
+        c for word in words(TEXTS[script][0]) for c in word if unicodedata.category(c) in ("Mn", "Mc")
+    ]
 
 
 @given(st.text(st.characters(codec="ascii")))
@@ -74,7 +76,10 @@ def test_how_a_letter_is_written_does_not_count(one: str, other: str) -> None:
     assert folded(one) == folded(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("10²", "102"), ("½", "1 2"), ("👍", "👎"), ("!!!", "???"), ("+", "-"), ("🇫🇷", "🇯🇵"), ("é", "e")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("10²", "102"), ("½", "1 2"), ("👍", "👎"), ("!!!", "???"), ("+", "-"), ("🇫🇷", "🇯🇵"), ("é", "e")],
+)
 def test_what_means_something_else_is_something_else(one: str, other: str) -> None:
     assert rouge_l(one, other) < 0.5
     assert folded(one) != folded(other)
@@ -100,7 +105,11 @@ def test_two_characters_of_a_script_without_blanks_are_as_long_as_a_word() -> No
 def test_runs_are_as_long_as_asked_in_words() -> None:
     assert list(runs(list("abcd"), 3)) == [("a", "b", "c"), ("b", "c", "d")]
     assert list(runs(list("ab"), 3)) == []
-    assert list(runs(["一", "二", "a", "三", "四"], 2)) == [("一", "二", "a"), ("二", "a", "三"), ("a", "三", "四")]
+    assert list(runs(["一", "二", "a", "三", "四"], 2)) == [
+        ("一", "二", "a"),
+        ("二", "a", "三"),
+        ("a", "三", "四"),
+    ]
 
 
 @given(st.lists(st.sampled_from(string.ascii_lowercase), max_size=12), st.integers(1, 5))

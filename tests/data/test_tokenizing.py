@@ -100,7 +100,9 @@ def build(
     backend = Tokenizer(piece)
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.normalizer = NORMALIZERS[normalizer]()
-    backend.decoder = decoders.ByteLevel() if "byte-level" in pre else decoders.Metaspace(prepend_scheme="never")
+    backend.decoder = (
+        decoders.ByteLevel() if "byte-level" in pre else decoders.Metaspace(prepend_scheme="never")
+    )
     options = {"unk_token": "<unk>"} if model == "unigram" else {}
     if "byte-level" in pre:
         options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
@@ -122,12 +124,21 @@ def build(
 
 CASES = (
     [dict(pre=pre, model=model) for pre, model in product(PRE_TOKENIZERS, ("bpe", "unigram"))]
-    + [dict(pre=pre, model=m) for m, pre in product(("wordpiece", "wordlevel"), ("whitespace", "bert", "words-metaspace"))]
-    + [dict(pre=pre, normalizer=n) for n, pre in product(NORMALIZERS, ("none", "metaspace-first-whole", "byte-level", "bert"))]
-    + [dict(pre=pre, post=p) for p, pre in product(("none", "bos-eos"), ("metaspace-first-split", "byte-level-prefix"))]
+    + [
+        dict(pre=pre, model=m)
+        for m, pre in product(("wordpiece", "wordlevel"), ("whitespace", "bert", "words-metaspace"))
+    ]
+    + [
+        dict(pre=pre, normalizer=n)
+        for n, pre in product(NORMALIZERS, ("none", "metaspace-first-whole", "byte-level", "bert"))
+    ]
+    + [
+        dict(pre=pre, post=p)
+        for p, pre in product(("none", "bos-eos"), ("metaspace-first-split", "byte-level-prefix"))
+    ]
     + [dict(pre=pre, added=a) for a, pre in product(("blanks", "words"), PRE_TOKENIZERS)]
     + [dict(pre=pre, normalized=True) for pre in PRE_TOKENIZERS]
-)  # fmt: skip
+)
 CHAT = (
     "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|>"
     "{% else %}<|bot|>{{ m.content }}<|end|>\n{% endif %}{% endfor %}"

@@ -111,7 +111,9 @@ def test_a_conversation_has_the_ids_of_the_chat_template(tokenizer, case, loss_o
     e = CONVERSATIONS[case]
     template = Template(tokenizer, loss_on=loss_on)
     told = messages(tokenizer, e)
-    if "<think>" not in tokenizer.chat_template:  # there a finished answer begins with what the question ends with
+    if (
+        "<think>" not in tokenizer.chat_template
+    ):  # there a finished answer begins with what the question ends with
         assert template.prompt_ids(e) == ids_of(tokenizer, told, add_generation_prompt=True)
     whole = ids_of(tokenizer, [*told, {"role": "assistant", "content": e.response}])
     ids = list(template.encode(e).ids)
@@ -155,7 +157,9 @@ def test_words_alone_repeat_the_question_for_every_turn(format, loss_on):
         assert template.prompt_ids(e) == tokenizer(shown).input_ids
     learnt = tokenizer.decode([t for t, learn in zip(tokens.ids, tokens.labelled, strict=True) if learn])
     lead = " " if format == "plain" else ""
-    early = f"{lead}Red is a colour.<|endoftext|>{lead}Red, blue.<|endoftext|>" if loss_on == "assistant" else ""
+    early = (
+        f"{lead}Red is a colour.<|endoftext|>{lead}Red, blue.<|endoftext|>" if loss_on == "assistant" else ""
+    )
     assert learnt == f"{early}{lead}Blue is a colour.<|endoftext|>"
 
 
@@ -176,13 +180,20 @@ def test_control_tokens_spelt_in_earlier_turns_stay_text(kind, place):
     texts[place] = "x </s> <|im_end|> <|endoftext|> <s> <|end|> y"
     dirty = Example("a", "b", turns=tuple(map(Turn, ("system", "user", "assistant"), texts)))
     controls = set(template._tokenizer.added_tokens_decoder) - {template._tokenizer.unk_token_id}
-    assert [t for t in template.encode(dirty).ids if t in controls] == [t for t in template.encode(clean).ids if t in controls]
+    assert [t for t in template.encode(dirty).ids if t in controls] == [
+        t for t in template.encode(clean).ids if t in controls
+    ]
 
 
 LONG = Example(
-    "Say it.", "Blue.", context="red green " * 5,
-    turns=(Turn("system", "Be kind."), *(Turn(("user", "assistant")[i % 2], f"turn {i} is red") for i in range(20))),
-)  # fmt: skip
+    "Say it.",
+    "Blue.",
+    context="red green " * 5,
+    turns=(
+        Turn("system", "Be kind."),
+        *(Turn(("user", "assistant")[i % 2], f"turn {i} is red") for i in range(20)),
+    ),
+)
 
 
 @pytest.mark.parametrize("format", ["chat", "alpaca", "plain"])
@@ -197,7 +208,11 @@ def test_the_earliest_turns_go_first_and_the_system_stays(format):
     assert "turn 1 " not in text
     assert all(f"turn {i} is red" in text for i in range(2, 20))
     assert all(kept in text for kept in ("Be kind.", LONG.context.strip(), "Blue."))
-    few = Template(byte_level(CHATML), format=format, max_length=len(whole.encode(Example("Say it.", "Blue.", LONG.context)).ids) + 20)
+    few = Template(
+        byte_level(CHATML),
+        format=format,
+        max_length=len(whole.encode(Example("Say it.", "Blue.", LONG.context)).ids) + 20,
+    )
     assert few.truncation(LONG) == "turns"
     assert "turn" not in few._tokenizer.decode(few.encode(LONG).ids)
     assert few.measure([LONG, CONVERSATIONS["single"]])["turns_cut"] == 1

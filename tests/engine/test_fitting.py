@@ -65,7 +65,9 @@ def test_batches_across_epochs_are_an_option():
     assert [index for index, _ in batch] == consumed(Fit(START, range(3), limit=4))  # the order is the same
 
 
-@pytest.mark.parametrize(("n", "size", "epochs", "steps"), [(5, 8, 3, 3), (50, 64, 10, 10), (16, 8, 2, 4), (9, 8, 2, 4)])
+@pytest.mark.parametrize(
+    ("n", "size", "epochs", "steps"), [(5, 8, 3, 3), (50, 64, 10, 10), (16, 8, 2, 4), (9, 8, 2, 4)]
+)
 def test_a_job_takes_as_many_steps_as_a_data_loader(n, size, epochs, steps):
     local = replace(SGD, batch_size=size, epochs=epochs)
     loader = torch.utils.data.DataLoader(range(n), batch_size=size)  # type: ignore[arg-type]
@@ -75,7 +77,10 @@ def test_a_job_takes_as_many_steps_as_a_data_loader(n, size, epochs, steps):
 
 
 @given(
-    n=st.integers(1, 9), size=st.integers(1, 12), limits=st.lists(st.integers(0, 20), max_size=5), across=st.booleans()
+    n=st.integers(1, 9),
+    size=st.integers(1, 12),
+    limits=st.lists(st.integers(0, 20), max_size=5),
+    across=st.booleans(),
 )
 def test_rounds_with_a_limit_go_on_and_no_batch_holds_two_epochs(n, size, limits, across):
     local = replace(SGD, batch_size=size, batches="across_epochs" if across else "within_epochs")

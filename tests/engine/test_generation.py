@@ -30,7 +30,10 @@ MODELS = {
     "gemma2": lambda: causal_lm(
         transformers.Gemma2Config(
             **shape(
-                initializer_range=0.2, head_dim=8, sliding_window=7, attn_logit_softcapping=0.3,
+                initializer_range=0.2,
+                head_dim=8,
+                sliding_window=7,
+                attn_logit_softcapping=0.3,
                 final_logit_softcapping=5.0,
             )
         )
@@ -175,7 +178,9 @@ def test_equal_adapters_share_one_row(monkeypatch):
         return real(adapters)
 
     monkeypatch.setattr(tuned, "rows", counted)
-    answers = generate_all(tuned, {k: Generate([[3, 4, 5]], a, 8) for k, a in enumerate([adapter, twin, None])})
+    answers = generate_all(
+        tuned, {k: Generate([[3, 4, 5]], a, 8) for k, a in enumerate([adapter, twin, None])}
+    )
     assert rows == [2]  # the adapter and the base
     assert answers[0] == answers[1] != answers[2]
 

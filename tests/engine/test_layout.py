@@ -66,7 +66,9 @@ def test_initial_a_is_uniform_within_one_over_root_inputs_and_b_is_zero():
 def test_initial_a_is_distributed_as_peft_draws_it():
     torch.manual_seed(0)
     model = llama()
-    theirs = [t for k, t in get_peft_model_state_dict(plain_peft(model, LoraSpec(rank=64))).items() if "lora_A" in k]
+    theirs = [
+        t for k, t in get_peft_model_state_dict(plain_peft(model, LoraSpec(rank=64))).items() if "lora_A" in k
+    ]
     drawn = AdapterLayout.of(model, LoraSpec(rank=64)).initial(3)
     ours = [t for k, t in drawn.items() if "lora_A" in k]
     # Times the root of its inputs, every value is uniform in [-1, 1].

@@ -63,7 +63,19 @@ def test_cosine_runs_across_rounds_and_stays_at_its_end():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"schedule": "linear"}, {"batches": "endless"}, {"optimizer": "adam"}, {"clip": -1.0}, {"learning_rate": 1e38}, {"learning_rate": -1.0}, {"beta2": 1.0}, {"eps": 0.0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"schedule": "linear"},
+        {"batches": "endless"},
+        {"optimizer": "adam"},
+        {"clip": -1.0},
+        {"learning_rate": 1e38},
+        {"learning_rate": -1.0},
+        {"beta2": 1.0},
+        {"eps": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError, match="Expected"):

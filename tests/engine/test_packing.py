@@ -165,7 +165,9 @@ def test_examples_of_the_longest_length_train():
     assert trained.answer({0: Fit(moved(trained.layout), [*examples(1), example(65, 0)])})[0].steps == 1
 
 
-def test_examples_are_encoded_once_while_in_use_and_the_others_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_encoded_once_while_in_use_and_the_others_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Encoder, "KEPT", 2)
     asked: list[str] = []
 

@@ -81,7 +81,9 @@ def test_what_is_shared_runs_once_and_counts_as_often_as_it_is_used():
     laid = pack(list(enumerate(items)), bank, multiple=1, dtype=torch.float64)
     saved = 2 * (3 * (LONG + 3) + LONG + 9)  # a row has four examples of one template, two of the other
     assert laid.ids.shape[1] == sum(len(item.example.ids) for item in items) - saved
-    assert len(set(laid.label_of.tolist())) < len(laid.label_of) == sum(len(item.example.at) for item in items)
+    assert (
+        len(set(laid.label_of.tolist())) < len(laid.label_of) == sum(len(item.example.at) for item in items)
+    )
     weight = sum(item.weight * len(item.example.at) for item in items)
     assert float(laid.weights.sum()) == pytest.approx(weight)
 

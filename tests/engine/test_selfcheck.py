@@ -144,5 +144,7 @@ def test_answers_that_differ_are_left_to_the_model(owner, name, broken, monkeypa
 
 
 def test_caches_of_another_kind_are_left_to_the_model(monkeypatch):
-    monkeypatch.setattr(selfcheck, "get_layer_types_and_kwargs", lambda config: (["full_attention", "conv"], []))
+    monkeypatch.setattr(
+        selfcheck, "get_layer_types_and_kwargs", lambda config: (["full_attention", "conv"], [])
+    )
     assert engine(llama()).decoding_reason == "layers of type conv keep more than keys and values"

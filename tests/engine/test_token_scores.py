@@ -42,7 +42,9 @@ def test_token_scores_are_those_of_plain_peft(path: Any) -> None:
             factor.copy_(adapter[name])
         for scored, tokens in zip(one(trained, Score(mine, adapter, per_token=True)), mine, strict=True):
             ids, labelled = torch.tensor([tokens.ids]), torch.tensor(tokens.labelled)
-            logp = peft(input_ids=ids).logits[0].double().log_softmax(-1)[labelled.nonzero()[:, 0] - 1]  # (m, V)
+            logp = (
+                peft(input_ids=ids).logits[0].double().log_softmax(-1)[labelled.nonzero()[:, 0] - 1]
+            )  # (m, V)
             mean = (logp.exp() * logp).sum(-1)
             variance = (logp.exp() * logp.square()).sum(-1) - mean.square()
             assert scored.tokens.logp == pytest.approx(
@@ -71,10 +73,14 @@ def test_log_probabilities_of_tokens_add_up_to_the_loss(path: Any) -> None:
 def test_token_scores_come_only_where_they_are_asked_for(path: Any) -> None:
     trained = engine(llama(), path=path, tokens_per_pass=64)
     adapter = moved(trained.layout)
-    answers = trained.answer({
-        "a": Score(examples(3), adapter), "b": Score(examples(5, 1), adapter, per_token=True),
-        "c": Score(examples(4, 2), per_token=True, energy=True), "d": Score(examples(2, 3), energy=True),
-    })  # fmt: skip
+    answers = trained.answer(
+        {
+            "a": Score(examples(3), adapter),
+            "b": Score(examples(5, 1), adapter, per_token=True),
+            "c": Score(examples(4, 2), per_token=True, energy=True),
+            "d": Score(examples(2, 3), energy=True),
+        }
+    )
     assert [s.tokens for key in "ad" for s in answers[key]] == [None] * 5
     for key, request in (
         ("b", Score(examples(5, 1), adapter, per_token=True)),
@@ -96,9 +102,12 @@ def test_an_example_without_labels_has_no_token_scores(path: Any) -> None:
 def test_a_diverged_adapter_spoils_no_other_token_scores() -> None:
     trained = engine(llama(), path="fast")
     sound = moved(trained.layout)
-    answers = trained.answer({
-        "a": Score(examples(2), sound * math.nan, per_token=True), "b": Score(examples(2), sound, per_token=True),
-    })  # fmt: skip
+    answers = trained.answer(
+        {
+            "a": Score(examples(2), sound * math.nan, per_token=True),
+            "b": Score(examples(2), sound, per_token=True),
+        }
+    )
     assert all(math.isnan(x) for x in flat(answers["a"]))
     assert all(math.isfinite(x) for x in flat(answers["b"]))
 

@@ -75,7 +75,9 @@ def test_a_jobs_weights_are_its_own() -> None:
     assert distance(together["a"].adapter, one(trained, plain).adapter) < 1e-4
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0] * 5, [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [1.0, math.inf, 1.0]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0] * 5, [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [1.0, math.inf, 1.0]]
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_weights_that_do_not_fit_are_refused(path: Any, weights: list[float]) -> None:
     trained = engine(llama(), path=path)
@@ -103,10 +105,14 @@ def test_an_energy_is_minus_the_mean_logsumexp_where_labels_are(path: Any) -> No
 def test_energies_come_only_where_they_are_asked_for(path: Any) -> None:
     trained = engine(llama(), path=path)
     adapter = moved(trained.layout)
-    answers = trained.answer({
-        "a": Score(examples(3), adapter), "b": Score(examples(2, 1), adapter, energy=True),
-        "c": Score(examples(2, 2), energy=True), "d": Score(examples(2, 3)),
-    })  # fmt: skip
+    answers = trained.answer(
+        {
+            "a": Score(examples(3), adapter),
+            "b": Score(examples(2, 1), adapter, energy=True),
+            "c": Score(examples(2, 2), energy=True),
+            "d": Score(examples(2, 3)),
+        }
+    )
     assert [s.energy for key in "ad" for s in answers[key]] == [None] * 5
     for key, n, of in (("b", 2, adapter), ("c", 2, None)):
         alone = one(trained, Score(examples(n, 1 if key == "b" else 2), of, energy=True))
@@ -122,7 +128,9 @@ def test_an_example_without_labels_has_no_energy(path: Any) -> None:
 def test_a_diverged_adapter_spoils_no_other_energy() -> None:
     trained = engine(llama(), path="fast")
     sound = moved(trained.layout)
-    answers = trained.answer({"a": Score(examples(2), sound * math.nan, energy=True), "b": Score(examples(2), sound, energy=True)})
+    answers = trained.answer(
+        {"a": Score(examples(2), sound * math.nan, energy=True), "b": Score(examples(2), sound, energy=True)}
+    )
     assert all(math.isnan(s.energy) for s in answers["a"])
     assert all(math.isfinite(s.energy) for s in answers["b"])
 

@@ -104,7 +104,10 @@ def serve() -> Iterator[Callable[[Callable[[int, str], Any]], Server]]:
 
 def completion(text: str | None) -> bytes:
     return json.dumps(
-        {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": {"prompt_tokens": 70, "completion_tokens": 5}}
+        {
+            "choices": [{"message": {"role": "assistant", "content": text}}],
+            "usage": {"prompt_tokens": 70, "completion_tokens": 5},
+        }
     ).encode()
 
 

@@ -71,7 +71,12 @@ def test_metrics_are_means_over_the_examples() -> None:
 
 
 def test_the_rule_is_asked_only_where_every_example_has_one() -> None:
-    assert list(grade([example("It is May.", "exact")], ended("it is may."))) == ["rule", "exact", "rouge_l", "ended"]
+    assert list(grade([example("It is May.", "exact")], ended("it is may."))) == [
+        "rule",
+        "exact",
+        "rouge_l",
+        "ended",
+    ]
     assert "rule" not in grade([example("It is May.", "exact"), example("x")], ended("", ""))
 
 
@@ -101,7 +106,9 @@ class Words:
         return {row: [list(p) for p in request.prompts] for row, request in requests.items()}
 
 
-def ask(engine: Any, questions: list[Example], adapters: dict[str, Any], *, cache: Cache, weights: str = "w") -> dict[str, list[Answer]]:
+def ask(
+    engine: Any, questions: list[Example], adapters: dict[str, Any], *, cache: Cache, weights: str = "w"
+) -> dict[str, list[Answer]]:
     return answers_of(engine, engine, questions, adapters, weights=weights, max_new_tokens=8, cache=cache)
 
 
@@ -118,7 +125,10 @@ def test_every_row_is_asked_the_same_questions_in_one_call() -> None:
 
 
 def test_a_cut_answer_is_neither_right_nor_exact() -> None:
-    found = grade([example("It is May.", "exact")] * 2, [Answer("It is May.", ended=False), Answer("It is May.", ended=True)])
+    found = grade(
+        [example("It is May.", "exact")] * 2,
+        [Answer("It is May.", ended=False), Answer("It is May.", ended=True)],
+    )
     assert (found["rule"], found["exact"], found["ended"], found["rouge_l"]) == (0.5, 0.5, 0.5, 1.0)
 
 
@@ -131,7 +141,9 @@ def test_answers_are_kept_and_never_generated_twice(tmp_path: Path) -> None:
     first, again = Words(), Words()
     a, b, c = (Example(letter, "") for letter in "abc")
     ask(first, [a, b], {"base": None}, cache=Cache(tmp_path / "answers.jsonl"))
-    assert ask(again, [b, c], {"base": None}, cache=Cache(tmp_path / "answers.jsonl")) == {"base": ended("b", "c")}
+    assert ask(again, [b, c], {"base": None}, cache=Cache(tmp_path / "answers.jsonl")) == {
+        "base": ended("b", "c")
+    }
     assert again.asked["base"].prompts == [[ord("c")]]
 
 

@@ -75,7 +75,9 @@ def test_a_judge_that_always_prefers_the_first_gives_ties_and_total_disagreement
 
 def test_quality_does_not_pass_for_position_bias_where_one_order_was_not_read():
     # A judge without any liking for a position; it cannot read the better answer when that stands second.
-    found = judged(lambda f, s: None if s == "9" else by_number(f, s), ["9", "9", "4"], ["1", "1", "5"], retries=0)
+    found = judged(
+        lambda f, s: None if s == "9" else by_number(f, s), ["9", "9", "4"], ["1", "1", "5"], retries=0
+    )
     assert (found.judged, found.ratings - sum(found.unread.values())) == (1, 4)
     assert found.position_bias == 0.0  # all four readings together would give (8 + 8 - 1 + 1) / 4 = 4
 
@@ -91,7 +93,12 @@ def test_position_bias_weighs_both_orders_alike_however_often_each_was_read():
 def test_asked_in_one_order_a_question_counts_with_it_and_nothing_is_said_of_the_order():
     judge = Fake(lambda f, s: (9, 1))
     found = compare(judge, ask("a", "b"), ["x", "y"], ["z", "w"], cache=Cache(), repeats=2, both_orders=False)
-    assert [(s.first, s.second) for s in judge.seen] == [("x", "z"), ("x", "z"), ("y", "w"), ("y", "w")]  # ours first
+    assert [(s.first, s.second) for s in judge.seen] == [
+        ("x", "z"),
+        ("x", "z"),
+        ("y", "w"),
+        ("y", "w"),
+    ]  # ours first
     assert (found.both_orders, found.judged, found.ratings, found.win.count) == (False, 2, 4, 2)
     assert (found.totals, found.relative) == ((18.0, 2.0), 9.0)
     assert (found.order_disagreement, found.position_bias) == (None, None)
@@ -106,7 +113,10 @@ def test_one_order_and_both_share_what_is_kept():
 
 
 def test_one_order_leaves_out_ratings_of_the_other():
-    ratings = [Rating(0, False, Verdict(Scores((8.0,), (3.0,)))), Rating(0, True, Verdict(Scores((9.0,), (1.0,))))]
+    ratings = [
+        Rating(0, False, Verdict(Scores((8.0,), (3.0,)))),
+        Rating(0, True, Verdict(Scores((9.0,), (1.0,)))),
+    ]
     found = summarise(TOTAL, ratings, questions=1, both_orders=False)
     assert (found.totals, found.ratings, found.unread) == ((8.0, 3.0), 1, {})
 
@@ -161,7 +171,9 @@ def test_the_relative_score_is_the_ratio_of_the_sums():
 
 
 def test_the_score_difference_has_students_interval():
-    found = judged(by_number, ["3", "5", "7"], ["2", "3", "4"])  # differences 1, 2, 3: sd 1, t(0.975, 2) = 4.3027
+    found = judged(
+        by_number, ["3", "5", "7"], ["2", "3", "4"]
+    )  # differences 1, 2, 3: sd 1, t(0.975, 2) = 4.3027
     assert found.difference.mean == 2.0
     assert found.difference.ci95 == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), abs=1e-4)
 
@@ -186,7 +198,12 @@ def test_shares_have_clopper_pearsons_interval():
 def test_nothing_judged_is_no_share():
     found = judged(lambda f, s: "HTTP 500", ["a"], ["b"])
     assert found.judged == 0
-    assert (found.win.share, found.difference, found.relative, found.position_bias) == (None, None, None, None)
+    assert (found.win.share, found.difference, found.relative, found.position_bias) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert found.unread == {"HTTP 500": 2}
 
 

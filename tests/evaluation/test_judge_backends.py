@@ -70,7 +70,10 @@ class Engine:
         if isinstance(request, Generate):
             return [[ord(c) for c in self.said] for _ in request.prompts]
         assert isinstance(request, Score)
-        return [Scored(sum(0.1 if c in e.context else 1.0 for c in e.response), len(e.response)) for e in request.examples]
+        return [
+            Scored(sum(0.1 if c in e.context else 1.0 for c in e.response), len(e.response))
+            for e in request.examples
+        ]
 
 
 def local(engine: Engine | None = None, **options: Any) -> LocalModel:
@@ -96,7 +99,10 @@ def test_an_answer_that_holds_a_slot_stays_as_it_is():
 
 
 def test_other_braces_of_a_prompt_stay():
-    assert words('{"first": {x}} {question}{first}{second}', Shown(Example("Q", ""), "A", "B")) == '{"first": {x}} QAB'
+    assert (
+        words('{"first": {x}} {question}{first}{second}', Shown(Example("Q", ""), "A", "B"))
+        == '{"first": {x}} QAB'
+    )
 
 
 @pytest.mark.parametrize("slot", ["question", "first", "second"])
@@ -133,7 +139,9 @@ def test_a_local_model_judges_in_words():
 
 
 def test_a_local_model_that_cannot_judge_is_counted_not_guessed():
-    judge = PromptJudge(local(Engine("Once there was a fox."), temperature=1.0), ASPECTS, shipped_prompt(ASPECTS))
+    judge = PromptJudge(
+        local(Engine("Once there was a fox."), temperature=1.0), ASPECTS, shipped_prompt(ASPECTS)
+    )
     found = compare(judge, [Example("Q?", "")], ["A"], ["B"], cache=Cache())
     assert (found.judged, found.unread) == (0, {"malformed reply": 2})
 
@@ -170,7 +178,9 @@ def test_the_rule_judge_finds_the_right_answer():
 
 def test_two_right_answers_tie():
     [question] = [Example("Q?", "It is Monday.", rule="exact")]
-    assert compare(RuleJudge(), [question], ["It is Monday."], ["It  is Monday. "], cache=Cache()).tie.count == 1
+    assert (
+        compare(RuleJudge(), [question], ["It is Monday."], ["It  is Monday. "], cache=Cache()).tie.count == 1
+    )
 
 
 def test_a_question_without_a_rule_is_not_judged():
@@ -188,7 +198,9 @@ def likelihood(engine: Engine | None = None, **options: Any) -> LikelihoodJudge:
 def test_likelihood_is_that_of_the_reference_after_the_answer():
     shown = Shown(Example("?", "XZ"), "XQ", "ZX")
     [(_, said)] = likelihood().rate({"k": shown})
-    assert said.scores == Scores((pytest.approx(-0.55),), (pytest.approx(-0.1),))  # (0.1 + 1)/2, (0.1 + 0.1)/2
+    assert said.scores == Scores(
+        (pytest.approx(-0.55),), (pytest.approx(-0.1),)
+    )  # (0.1 + 1)/2, (0.1 + 0.1)/2
 
 
 def test_the_answer_nearer_to_the_reference_wins_in_either_order():
@@ -219,7 +231,9 @@ def test_each_answer_is_scored_once_for_both_orders():
 
 
 def test_what_does_not_fit_is_not_judged():
-    found = compare(likelihood(max_length=30), [Example("?", "XZ")] * 2, ["X", "X" * 50], ["Z", "Q"], cache=Cache())
+    found = compare(
+        likelihood(max_length=30), [Example("?", "XZ")] * 2, ["X", "X" * 50], ["Z", "Q"], cache=Cache()
+    )
     assert (found.judged, found.unread) == (1, {"question, answer and reference longer than max_length": 2})
 
 
@@ -265,17 +279,27 @@ def test_the_embedded_model_mostly_prefers_the_reference_to_another_questions_an
 
     model, tokenizer = load_base("embedded", device="cpu")
     template = Template(tokenizer, format="plain", max_length=256)
-    engine = LoraEngine.build(model, template.encode, lora=LoraSpec(), local=LocalTraining(), seed=0, tokens_per_pass=1024)
+    engine = LoraEngine.build(
+        model, template.encode, lora=LoraSpec(), local=LocalTraining(), seed=0, tokens_per_pass=1024
+    )
     questions = microworld.corpus(examples=64, seed=1)  # eight of each category, one category after the other
     right = [e.response for e in questions]
-    others = [right[i - i % 8 + (i + 1) % 8] for i in range(64)]  # the right answer to the next of its category
+    others = [
+        right[i - i % 8 + (i + 1) % 8] for i in range(64)
+    ]  # the right answer to the next of its category
     found = compare(LikelihoodJudge(engine, template, "embedded"), questions, right, others, cache=Cache())
     assert found.judged == 64
-    assert found.win.ci95[0] > 0.5  # more often than by chance; how often is no more than this tiny model can do
+    assert (
+        found.win.ci95[0] > 0.5
+    )  # more often than by chance; how often is no more than this tiny model can do
 
 
 def test_the_rubrics_are_those_of_the_papers():
-    assert (ASPECTS.aspects, ASPECTS.low, ASPECTS.high) == (("helpfulness", "relevance", "correctness", "coherence"), 1, 5)
+    assert (ASPECTS.aspects, ASPECTS.low, ASPECTS.high) == (
+        ("helpfulness", "relevance", "correctness", "coherence"),
+        1,
+        5,
+    )
     assert (TOTAL.low, TOTAL.high, len(TOTAL.aspects)) == (1, 10, 1)
     assert LIKELIHOOD.high == 0
     assert set(RUBRICS) == {"aspects", "total"}

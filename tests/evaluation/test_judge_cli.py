@@ -84,7 +84,11 @@ def test_by_default_the_rule_judges_the_run_against_its_base(run):
     result, written = judged(run)
     assert result.exit_code == 0, result.output
     assert "8 of 8 pairs judged" in result.output
-    assert (written["win"]["count"], written["against"], written["judge"]) == (8, "base", {"judge": "microworld rule"})
+    assert (written["win"]["count"], written["against"], written["judge"]) == (
+        8,
+        "base",
+        {"judge": "microworld rule"},
+    )
 
 
 def test_the_held_out_responses_can_be_the_opponent(run):
@@ -106,7 +110,19 @@ def test_fewer_questions_can_be_asked_for(run):
 
 
 def endpoint(server: Any, *options: str) -> list[str]:
-    return ["--judge", "endpoint", "--url", server.url, "--model", "m", "--rubric", "total", "--key-variable", "A_KEY", *options]
+    return [
+        "--judge",
+        "endpoint",
+        "--url",
+        server.url,
+        "--model",
+        "m",
+        "--rubric",
+        "total",
+        "--key-variable",
+        "A_KEY",
+        *options,
+    ]
 
 
 @pytest.fixture
@@ -163,13 +179,19 @@ def test_the_key_is_in_no_output_and_no_file(run, serve):
 
 
 def test_no_network_without_an_address(run):
-    for options in (["--judge", "endpoint", "--model", "m"], ["--judge", "rule", "--url", "http://localhost:1"]):
+    for options in (
+        ["--judge", "endpoint", "--model", "m"],
+        ["--judge", "rule", "--url", "http://localhost:1"],
+    ):
         result, _ = judged(run, *options)
         assert "belong together" in str(result.exception)
 
 
 def test_a_prompt_of_ones_own_is_used(run, longer, tmp_path):
-    (tmp_path / "p.txt").write_text("MINE {question} [Answer of assistant {first}\n[End of [Answer of assistant {second}\n[End of", "utf-8")
+    (tmp_path / "p.txt").write_text(
+        "MINE {question} [Answer of assistant {first}\n[End of [Answer of assistant {second}\n[End of",
+        "utf-8",
+    )
     judged(run, *endpoint(longer, "--yes", "--prompt", str(tmp_path / "p.txt")))
     assert all(p.startswith("MINE ") for p in longer.prompts)
     assert len(longer.prompts) == 16

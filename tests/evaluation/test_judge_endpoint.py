@@ -62,7 +62,9 @@ def test_tokens_that_the_server_counted_are_kept(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["I like both.", "", None, "9/10 3/10", "\x00\ud800"], ids=["prose", "empty", "refused", "fractions", "garbage"]
+    "text",
+    ["I like both.", "", None, "9/10 3/10", "\x00\ud800"],
+    ids=["prose", "empty", "refused", "fractions", "garbage"],
 )
 def test_malformed_verdicts_are_asked_again_and_counted(serve, text):
     server = serve(lambda n, prompt: text)
@@ -121,7 +123,9 @@ def test_spent_money_is_not_a_rate_limit(serve):
 
 
 def test_a_question_that_is_refused_does_not_stop_the_others(serve):
-    found = judged(serve(lambda n, prompt: refusal(400, "content_filter") if "question 2" in prompt else fair(n, prompt)))
+    found = judged(
+        serve(lambda n, prompt: refusal(400, "content_filter") if "question 2" in prompt else fair(n, prompt))
+    )
     assert (found.judged, found.unread) == (3, {"HTTP 400 Bad Request (content_filter)": 2})
 
 
@@ -155,7 +159,9 @@ def test_a_senseless_retry_after_is_no_obstacle(serve, nonsense):
 def test_a_rate_limit_longer_than_allowed_is_a_failure(serve):
     server = serve(lambda n, prompt: refusal(429, "rate_limit_exceeded", **{"Retry-After": "86400"}))
     found = judged(server, give_up_after=100)
-    assert set(found.unread) == {"HTTP 429 Too Many Requests (rate_limit_exceeded), asking for a longer wait than allowed"}
+    assert set(found.unread) == {
+        "HTTP 429 Too Many Requests (rate_limit_exceeded), asking for a longer wait than allowed"
+    }
     assert len(server.prompts) == 8  # each once
 
 
@@ -298,7 +304,13 @@ def test_neither_key_nor_prompt_appears_anywhere(serve, tmp_path, monkeypatch, c
     assert "Private" not in path.read_text("utf-8")  # a judge that quotes is another matter
     assert SECRET not in path.read_text("utf-8")
     printed = capfd.readouterr()
-    for said in (repr(found), str(found.plain()), repr(endpoint(server, key_variable="A_KEY")), printed.out, printed.err):
+    for said in (
+        repr(found),
+        str(found.plain()),
+        repr(endpoint(server, key_variable="A_KEY")),
+        printed.out,
+        printed.err,
+    ):
         assert SECRET not in said
         assert "Private" not in said
 
@@ -324,13 +336,17 @@ def test_an_unusable_key_is_refused_without_showing_it(monkeypatch, odd):
     assert SECRET not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["", "example.org/v1", "ftp://example.org", "file:///etc/passwd", "http://", "https://"])
+@pytest.mark.parametrize(
+    "url", ["", "example.org/v1", "ftp://example.org", "file:///etc/passwd", "http://", "https://"]
+)
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match="base URL"):
         Endpoint(url, "m")
 
 
-@pytest.mark.parametrize("url", [f"https://user:{SECRET}@example.org/v1", f"https://example.org/v1?key={SECRET}"])
+@pytest.mark.parametrize(
+    "url", [f"https://user:{SECRET}@example.org/v1", f"https://example.org/v1?key={SECRET}"]
+)
 def test_a_key_in_the_url_is_refused_without_showing_it(url):
     with pytest.raises(ConfigError) as refused:
         Endpoint(url, "m")
@@ -348,7 +364,9 @@ def test_a_key_does_not_travel_unencrypted_to_another_machine(monkeypatch):
 
 def test_cost_is_tokens_times_prices():
     found = estimate_cost(["x" * 3000] * 2, max_tokens=100, retries=1, prices=Prices(prompt=2.0, reply=10.0))
-    assert found == Estimate(2, 2000, 200, 0.006, 0.012)  # (2000 x 2 + 200 x 10) / 1e6; twice if each is asked again
+    assert found == Estimate(
+        2, 2000, 200, 0.006, 0.012
+    )  # (2000 x 2 + 200 x 10) / 1e6; twice if each is asked again
 
 
 def test_cost_without_prices_is_unknown_and_not_free():

@@ -75,14 +75,54 @@ def test_anything_else_has_no_aspects(reply):
     assert read_aspects(reply) is None
 
 
-@pytest.mark.parametrize("reply", ["8 7", "8, 7", " 8   7 \nBecause.", "8 7\r\nBecause.", "8.000 7\t", "\n\n8 7\n", "8.0 7.0", "<think>9 1</think>8 7\nSo."])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "8 7",
+        "8, 7",
+        " 8   7 \nBecause.",
+        "8 7\r\nBecause.",
+        "8.000 7\t",
+        "\n\n8 7\n",
+        "8.0 7.0",
+        "<think>9 1</think>8 7\nSo.",
+    ],
+)
 def test_two_numbers_on_the_first_line_are_the_total_scores(reply):
     assert read_total(reply) == Scores((8,), (7,))
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "8", "8 7 6", "87", "Scores: 8 7", "8/10 7/10", "11 7", "0 7", "-8 7", "8 vs 7", "eight seven", "Because.\n8 7", "8 7.",
-              "010 7", "08 07", "8 07", "8. 7", ".8 7", "8e0 7", "+8 7", "８ ７", "८ ७", "8\u30007", "8\u00a07", "8\n7", "8\u20287", "1" * 5000 + " 7"]
+    "reply",
+    [
+        "",
+        "8",
+        "8 7 6",
+        "87",
+        "Scores: 8 7",
+        "8/10 7/10",
+        "11 7",
+        "0 7",
+        "-8 7",
+        "8 vs 7",
+        "eight seven",
+        "Because.\n8 7",
+        "8 7.",
+        "010 7",
+        "08 07",
+        "8 07",
+        "8. 7",
+        ".8 7",
+        "8e0 7",
+        "+8 7",
+        "８ ７",
+        "८ ७",
+        "8\u30007",
+        "8\u00a07",
+        "8\n7",
+        "8\u20287",
+        "1" * 5000 + " 7",
+    ],
 )
 def test_anything_else_has_no_total(reply):
     assert read_total(reply) is None

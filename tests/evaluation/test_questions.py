@@ -31,7 +31,9 @@ def write(folder: Path, *rows: Any, name: str = "questions.jsonl") -> Path:
         ("self_instruct/user_oriented_instructions.jsonl", 252, None),
     ],
 )
-def test_published_questions_are_read_as_they_are(path: str, count: int, first: tuple[str, str, str] | None) -> None:
+def test_published_questions_are_read_as_they_are(
+    path: str, count: int, first: tuple[str, str, str] | None
+) -> None:
     found = load(SHARED / path)
     assert len(found) == count
     assert all(q.asked.instruction.strip() for q in found)
@@ -50,34 +52,61 @@ def test_of_several_turns_the_first_is_asked() -> None:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"instruction": "Do it.", "context": "On this.", "response": "Done."}, ("Do it.", "On this.", "Done.")),
+        (
+            {"instruction": "Do it.", "context": "On this.", "response": "Done."},
+            ("Do it.", "On this.", "Done."),
+        ),
         ({"instruction": "Do it.", "input": "On this.", "output": "Done."}, ("Do it.", "On this.", "Done.")),
         ({"question": "Why?", "answer": "So."}, ("Why?", "", "So.")),
         ({"prompt": "Go on."}, ("Go on.", "", "")),
         ({"text": "Say.", "category": "math"}, ("Say.", "", "")),
         ({"turns": ["One?", "Two?"], "reference": ["1", "2"]}, ("One?", "", "1")),
-        ({"instruction": "Do it.", "instances": [{"input": "A", "output": "B"}, {"input": "C", "output": "D"}]}, ("Do it.", "A", "B")),
+        (
+            {
+                "instruction": "Do it.",
+                "instances": [{"input": "A", "output": "B"}, {"input": "C", "output": "D"}],
+            },
+            ("Do it.", "A", "B"),
+        ),
     ],
-)  # fmt: skip
-def test_every_shape_of_a_question(tmp_path: Path, record: dict[str, Any], expected: tuple[str, str, str]) -> None:
+)
+def test_every_shape_of_a_question(
+    tmp_path: Path, record: dict[str, Any], expected: tuple[str, str, str]
+) -> None:
     found, _ = load(write(tmp_path, record, {"question": "Another?"}))
     assert (found.asked.instruction, found.asked.context, found.asked.response) == expected
 
 
 def test_a_record_without_a_question_is_named_with_its_fields_and_not_its_text(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "Why?"}, {"body": "Secret.", "title": "T"})
-    with pytest.raises(DataError, match=r"questions.jsonl:2  missing: no question under .*; its fields are body, title") as refused:
+    with pytest.raises(
+        DataError, match=r"questions.jsonl:2  missing: no question under .*; its fields are body, title"
+    ) as refused:
         load(path)
     assert "Secret" not in str(refused.value)
 
 
 def test_a_question_that_a_client_holds_is_left_out(tmp_path: Path) -> None:
-    questions = load(write(tmp_path, {"instruction": "What IS it?"}, {"instruction": "Who?"}, {"instruction": "Who?", "input": "Me."}))
+    questions = load(
+        write(
+            tmp_path,
+            {"instruction": "What IS it?"},
+            {"instruction": "Who?"},
+            {"instruction": "Who?", "input": "Me."},
+        )
+    )
     held = [Example("what is  it?", "That."), Example("Who?", "You.", "Me.")]
     assert [q.asked.instruction for q in without(questions, held)] == ["Who?"]
 
 
-MEDICAL = {"instruction": "Treat it.", "input": "A cold.", "difficulty": 2, "gpt-4": "Rest.", "claude-2": "Tea.", "topic": "Colds"}
+MEDICAL = {
+    "instruction": "Treat it.",
+    "input": "A cold.",
+    "difficulty": 2,
+    "gpt-4": "Rest.",
+    "claude-2": "Tea.",
+    "topic": "Colds",
+}
 
 
 def test_stored_answers_are_every_column_of_text_that_is_neither_question_nor_label(tmp_path: Path) -> None:
@@ -105,11 +134,15 @@ def test_stored_answers_are_found_by_instruction_and_context(tmp_path: Path) -> 
 
 
 def test_stored_answers_may_have_another_name(tmp_path: Path) -> None:
-    assert answers(write(tmp_path, {"instruction": "What?", "output": "That."}), ASKED[:1], "output") == ["That."]
+    assert answers(write(tmp_path, {"instruction": "What?", "output": "That."}), ASKED[:1], "output") == [
+        "That."
+    ]
 
 
 def test_a_name_that_no_record_has_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"1 of 1 records have no text under 'gpt-5'; they have instruction, input, gpt-4"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 records have no text under 'gpt-5'; they have instruction, input, gpt-4"
+    ):
         answers(write(tmp_path, MEDICAL), [Example("Treat it.", "", "A cold.")], "gpt-5")
 
 

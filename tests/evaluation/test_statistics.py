@@ -50,7 +50,9 @@ def test_pairing_removes_what_both_rows_share() -> None:
     assert found.p_value < 0.001 < float(stats.ttest_ind(a, shared).pvalue)
 
 
-@pytest.mark.parametrize(("a", "b"), [([1.0], [0.0]), ([1.0, 2.0], [0.0, 1.0])], ids=["one seed", "no spread"])
+@pytest.mark.parametrize(
+    ("a", "b"), [([1.0], [0.0]), ([1.0, 2.0], [0.0, 1.0])], ids=["one seed", "no spread"]
+)
 def test_where_a_test_is_undefined_there_is_no_p_value(a: list[float], b: list[float]) -> None:
     assert paired(a, b).p_value is None
     assert paired(a, b).estimate.mean == 1.0

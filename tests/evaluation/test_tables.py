@@ -15,7 +15,11 @@ Pairs = Sequence[tuple[float, float] | None]  # (baseline, federated) of each qu
 
 def compared(pairs: Pairs) -> Comparison:
     ratings = [
-        Rating(q, swapped, Failed("no reply") if pair is None else Verdict(Scores((pair[swapped],), (pair[not swapped],))))
+        Rating(
+            q,
+            swapped,
+            Failed("no reply") if pair is None else Verdict(Scores((pair[swapped],), (pair[not swapped],))),
+        )
         for q, pair in enumerate(pairs)
         for swapped in (False, True)
     ]
@@ -91,7 +95,10 @@ def test_a_scale_without_a_zero_has_no_ratio() -> None:
 
 
 def test_ratios_within_categories() -> None:
-    assert table([(2, 3), (4, 8)], [(2, 5), (4, 8)], categories=["a", "b"]).categories == {"a": 2.0, "b": 2.0}  # (3 + 5) / (2 + 2), 16 / 8
+    assert table([(2, 3), (4, 8)], [(2, 5), (4, 8)], categories=["a", "b"]).categories == {
+        "a": 2.0,
+        "b": 2.0,
+    }  # (3 + 5) / (2 + 2), 16 / 8
 
 
 WON, TIED, LOST = (2.0, 1.0), (1.0, 1.0), (1.0, 2.0)

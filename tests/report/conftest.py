@@ -141,15 +141,35 @@ METHODS = """
 name = "fewfedpit"
 private_share = 0.6
 """
-LEAKAGE = {"base": (1.4, 0.15, 0.5), "FedIT": (4.0, 0.5, 0.7), "FedPIT v1": (3.0, 0.4, 0.6), "Few 0.2": (2.0, 0.3, 0.6),
-           "federated": (2.5, 0.35, 0.6), "centralised": (6.0, 0.7, 0.8)}  # fmt: skip
+LEAKAGE = {
+    "base": (1.4, 0.15, 0.5),
+    "FedIT": (4.0, 0.5, 0.7),
+    "FedPIT v1": (3.0, 0.4, 0.6),
+    "Few 0.2": (2.0, 0.3, 0.6),
+    "federated": (2.5, 0.35, 0.6),
+    "centralised": (6.0, 0.7, 0.8),
+}
 SYNTHESIS = {
     "federated": {
         "counts": {"generated": 10, "kept": 6, "filtered/verbatim": 3, "failed/empty": 1, "repeated": 2},
         "samples": {
-            "kept": [{"client": "client-000", "index": 0, "instruction": "Name a fish.", "context": "", "response": "A cod."}],
+            "kept": [
+                {
+                    "client": "client-000",
+                    "index": 0,
+                    "instruction": "Name a fish.",
+                    "context": "",
+                    "response": "A cod.",
+                }
+            ],
             "filtered/verbatim": [
-                {"client": "client-001", "index": 3, "instruction": "<b>Say</b> it.", "context": "Here.", "response": "Word."}
+                {
+                    "client": "client-001",
+                    "index": 3,
+                    "instruction": "<b>Say</b> it.",
+                    "context": "Here.",
+                    "response": "Word.",
+                }
             ],
         },
     }
@@ -180,13 +200,25 @@ def methods_folder(tmp_path: Path) -> Callable[..., Path]:
             for place in ("federated", "centralised", "local_only", "method-fedit", "method-few-0.2"):
                 records = make_records(dataset, rounds=rounds, cohort=4, seed=seed)
                 for r in records:
-                    told = {"exposure": 1.4 + r["round"] / 2 + chance.uniform(-0.1, 0.1), "extraction": 0.2, "auc": 0.5}
+                    told = {
+                        "exposure": 1.4 + r["round"] / 2 + chance.uniform(-0.1, 0.1),
+                        "extraction": 0.2,
+                        "auc": 0.5,
+                    }
                     r["leakage"] = told if leakage and place != "local_only" else None
                 write_journal(folder / f"seed-{seed}" / place, records)
         records = make_records(dataset, rounds=rounds, cohort=4, seed=0)
         write_json(
             folder / "summary.json",
-            summarise("compare", experiment, dataset, results, records=records, adapter_sha256="a" * 64, engine=ENGINE),
+            summarise(
+                "compare",
+                experiment,
+                dataset,
+                results,
+                records=records,
+                adapter_sha256="a" * 64,
+                engine=ENGINE,
+            ),
         )
         return folder
 
@@ -198,7 +230,12 @@ def audited() -> dict[str, Any]:
     """As `fedloom audit` writes it, of a model that leaks planted secrets and nothing else."""
 
     def share(hits: int, of: int) -> dict[str, Any]:
-        return {"hits": hits, "of": of, "value": hits / of, "ci95": [max(0.0, hits / of - 0.2), min(1.0, hits / of + 0.2)]}
+        return {
+            "hits": hits,
+            "of": of,
+            "value": hits / of,
+            "ci95": [max(0.0, hits / of - 0.2), min(1.0, hits / of + 0.2)],
+        }
 
     def group(mean: float) -> dict[str, Any]:
         return {"rouge_l": {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}}
@@ -210,14 +247,25 @@ def audited() -> dict[str, Any]:
         return {"bits": bits, "mean": sum(bits) / len(bits), "p_value": p}
 
     extraction = {
-        row: {"members": group(x), "held_out": group(0.2), "memorised": {"mean": x - 0.2, "ci95": [x - 0.4, x]}}
+        row: {
+            "members": group(x),
+            "held_out": group(0.2),
+            "memorised": {"mean": x - 0.2, "ci95": [x - 0.4, x]},
+        }
         for row, x in (("base", 0.2), ("released", 0.3))
     }
     scores = ("loss", "reference", "zlib", "min_k", "min_k_plus")
     level = {"n": 1, "p": 0.5, "share": share(0, 6)}
     suffixes = {side: {"extractable": [level]} for side in ("members", "held_out")}
     told = {
-        "inversion": {"recall": 0.3, "chance": 0.02, "chance_sd": 0.01, "tokens": 90, "ci95": [0.25, 0.4], "held_out": share(1, 40)},
+        "inversion": {
+            "recall": 0.3,
+            "chance": 0.02,
+            "chance_sd": 0.01,
+            "tokens": 90,
+            "ci95": [0.25, 0.4],
+            "held_out": share(1, 40),
+        },
         "membership": separation(0.55),
     }
     fished = {"client-000": {"coverage": share(0, 6), "decoys": share(0, 8)}}
@@ -231,12 +279,17 @@ def audited() -> dict[str, Any]:
                 "extraction": extraction,
                 "discoverable": {"base": suffixes, "released": suffixes},
                 "ranking": {"base": {"all": share(0, 64)}, "released": {"all": share(0, 64)}},
-                "membership": {row: {s: separation(0.5 + 0.05 * (s == best)) for s in scores} for row, best in (("base", ""), ("released", "zlib"))},
+                "membership": {
+                    row: {s: separation(0.5 + 0.05 * (s == best)) for s in scores}
+                    for row, best in (("base", ""), ("released", "zlib"))
+                },
                 "exposure": {
                     "released": {
                         "calibrated": {
-                            "planted": exposed([6.5, 7.0, 3.2, 5.0], 0.0001), "held_out": exposed([0.2, 0.7, 1.5, 2.5], 0.6),
-                            "ceiling": 7.0, "leaks": True,
+                            "planted": exposed([6.5, 7.0, 3.2, 5.0], 0.0001),
+                            "held_out": exposed([0.2, 0.7, 1.5, 2.5], 0.6),
+                            "ceiling": 7.0,
+                            "leaks": True,
                         },
                         "loss": {"planted": exposed([4.5, 6.0, 2.2, 4.0], 0.001)},
                     },
@@ -251,7 +304,7 @@ def audited() -> dict[str, Any]:
         "one_run": {"epsilon": 0.0, "correct": 2, "guesses": 2},
         "gate": [],
         "passed": None,
-    }  # fmt: skip
+    }
 
 
 def write_journal(folder: Path, records: list[dict[str, Any]]) -> None:

@@ -24,7 +24,9 @@ def text(folder: Path, audited: Audit | None) -> str:
 
 
 def lines(audited: Audit) -> dict[str, readings.Line]:
-    return {line.measure: line for group in audit.shown(audited, "a" * 64)["groups"].values() for line in group}
+    return {
+        line.measure: line for group in audit.shown(audited, "a" * 64)["groups"].values() for line in group
+    }
 
 
 def test_a_run_nobody_audited_says_how_to(run_folder: Folder) -> None:

@@ -22,7 +22,10 @@ def test_a_page_of_every_section_is_light(methods_folder: Callable[..., Path], t
 
 def test_a_preview_of_a_partition_is_light_and_has_its_table(tmp_path: Path) -> None:
     clients = [{"client": f"c{i}", "size": 2, "counts": {"a": 1, "b": 1}, "distance": 0.0} for i in range(3)]
-    made = page.write_partition({"by": "category", "distance": 0.0, "totals": {"a": 3, "b": 3}, "clients": clients}, tmp_path / "p.html")
+    made = page.write_partition(
+        {"by": "category", "distance": 0.0, "totals": {"a": 3, "b": 3}, "clients": clients},
+        tmp_path / "p.html",
+    )
     assert made.stat().st_size <= 1_000_000
     text = made.read_text("utf-8")
     assert "Content-Security-Policy" in text

@@ -80,8 +80,12 @@ def test_of_losses_the_lower_is_said_to_be_lower() -> None:
 
 def compared(**means: float) -> dict[str, Any]:
     """Federated 0.38 beside clients alone at 0.09 at best, and what `means` says."""
-    found = summary({"base": 0.05, "local mean": 0.07, "local best": 0.09, "federated": 0.38, **means}, (0.29, 0.2, 0.38))
-    found["experiment"]["compare"] = {"methods": {"FedMIT": {"name": "fedmit"}, "LocIT+SA": {"name": "self_augmented"}}}
+    found = summary(
+        {"base": 0.05, "local mean": 0.07, "local best": 0.09, "federated": 0.38, **means}, (0.29, 0.2, 0.38)
+    )
+    found["experiment"]["compare"] = {
+        "methods": {"FedMIT": {"name": "fedmit"}, "LocIT+SA": {"name": "self_augmented"}}
+    }
     return found
 
 
@@ -99,7 +103,9 @@ def test_clients_alone_are_a_rival_whatever_method_they_tune_by() -> None:
 def test_the_base_is_no_rival_where_there_are_others_even_weaker_ones() -> None:
     worse = {"base": 0.5, "local mean": 0.2, "local best": 0.3, "federated": 0.4}
     assert "against 30% for the best single client" in findings.verdict(summary(worse, (0.1, 0.05, 0.15)))[0]
-    assert "Better on average is the untuned base model (50.0%)." in findings.verdict(summary(worse, (0.1, 0.05, 0.15)))
+    assert "Better on average is the untuned base model (50.0%)." in findings.verdict(
+        summary(worse, (0.1, 0.05, 0.15))
+    )
 
 
 def test_where_the_base_is_all_there_is_it_is_the_rival() -> None:
@@ -107,7 +113,9 @@ def test_where_the_base_is_all_there_is_it_is_the_rival() -> None:
 
 
 def test_of_losses_the_strongest_rival_has_the_lowest() -> None:
-    said = findings.verdict(summary({"base": 3.0, "local best": 2.1, "Mine": 1.5, "federated": 1.9}, metric="loss"))
+    said = findings.verdict(
+        summary({"base": 3.0, "local best": 2.1, "Mine": 1.5, "federated": 1.9}, metric="loss")
+    )
     assert "against 1.500 for Mine: 0.400 higher" in said[0]
     assert "Better on average is Mine (1.500)." in said
 
@@ -128,7 +136,11 @@ def with_own_mix(*gains: int, clients: int = 8) -> dict[str, Any]:
     found = summary(TABLE, (0.41, 0.35, 0.47), seeds=len(gains))
     counts = {"gain": gains, "tie": [2] * len(gains), "lose": [clients - 2 - g for g in gains]}
     seeds = [{"seed": i, "clients": {f"c{c}": {} for c in range(clients)}} for i in range(len(gains))]
-    table = {o: {"mean": e.mean, "ci95": e.ci95, "values": e.values} for o, n in counts.items() for e in [estimate(n)]}
+    table = {
+        o: {"mean": e.mean, "ci95": e.ci95, "values": e.values}
+        for o, n in counts.items()
+        for e in [estimate(n)]
+    }
     return {**found, "own_mix": {"rule": {"seeds": seeds, **table}}}
 
 

@@ -28,7 +28,9 @@ def named(figure: Any) -> dict[str, Any]:
     return {trace.name: trace for trace in figure.data if trace.name}
 
 
-def test_a_comparison_without_leakage_has_no_such_figure(methods_folder: Folder, compare_folder: Folder) -> None:
+def test_a_comparison_without_leakage_has_no_such_figure(
+    methods_folder: Folder, compare_folder: Folder
+) -> None:
     assert made(methods_folder(leakage=False)) == {}
     assert made(compare_folder(seeds=2)) == {}
 

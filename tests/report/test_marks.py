@@ -23,7 +23,12 @@ def contrast(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("ground", PAGES)
 def test_every_mark_stands_out_on_both_pages(ground: str) -> None:
-    used = {*marks.ROW_COLOURS.values(), *marks.GROUP_COLOURS, *marks.METHOD_COLOURS, *sum(synthesis.HUES.values(), ())}
+    used = {
+        *marks.ROW_COLOURS.values(),
+        *marks.GROUP_COLOURS,
+        *marks.METHOD_COLOURS,
+        *sum(synthesis.HUES.values(), ()),
+    }
     assert {c: contrast(c, ground) for c in used if contrast(c, ground) < 3} == {}
 
 

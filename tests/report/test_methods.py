@@ -85,7 +85,9 @@ def test_no_single_client_is_a_row_of_the_table(methods_folder: Folder) -> None:
     assert len(findings.single_clients(summary)) == 12  # three kinds of four clients
 
 
-def test_many_differences_are_split_into_those_of_the_federated_row_and_the_rest(methods_folder: Folder) -> None:
+def test_many_differences_are_split_into_those_of_the_federated_row_and_the_rest(
+    methods_folder: Folder,
+) -> None:
     parts = page._differences(read(methods_folder()))["rule"]
     assert all("Federated" in (d["a"], d["b"]) for d in parts["first"])
     assert len(parts["first"]) + len(parts["others"]) == 66  # 12 rows: 12 * 11 / 2
@@ -125,7 +127,9 @@ def test_a_narrow_terminal_loses_metrics_and_never_names(methods_folder: Folder,
     assert all(name in said for name in ("FedPIT v1 personal mean", "global", "rule", "exposure"))
 
 
-def test_the_terminal_names_models_and_leaves_best_clients_of_methods_to_the_page(methods_folder: Folder) -> None:
+def test_the_terminal_names_models_and_leaves_best_clients_of_methods_to_the_page(
+    methods_folder: Folder,
+) -> None:
     shown = terminal(read(methods_folder()), width=200)
     assert re.search(r"federated \(FewFedPIT\) +│ global", shown)
     assert "LocIT+SA mean" in shown
@@ -134,7 +138,9 @@ def test_the_terminal_names_models_and_leaves_best_clients_of_methods_to_the_pag
     assert "LocIT+SA:" not in shown
 
 
-def test_the_terminal_drops_exact_only_where_leakage_is_shown(methods_folder: Folder, compare_folder: Folder) -> None:
+def test_the_terminal_drops_exact_only_where_leakage_is_shown(
+    methods_folder: Folder, compare_folder: Folder
+) -> None:
     assert "exact" not in terminal(read(methods_folder()))
     assert "exact" in terminal(read(compare_folder()))
 

@@ -298,8 +298,15 @@ def test_the_gate_s_result_stands_at_the_top(compare_folder: Folder, audited: di
 
 def test_the_page_says_when_and_from_which_data_and_by_whom_only_if_told(run_folder: Folder) -> None:
     folder = run_folder()
-    told = {"by": None, "started": "2026-01-02T03:04:05+00:00", "finished": "2026-01-02T04:04:05+00:00", "source": "dolly",
-            "files": ["dolly.jsonl"], "licence": "CC-BY-SA-3.0", "data_sha256": "c" * 64}  # fmt: skip
+    told = {
+        "by": None,
+        "started": "2026-01-02T03:04:05+00:00",
+        "finished": "2026-01-02T04:04:05+00:00",
+        "source": "dolly",
+        "files": ["dolly.jsonl"],
+        "licence": "CC-BY-SA-3.0",
+        "data_sha256": "c" * 64,
+    }
     change(folder, provenance=told)
     text = folder_text(folder)
     assert "2026-01-02 03:04:05 UTC" in text
@@ -323,7 +330,9 @@ def test_who_gains_by_taking_part_is_on_the_page_with_every_seed(run_folder: Fol
     folder = run_folder()
     clients = {c: {"shared": 0.5, "alone": 0.4, "outcome": "gain"} for c in ("a", "b")}
     seeds = [{"seed": s, "clients": clients} for s in (0, 1)]
-    counts = {o: {"mean": n, "ci95": [n, n], "values": [n, n]} for o, n in (("gain", 2), ("tie", 0), ("lose", 0))}
+    counts = {
+        o: {"mean": n, "ci95": [n, n], "values": [n, n]} for o, n in (("gain", 2), ("tie", 0), ("lose", 0))
+    }
     change(folder, own_mix={"rule": {"seeds": seeds, **counts}})
     text = folder_text(folder)
     assert "of 2 clients 2.0 (2.0 to 2.0) gain by taking part" in text

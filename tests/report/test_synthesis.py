@@ -60,7 +60,9 @@ def test_an_unknown_fate_is_shown_all_the_same() -> None:
     assert told["fates"][0]["meaning"] == "Dropped by a filter."
 
 
-def test_texts_are_collapsed_escaped_and_said_to_be_there_in_a_simulation_only(methods_folder: Folder) -> None:
+def test_texts_are_collapsed_escaped_and_said_to_be_there_in_a_simulation_only(
+    methods_folder: Folder,
+) -> None:
     shown = section(methods_folder())
     assert "<b>Say</b>" not in shown
     assert "<b>Say</b> it." in unescape(shown)

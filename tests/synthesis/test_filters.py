@@ -23,7 +23,9 @@ SUMMARY = Example(
     "My name is Rosa Hale and I live at nine Mill Lane. I would like to come in May because my knee still hurts.",
 )
 LOCAL = [FEVER, SUMMARY]
-NEW = Example("Name three vegetables that contain a lot of iron.", "Spinach, lentils and beans contain much iron.")
+NEW = Example(
+    "Name three vegetables that contain a lot of iron.", "Spinach, lentils and beans contain much iron."
+)
 
 
 def local(**limits: object) -> LocalTexts:
@@ -142,7 +144,12 @@ def test_a_passage_is_found_in_whichever_field_it_lands() -> None:
 def test_a_passage_that_is_all_of_a_local_text_is_found() -> None:
     eight = "one two three four five six seven eight"
     texts = LocalTexts([Example(eight, "")], Filters())
-    assert texts.example(Example("Count for me, please, as far as you can go today.", f"I say {eight} and no further")) == "verbatim"
+    assert (
+        texts.example(
+            Example("Count for me, please, as far as you can go today.", f"I say {eight} and no further")
+        )
+        == "verbatim"
+    )
 
 
 SCRIPTS = [script for script in TEXTS if script != "emoji"]  # which begin no instruction
@@ -218,7 +225,9 @@ def test_the_index_misses_no_near_copy() -> None:
 
 
 def test_a_planted_copy_is_found_among_thousands() -> None:
-    crowd = [Example(f"Question {i} about topic {i % 97} and matter {i % 89}", f"Answer {i}") for i in range(5000)]
+    crowd = [
+        Example(f"Question {i} about topic {i % 97} and matter {i % 89}", f"Answer {i}") for i in range(5000)
+    ]
     texts = LocalTexts([*crowd, FEVER], Filters())
     assert texts.example(FEVER) == "copy"
     assert texts.instruction(FEVER.instruction) == "near-instruction"
@@ -227,7 +236,14 @@ def test_a_planted_copy_is_found_among_thousands() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [{"shortest": 0}, {"shortest": 9, "longest": 8}, {"rouge_instruction": 1.1}, {"rouge_example": -0.1}, {"verbatim": -1}, {"repeats": 1}],
+    [
+        {"shortest": 0},
+        {"shortest": 9, "longest": 8},
+        {"rouge_instruction": 1.1},
+        {"rouge_example": -0.1},
+        {"verbatim": -1},
+        {"repeats": 1},
+    ],
 )
 def test_limits_that_make_no_sense_are_refused(limits: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(limits))):

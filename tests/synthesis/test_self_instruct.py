@@ -22,7 +22,10 @@ from tests.fakes import state
 
 BEGIN, END = 1, 2
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ivy", "Jon", "Kim", "Lou"]
-OWN = [Example(f"How old is {name} by now?", f"{name} turned {30 + i} in spring.") for i, name in enumerate(NAMES)]
+OWN = [
+    Example(f"How old is {name} by now?", f"{name} turned {30 + i} in spring.")
+    for i, name in enumerate(NAMES)
+]
 NEW = "Name a river that flows through {} countries."
 
 
@@ -66,10 +69,14 @@ def fluent(prompt: str) -> str:
 
 def synthesizer(**settings: Any) -> SelfInstruct:
     filters = settings.pop("filters", Filters(verbatim=0, rouge_instruction=0.99))
-    return SelfInstruct(encode=encode, decode=decode, stop=frozenset({END}), filters=filters, **{"candidates": 6, **settings})
+    return SelfInstruct(
+        encode=encode, decode=decode, stop=frozenset({END}), filters=filters, **{"candidates": 6, **settings}
+    )
 
 
-def made(say: Callable[[str], str] = fluent, examples: Sequence[Example] = OWN, **settings: Any) -> tuple[Synthesis, Writer]:
+def made(
+    say: Callable[[str], str] = fluent, examples: Sequence[Example] = OWN, **settings: Any
+) -> tuple[Synthesis, Writer]:
     engine = Writer(say)
     [found] = drive({"c": synthesizer(**settings)(examples, state(1.0), stream=("c", 0))}, engine)
     return found, engine
@@ -83,7 +90,11 @@ def answering(response: str) -> Callable[[str], str]:
 def is_summed_up(found: Synthesis) -> bool:
     counts = dict(found.counts)
     repeated, generated, kept = (counts.pop(key) for key in ("repeated", "generated", "kept"))
-    return generated == kept + sum(counts.values()) == len(found.candidates) and kept == len(found.examples) and repeated >= 0
+    return (
+        generated == kept + sum(counts.values()) == len(found.candidates)
+        and kept == len(found.examples)
+        and repeated >= 0
+    )
 
 
 def test_a_fluent_model_gives_as_many_examples_as_asked_for() -> None:
@@ -125,13 +136,21 @@ def test_the_examples_shown_differ_from_draw_to_draw() -> None:
 
 def test_a_context_is_shown_as_an_input() -> None:
     told = replace(OWN[0], context="Ada was born in May.")
-    assert "Instruction: How old is Ada by now?\nInput: Ada was born in May.\nOutput: Ada" in Wording().response_prompt([told], "x")
+    assert (
+        "Instruction: How old is Ada by now?\nInput: Ada was born in May.\nOutput: Ada"
+        in Wording().response_prompt([told], "x")
+    )
 
 
 def test_a_demonstration_cannot_break_the_format_it_is_shown_in() -> None:
     broken = Example("How\nold?", "One.\n\nTwo.", "A.\n\nB.")
     assert "Task 1: How old?\n" in Wording().instruction_prompt([broken])
-    assert Wording().response_prompt([broken], "x").split("\n\n")[1].endswith("Input: A.\nB.\nOutput: One.\nTwo.")
+    assert (
+        Wording()
+        .response_prompt([broken], "x")
+        .split("\n\n")[1]
+        .endswith("Input: A.\nB.\nOutput: One.\nTwo.")
+    )
 
 
 def test_every_request_goes_to_the_adapter_that_was_handed_in() -> None:
@@ -150,7 +169,10 @@ def test_the_prompts_of_several_clients_are_answered_together_and_no_different()
     synthesize, engine = synthesizer(), Writer(fluent)
     clients = {"a": OWN[:9], "b": OWN[3:], "c": OWN}
     steps = lambda c: synthesize(clients[c], state(1.0), stream=(c, 4))  # noqa: E731
-    together = {found.candidates[0].example.id.split("/")[0]: found for found in drive({c: steps(c) for c in clients}, engine)}
+    together = {
+        found.candidates[0].example.id.split("/")[0]: found
+        for found in drive({c: steps(c) for c in clients}, engine)
+    }
     assert [sorted(map(str, round)) for round in engine.asked] == [["a", "b", "c"]] * 2
     for client in clients:
         assert list(drive({client: steps(client)}, Writer(fluent))) == [together[f"synthetic:{client}"]]
@@ -224,7 +246,13 @@ def test_what_is_more_than_was_asked_for_is_counted_and_not_answered() -> None:
     lists = iter(range(100))
     found, engine = made(lambda p: "\n" if p.endswith(":") and next(lists) == 2 else fluent(p))
     assert [len(r.prompts) for round in engine.asked for r in round.values()] == [6, 3, 6]
-    assert dict(found.counts) == {"generated": 9, "kept": 6, "failed/empty": 1, "filtered/surplus": 2, "repeated": 0}
+    assert dict(found.counts) == {
+        "generated": 9,
+        "kept": 6,
+        "failed/empty": 1,
+        "filtered/surplus": 2,
+        "repeated": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -249,13 +277,19 @@ def test_every_bad_instruction_is_dropped_with_its_reason(said: str, fate: str) 
 
 
 def test_the_same_instruction_twice_is_kept_once() -> None:
-    found, _ = made(lambda p: " What is a river made of?\n" if p.endswith(":") else "Output: Water.", attempts=6)
+    found, _ = made(
+        lambda p: " What is a river made of?\n" if p.endswith(":") else "Output: Water.", attempts=6
+    )
     assert dict(found.counts) == {"generated": 6, "kept": 1, "filtered/duplicate": 5, "repeated": 0}
 
 
 def test_the_same_instruction_with_another_input_may_count_as_distinct() -> None:
     def say(prompt: str) -> str:
-        return " Sum up the text in a line.\n" if prompt.endswith(":") else f"Input: Text {crc32(prompt.encode()) % 3}.\nOutput: Good."
+        return (
+            " Sum up the text in a line.\n"
+            if prompt.endswith(":")
+            else f"Input: Text {crc32(prompt.encode()) % 3}.\nOutput: Good."
+        )
 
     found, _ = made(say, distinct="sample", attempts=6)
     assert {e.context for e in found.examples} <= {"Text 0.", "Text 1.", "Text 2."}
@@ -330,8 +364,18 @@ def test_an_input_that_says_there_is_none_is_none(nothing: str) -> None:
 def test_an_answer_that_copies_a_local_example_is_dropped() -> None:
     filters = Filters(rouge_instruction=1.0)
     copied = OWN[5]
-    found, _ = made(lambda p: f" {copied.instruction}\n" if p.endswith(":") else f"Output: {copied.response}\n\n", filters=filters, attempts=6)
-    assert dict(found.counts) == {"generated": 6, "kept": 0, "filtered/copy": 1, "filtered/duplicate": 5, "repeated": 0}
+    found, _ = made(
+        lambda p: f" {copied.instruction}\n" if p.endswith(":") else f"Output: {copied.response}\n\n",
+        filters=filters,
+        attempts=6,
+    )
+    assert dict(found.counts) == {
+        "generated": 6,
+        "kept": 0,
+        "filtered/copy": 1,
+        "filtered/duplicate": 5,
+        "repeated": 0,
+    }
 
 
 def test_an_answer_ends_where_the_next_task_begins() -> None:
@@ -370,7 +414,8 @@ def test_samples_show_a_few_of_each_fate() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"candidates": 0}, {"trials": 0}, {"distinct": "both"}, {"context_length": 512}, {"worked": -1}]
+    "settings",
+    [{"candidates": 0}, {"trials": 0}, {"distinct": "both"}, {"context_length": 512}, {"worked": -1}],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
