@@ -25,8 +25,9 @@ os.environ.update(
 
 import torch
 
-from fedloom.config import load
-from fedloom.experiment import load_data, load_machine
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.machine import load_machine
+from fedloom.experiment.settings import load
 from fedloom.messages import Update
 from fedloom.state import AdapterState
 from fedloom.steps import Fit

@@ -55,8 +55,8 @@ def peak_of(clients: int, rounds: int) -> float:
 
 
 def one(clients: int, rounds: int, folder: Path) -> None:
-    from fedloom.config import load
-    from fedloom.simulate import run
+    from fedloom.experiment.commands import run
+    from fedloom.experiment.settings import load
 
     run(load("quickstart", settings(clients, rounds)), folder)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedloom.config import load
 from fedloom.evaluation.answers import answers_of
 from fedloom.evaluation.cache import Cache
-from fedloom.experiment import load_data, load_machine
-from fedloom.simulate import adapter_of, compare, run
+from fedloom.experiment.commands import adapter_of, compare, run
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.machine import load_machine
+from fedloom.experiment.settings import load
 
 
 def main(folder: Path, overrides: list[str]) -> None:

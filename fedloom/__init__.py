@@ -1,4 +1,4 @@
 """fedloom: federated instruction tuning of large language models.
 
-Start reading at `fedloom/federation.py`, the round loop; start using at `fedloom.simulate`.
+Start reading at `fedloom/federation.py`, the round loop; start using at `fedloom.experiment.commands`.
 """

@@ -25,20 +25,21 @@ os.environ.update(
     OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1"
 )  # before torch reads them
 
-from fedloom import checkpoint
 from fedloom.attacks import discoverable
 from fedloom.attacks.release import Limits, best_auc, gate
-from fedloom.audit import lower_bound, of_public
-from fedloom.compare import federated
-from fedloom.config import Experiment, parse
 from fedloom.data.example import Example
 from fedloom.data.partition import partition_table
-from fedloom.experiment import Dataset, Machine, load_machine
-from fedloom.leakage import Targets
+from fedloom.experiment.audit import lower_bound, of_public
+from fedloom.experiment.comparison import federated
+from fedloom.experiment.datasets import Dataset
+from fedloom.experiment.leakage import Targets
+from fedloom.experiment.machine import Machine, load_machine
+from fedloom.experiment.settings import Experiment, parse
+from fedloom.experiment.training import Listener, Training
 from fedloom.rng import numpy_stream
-from fedloom.run import Listener, Training
 from fedloom.state import AdapterState
 from fedloom.steps import Generate
+from fedloom.storage import checkpoint
 
 CLIENTS, STORIES, CANARIES, WORDS = 4, 25, 16, 24
 LOOK = 16  # rounds

@@ -29,9 +29,9 @@ os.environ.update(
 )  # before torch reads them
 
 import fedloom.cli.display
-import fedloom.simulate
+import fedloom.experiment.commands
 from fedloom.cli.main import main as fedloom
-from fedloom.config import load
+from fedloom.experiment.settings import load
 
 TINY = [
     "quickstart",

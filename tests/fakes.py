@@ -14,11 +14,12 @@ from fedloom import rng
 from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
-from fedloom.config import Experiment
 from fedloom.data.example import Example
 from fedloom.data.partition import partition_table
-from fedloom.experiment import Dataset, Machine, Skeleton, load_skeleton
-from fedloom.run import Training
+from fedloom.experiment.datasets import Dataset
+from fedloom.experiment.machine import Machine, Skeleton, load_skeleton
+from fedloom.experiment.settings import Experiment
+from fedloom.experiment.training import Training
 from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Fitted, Score, Scored, Steps, drive

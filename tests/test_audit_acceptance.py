@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.experiment import load_machine
+from fedloom.experiment.machine import load_machine
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "audit_acceptance.py"
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from fedloom import checkpoint, durable, preflight, results, simulate
-from fedloom.config import load
 from fedloom.errors import RunError
+from fedloom.experiment import commands, preflight, summary
+from fedloom.experiment.settings import load
+from fedloom.experiment.training import Listener
 from fedloom.report import card, page
-from fedloom.run import Listener
+from fedloom.storage import checkpoint, durable
 from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton, training
 from tests.faulty_disk import FaultyDisk, Killed, Mode
 
@@ -31,13 +32,13 @@ TOY = experiment(
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole runs in milliseconds: everything but the model, the data, what people read and fsync is real."""
-    monkeypatch.setattr(simulate, "load_data", lambda *_, **__: dataset(FOUR))
-    monkeypatch.setattr(simulate, "load_machine", lambda _: machine(ToyEngine()))
-    monkeypatch.setattr(simulate, "_serving", lambda *_: NoFiles())
-    monkeypatch.setattr(simulate, "load_skeleton", lambda _: skeleton())
+    monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FOUR))
+    monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(commands, "_serving", lambda *_: NoFiles())
+    monkeypatch.setattr(commands, "load_skeleton", lambda _: skeleton())
     monkeypatch.setattr(page, "write", lambda folder: durable.write(folder / "report.html", b"a page"))
     monkeypatch.setattr(card, "model_card", lambda summary: "a card")
-    monkeypatch.setattr(results, "environment", dict)
+    monkeypatch.setattr(summary, "environment", dict)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -51,7 +52,7 @@ class Told(Listener):
 
 
 def start_or_resume(folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
-    return simulate.run(TOY, folder, resume=(folder / "experiment.toml").exists(), listener=listener)
+    return commands.run(TOY, folder, resume=(folder / "experiment.toml").exists(), listener=listener)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -165,13 +166,13 @@ def test_a_crash_before_the_page_costs_no_page(toy: None, tmp_path: Path) -> Non
 def test_resuming_another_experiment_is_refused(toy: None, tmp_path: Path) -> None:
     start_or_resume(tmp_path)
     with pytest.raises(RunError, match="of another training: seed differs"):
-        simulate.run(TOY.with_(seed=1), tmp_path, resume=True)
+        commands.run(TOY.with_(seed=1), tmp_path, resume=True)
 
 
 def test_a_folder_with_a_run_is_not_started_over(toy: None, tmp_path: Path) -> None:
     start_or_resume(tmp_path)
     with pytest.raises(RunError, match="already holds a run"):
-        simulate.run(TOY, tmp_path)
+        commands.run(TOY, tmp_path)
 
 
 # --- real processes ------------------------------------------------------------------------------------------

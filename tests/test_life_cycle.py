@@ -14,15 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from fedloom import compare, preflight, simulate
-from fedloom.config import load
 from fedloom.data.prompt_form import chat_template
 from fedloom.engine.models import load_base
 from fedloom.errors import ConfigError, DataError, ModelError, RunError
-from fedloom.experiment import Machine, load_data, load_machine, load_skeleton
-from fedloom.simulate import adapter_of, evaluate, export, run
+from fedloom.experiment import commands, comparison, preflight
+from fedloom.experiment.commands import adapter_of, evaluate, export, run
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.machine import Machine, load_machine, load_skeleton
+from fedloom.experiment.settings import load
 from fedloom.steps import Generate
-from tests.test_cli import TINY, refused, type_in
+from tests.cli.test_cli import TINY, refused, type_in
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -113,7 +114,9 @@ def test_answers_that_cannot_fit_end_a_run_before_its_first_round(tmp_path: Path
 def test_answers_that_cannot_fit_end_a_comparison_before_any_worker_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda _: pytest.fail("a worker was started"))
+    monkeypatch.setattr(
+        comparison.multiprocessing, "get_context", lambda _: pytest.fail("a worker was started")
+    )
     assert "evaluation.max_new_tokens" in refused(
         "compare", *TINY, "evaluation.max_new_tokens=4000", "--out", tmp_path / "x"
     )
@@ -229,7 +232,7 @@ def test_a_measurement_that_fails_leaves_the_adapter_and_says_how_to_go_on(
         raise DataError("the last stage failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulate, "measure", broken)
+        patch.setattr(commands, "measure", broken)
         said = refused("run", *TINY, "--out", tmp_path / "run")
     assert "the last stage failed" in said
     assert f"fedloom run --resume --out {tmp_path / 'run'} evaluation.max_new_tokens=32" in said
@@ -247,16 +250,16 @@ def test_a_comparison_has_its_adapter_although_no_seed_could_be_measured(
     folder, small = tmp_path / "table", [*TINY, "compare.seeds=1"]
 
     def seeds(experiment: Any, folder: Path, *, jobs: int) -> Any:
-        for seed, its in compare.seed_folders(experiment, folder).items():
-            compare.one_seed(its, seed)
-            yield compare.progress(experiment, folder)
+        for seed, its in comparison.seed_folders(experiment, folder).items():
+            comparison.one_seed(its, seed)
+            yield comparison.progress(experiment, folder)
 
     def broken(*_: Any, **__: Any) -> Any:
         raise DataError("the last stage failed")
 
-    monkeypatch.setattr(simulate, "all_seeds", seeds)
+    monkeypatch.setattr(commands, "all_seeds", seeds)
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "measure", broken)
+        patch.setattr(comparison, "measure", broken)
         said = refused("compare", *small, "--out", folder)
     assert f"fedloom compare --resume --out {folder}" in said
     assert (folder / "adapter" / "adapter_model.safetensors").exists()

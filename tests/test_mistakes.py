@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedloom import compare, folders, simulate
 from fedloom.cli import arguments
 from fedloom.cli.progress import CompareDisplay, Screen
-from fedloom.config import load, parse, recipes
 from fedloom.errors import ConfigError, RunError
-from tests.test_cli import TINY, refused, type_in
+from fedloom.experiment import commands, comparison
+from fedloom.experiment.settings import load, parse, recipes
+from fedloom.storage import folders
+from tests.cli.test_cli import TINY, refused, type_in
 
 HEAVY = {"torch", "transformers", "peft", "scipy", "sklearn", "plotly"}
 
@@ -182,17 +183,17 @@ def test_what_was_quarantined_is_kept(here: Path, monkeypatch: pytest.MonkeyPatc
         quarantine.write_text("{}\n")
         raise ConfigError("no use")
 
-    monkeypatch.setattr(simulate, "load_data", fails)
+    monkeypatch.setattr(commands, "load_data", fails)
     with pytest.raises(ConfigError):
-        simulate.run(load("quickstart", TINY), here / "x")
+        commands.run(load("quickstart", TINY), here / "x")
     assert (here / "x" / "quarantine.jsonl").exists()
 
 
 def test_a_folder_that_somebody_else_works_in_is_not_taken_away(here: Path) -> None:
-    from fedloom import checkpoint
+    from fedloom.storage import checkpoint
 
     with checkpoint.lock(here / "x"), pytest.raises(RunError, match="in use"):
-        simulate.run(load("quickstart", TINY), here / "x")
+        commands.run(load("quickstart", TINY), here / "x")
     assert (here / "x").is_dir()
 
 
@@ -204,20 +205,20 @@ def test_an_export_that_fails_leaves_no_half_of_it(here: Path, monkeypatch: pyte
 
     begin(here / "run")
     monkeypatch.setattr(
-        simulate,
+        commands,
         "load_machine",
         lambda _: SimpleNamespace(base_sha256="", describe=lambda: {"conv1d": False}),
     )
-    monkeypatch.setattr(simulate, "adapter_of", lambda *_: None)
-    monkeypatch.setattr(simulate, "_save", half)
+    monkeypatch.setattr(commands, "adapter_of", lambda *_: None)
+    monkeypatch.setattr(commands, "_save", half)
     with pytest.raises(OSError, match="No space"):
-        simulate.export(here / "run", here / "out", merged=False)
+        commands.export(here / "run", here / "out", merged=False)
     assert [p.name for p in here.iterdir()] == ["run"]
 
 
 def test_no_seed_at_a_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="jobs=0"):
-        simulate.compare(load("quickstart"), tmp_path / "x", jobs=0)
+        commands.compare(load("quickstart"), tmp_path / "x", jobs=0)
     assert not (tmp_path / "x").exists()
 
 
@@ -309,17 +310,17 @@ def test_a_comparison_in_a_log_file_says_what_begins_and_little_more(
 ) -> None:
     experiment = load("quickstart", ["rounds=50", "compare.seeds=1"])
 
-    def seen(rounds: int, finished: int, doing: Mapping[int, compare.Doing]) -> compare.Progress:
-        return compare.Progress(rounds, 150, finished, doing)
+    def seen(rounds: int, finished: int, doing: Mapping[int, comparison.Doing]) -> comparison.Progress:
+        return comparison.Progress(rounds, 150, finished, doing)
 
     with Screen(here) as screen:
         display = CompareDisplay(experiment, screen)
         display.show(seen(0, 0, {}))
-        display.show(seen(0, 0, {0: compare.Doing()}))
+        display.show(seen(0, 0, {0: comparison.Doing()}))
         for row in ("local", "federated", "centralised"):
             for round in range(1, 51):
-                display.show(seen(round, 0, {0: compare.Doing("training", row, round, 0.5)}))
-        display.show(seen(150, 0, {0: compare.Doing("answering 8 questions by 4 models", "centralised")}))
+                display.show(seen(round, 0, {0: comparison.Doing("training", row, round, 0.5)}))
+        display.show(seen(150, 0, {0: comparison.Doing("answering 8 questions by 4 models", "centralised")}))
         display.show(seen(150, 1, {}))
     assert capsys.readouterr().err.splitlines() == [
         f"quickstart: local-only, federated and centralised over 1 seed, in {here}",
@@ -335,8 +336,8 @@ def test_a_comparison_in_a_log_file_says_what_begins_and_little_more(
 
 def test_an_interrupted_run_is_told_how_to_go_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin(here / "begun", rounds=1)
-    for folder in ("begun", "not begun"):
-        with pytest.raises(KeyboardInterrupt), Screen(Path(folder)):
+    for place in ("begun", "not begun"):
+        with pytest.raises(KeyboardInterrupt), Screen(Path(place)):
             raise KeyboardInterrupt
     assert (
         capsys.readouterr().err

@@ -78,15 +78,16 @@ def test_the_help_page_needs_no_torch():
 HEAVY = {"torch", "transformers", "peft", "scipy", "sklearn", "plotly"}
 
 
-@pytest.mark.parametrize("module", ["fedloom.config", "fedloom.experiment"])
+@pytest.mark.parametrize("module", ["fedloom.experiment.settings", "fedloom.experiment.build"])
 def test_settings_and_data_are_read_without_torch(module):
     code = f"""
         import sys
         from {module} import *
-        from fedloom import config, experiment
-        its = config.load("fedpit-microworld")
+        from fedloom.experiment import settings
+        from fedloom.experiment import build, datasets
+        its = settings.load("fedpit-microworld")
         its.with_(adapter={{"rank": 2}}, transport={{"codec": "int4"}}).fingerprint()
-        experiment.load_data(its)
+        datasets.load_data(its)
         assert not {HEAVY} & set(sys.modules), set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.config import PARTS, load, parse, recipes
 from fedloom.data.microworld import corpus
 from fedloom.errors import DataError
-from fedloom.experiment import load_data
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.settings import PARTS, load, parse, recipes
 
 NAMES = sorted(recipes())
 

@@ -15,8 +15,8 @@ from scipy import stats
 
 from fedloom.attacks.intervals import Proportion, proportion
 from fedloom.errors import ConfigError
-from fedloom.rounding import is_constant, rounding
 from fedloom.state import AdapterState
+from fedloom.statistics import is_constant, rounding
 
 BASE = "base"  # the row of the untuned base, which every attack is mounted on too
 

@@ -13,8 +13,8 @@ import typer
 from fedloom.errors import RunError
 
 if TYPE_CHECKING:
-    from fedloom.config import Experiment
-    from fedloom.folders import Kind
+    from fedloom.experiment.settings import Experiment
+    from fedloom.storage.folders import Kind
 
 
 def complete_what(incomplete: str) -> Iterator[str]:
@@ -24,13 +24,13 @@ def complete_what(incomplete: str) -> Iterator[str]:
 
 
 def complete_recipe(incomplete: str) -> Iterator[str]:
-    from fedloom.config import recipes
+    from fedloom.experiment.settings import recipes
 
     yield from (name for name in recipes() if name.startswith(incomplete))
 
 
 def complete_run(incomplete: str) -> Iterator[str]:
-    from fedloom.folders import RUNS
+    from fedloom.storage.folders import RUNS
 
     if RUNS.name.startswith(incomplete):
         yield from _paths(f"{RUNS}{os.sep}", files=False)
@@ -73,27 +73,30 @@ RunFolder = Annotated[
 
 def load_what(what: str, overrides: list[str] | None) -> Experiment:
     """The experiment of a recipe, a file or a run, with its settings changed."""
-    from fedloom import config, folders
+    from fedloom.experiment import settings
+    from fedloom.storage import folders
 
     what, overrides = first_is_override(what, overrides)
-    if what not in config.recipes() and os.path.isdir(what):
+    if what not in settings.recipes() and os.path.isdir(what):
         folders.expect_run(Path(what))
-    return config.load(what, overrides)
+    return settings.load(what, overrides)
 
 
 def load_finished(run: Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment of a run whose training has ended, with its settings changed."""
-    from fedloom import config, folders
+    from fedloom.experiment import settings
+    from fedloom.storage import folders
 
     folders.expect_finished(run)
-    return config.load(run / folders.EXPERIMENT, overrides or [])
+    return settings.load(run / folders.EXPERIMENT, overrides or [])
 
 
 def experiment_and_folder(
     what: str, overrides: list[str] | None, out: Path | None, resume: bool, *, kind: Kind
 ) -> tuple[Experiment, Path]:
     """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
-    from fedloom import config, folders
+    from fedloom.experiment import settings
+    from fedloom.storage import folders
 
     if not resume:
         experiment = load_what(what, overrides)
@@ -112,7 +115,7 @@ def experiment_and_folder(
     except RunError as why:
         raise RunError(f"Nothing to resume. {why}") from why
     folders.expect_kind(folder, kind)
-    return config.load(folder / folders.EXPERIMENT, overrides), folder
+    return settings.load(folder / folders.EXPERIMENT, overrides), folder
 
 
 def look_at_data(experiment: Experiment) -> None:
@@ -120,7 +123,7 @@ def look_at_data(experiment: Experiment) -> None:
 
     Groups of alike texts take long to find and are left to the run, as is what the library `datasets` reads.
     """
-    from fedloom.experiment import load_data
+    from fedloom.experiment.datasets import load_data
 
     data = experiment.data
     if data.source != "hub" and data.clusters is None:
@@ -135,7 +138,7 @@ def first_is_override(what: str, overrides: list[str] | None) -> tuple[str, list
 
 
 def fresh_folder(name: str) -> Path:
-    from fedloom.folders import RUNS
+    from fedloom.storage.folders import RUNS
 
     number = 1
     while (folder := RUNS / f"{name}-{number}").exists():

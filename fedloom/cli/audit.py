@@ -63,7 +63,7 @@ def command(
     """
     load_finished(run)
     from fedloom.attacks.release import Limits
-    from fedloom.audit import AUDIT, FULL, SAMPLES, audit
+    from fedloom.experiment.audit import AUDIT, FULL, SAMPLES, audit
     from fedloom.report import page, readings
 
     limits = Limits(

@@ -16,7 +16,7 @@ from fedloom.cli.console import counted, err, note, out
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
-    from fedloom.config import Experiment
+    from fedloom.experiment.settings import Experiment
 
 HELP = """Every instruction stands alone, as in training. A context goes after "||": What is it about? || The text.
 /base  switch between the tuned and the untuned model
@@ -39,8 +39,8 @@ def command(
     experiment = load_finished(run)
     note("[dim]loading the base model[/]")
     from fedloom.engine.generation import stream
-    from fedloom.experiment import load_machine
-    from fedloom.simulate import adapter_of
+    from fedloom.experiment.commands import adapter_of
+    from fedloom.experiment.machine import load_machine
 
     machine = load_machine(experiment)
     tuned = adapter_of(run, machine)

@@ -36,7 +36,7 @@ def command(
     with Screen(folder) as screen:
         display = CompareDisplay(experiment, screen)
         from fedloom.cli.display import print_summary  # only now, since torch comes with it
-        from fedloom.simulate import compare
+        from fedloom.experiment.commands import compare
 
         if jobs is None:
             jobs = (

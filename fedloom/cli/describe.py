@@ -13,8 +13,8 @@ from fedloom.cli.console import complain, counted, notes, out, say, size
 from fedloom.errors import FedloomError
 
 if TYPE_CHECKING:
-    from fedloom.config import Experiment
-    from fedloom.plan import Plan
+    from fedloom.experiment.plan import Plan
+    from fedloom.experiment.settings import Experiment
 
 
 def command(
@@ -38,7 +38,7 @@ def command(
     except (FedloomError, OSError) as unread:
         complain(str(unread))  # at once; the rest takes seconds
         told = True
-    from fedloom.plan import plan
+    from fedloom.experiment.plan import plan
 
     p = plan(experiment)
     if p.problem is not None and not told:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from fedloom.cli.console import counted, out, say, warn
+from fedloom.experiment.summary import model_of
 from fedloom.report import endings, findings
-from fedloom.results import model_of
 
 TITLES = {
     "rule": "rule ↑",

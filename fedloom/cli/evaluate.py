@@ -14,7 +14,7 @@ def command(run: RunFolder, overrides: Overrides = None) -> None:
     experiment = load_finished(run, overrides)
     look_at_data(experiment)
     from fedloom.cli.display import metrics_table, prompts_cut
-    from fedloom.simulate import evaluate
+    from fedloom.experiment.commands import evaluate
 
     result = evaluate(experiment, run)
     out.print(metrics_table({row: found["metrics"] for row, found in result["rows"].items()}))

@@ -42,10 +42,11 @@ def command(
     load_finished(run, overrides)
     if to is not Form.tensorboard and folder.exists():
         raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
-    from fedloom import simulate, tensorboard
+    from fedloom.experiment import commands
+    from fedloom.report import tensorboard
 
     if to is Form.tensorboard:
         tensorboard.export(run, folder)
     else:
-        simulate.export(run, folder, merged=to is Form.merged, overrides=overrides or [])
+        commands.export(run, folder, merged=to is Form.merged, overrides=overrides or [])
     say(f"Wrote {folder}")

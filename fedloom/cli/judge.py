@@ -12,14 +12,14 @@ from rich.markup import escape
 
 from fedloom.cli.arguments import Overrides, RunFolder, load_finished
 from fedloom.cli.console import note, out, say
-from fedloom.config import Judge
 from fedloom.errors import ConfigError, RunError
+from fedloom.experiment.settings import Judge
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedloom.config import Experiment
     from fedloom.evaluation.pairwise import Comparison, Share
+    from fedloom.experiment.settings import Experiment
     from fedloom.report.judged import Table as Judged
 
 
@@ -184,9 +184,9 @@ def _with_judge(
 
 
 def judge_and_print(folder: Path, experiment: Experiment, yes: bool) -> None:
-    from fedloom.judging import judge
+    from fedloom.experiment.judging import judge
+    from fedloom.experiment.summary import JUDGED
     from fedloom.report import page
-    from fedloom.results import JUDGED
 
     if not (folder / "summary.json").exists():
         raise RunError(
@@ -247,11 +247,12 @@ def _judge_run(
     from fedloom.evaluation.cache import Cache
     from fedloom.evaluation.judge import compare
     from fedloom.evaluation.questions import answers
-    from fedloom.experiment import load_data, load_machine
-    from fedloom.judges import build, how, judged_by, tell_cost
-    from fedloom.judging import questions_of
-    from fedloom.results import ANSWERS, write_json
-    from fedloom.simulate import adapter_of
+    from fedloom.experiment.commands import adapter_of
+    from fedloom.experiment.datasets import load_data
+    from fedloom.experiment.judges import build, how, judged_by, tell_cost
+    from fedloom.experiment.judging import questions_of
+    from fedloom.experiment.machine import load_machine
+    from fedloom.experiment.summary import ANSWERS, write_json
 
     test, _ = questions_of(experiment, load_data(experiment))
     machine = load_machine(experiment)

@@ -42,7 +42,7 @@ def command(
         raise ConfigError(
             f"There is no folder {to.parent} to write {to.name} in. Make it, or choose another --out."
         )
-    from fedloom.experiment import load_data
+    from fedloom.experiment.datasets import load_data
 
     dataset = load_data(load_what(what, overrides))
     notes(dataset.notes)

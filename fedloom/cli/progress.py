@@ -17,13 +17,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapsedColumn
 from rich.text import Text
 
-from fedloom import folders
 from fedloom.cli.console import counted, duration, err, note, notes, size, warn
-from fedloom.config import Experiment
-from fedloom.listener import Listener
+from fedloom.experiment.observers import Listener
+from fedloom.experiment.settings import Experiment
+from fedloom.storage import folders
 
 if TYPE_CHECKING:
-    from fedloom import compare
+    from fedloom.experiment import comparison
     from fedloom.federation import Round
     from fedloom.messages import ClientId
 
@@ -158,7 +158,7 @@ class CompareDisplay:
         if not err.is_terminal:
             note(LOADING)
 
-    def show(self, progress: compare.Progress) -> None:
+    def show(self, progress: comparison.Progress) -> None:
         done = progress.rounds + sum(doing.part for doing in progress.doing.values())
         if self._start is None and any(doing.round for doing in progress.doing.values()):
             self._start, self._began = done, time.monotonic()
@@ -179,12 +179,12 @@ class CompareDisplay:
             f"about {duration((time.monotonic() - self._began) / (done - self._start) * (total - done))} left"
         ]
 
-    def _told(self, doing: compare.Doing) -> str:
+    def _told(self, doing: comparison.Doing) -> str:
         if not doing.round:
             return doing.phase
         return f"training {doing.row}, round {min(doing.round, self._rounds)} of {self._rounds}"
 
-    def _speak(self, progress: compare.Progress, total: str) -> None:
+    def _speak(self, progress: comparison.Progress, total: str) -> None:
         """A line where a seed begins something else, and now and then one about how far all of them are."""
         known = {
             seed: (doing.phase, doing.row if doing.round else "") for seed, doing in progress.doing.items()

@@ -19,7 +19,7 @@ def command(
     with Screen(folder) as screen:
         display = RunDisplay(experiment, screen)
         from fedloom.cli.display import print_summary  # only now, since torch comes with it
-        from fedloom.simulate import run
+        from fedloom.experiment.commands import run
 
         summary = run(experiment, folder, resume=resume, listener=display)
     print_summary(summary, folder)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom import durable
+from fedloom.storage import durable
 
 
 def key_of(**parts: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.evaluation.statistics import estimate
+from fedloom.statistics import estimate
 
 Groups = Mapping[str, Mapping[str, float]]  # group -> metric -> value, of one row
 

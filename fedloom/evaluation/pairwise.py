@@ -22,10 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import binomtest
 
-from fedloom.evaluation.statistics import Estimate, paired
 from fedloom.evaluation.verdicts import Failed, Rubric, Scores, Verdict, overall
 from fedloom.rng import numpy_stream
-from fedloom.rounding import is_constant
+from fedloom.statistics import Estimate, is_constant, paired
 
 Outcome = Literal["win", "tie", "lose"]
 DRAWS = 2000  # bootstrap resamples of the questions

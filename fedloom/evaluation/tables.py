@@ -14,8 +14,8 @@ from statistics import fmean
 import numpy as np
 
 from fedloom.evaluation.pairwise import DRAWS, Comparison, share
-from fedloom.evaluation.statistics import Estimate, estimate
 from fedloom.rng import numpy_stream
+from fedloom.statistics import Estimate, estimate
 
 
 @dataclass(frozen=True)

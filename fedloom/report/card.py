@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedloom.config import Experiment
+from fedloom.experiment.settings import Experiment
 from fedloom.report import endings, findings
 
 DATA = {

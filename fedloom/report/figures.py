@@ -13,6 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from fedloom.experiment.summary import LOCAL
 from fedloom.report.findings import (
     axis,
     byte_size,
@@ -37,7 +38,6 @@ from fedloom.report.marks import (
     symbol,
 )
 from fedloom.report.rounds import Part, Record, What, base_loss, loss_curve, mean_curve, part
-from fedloom.results import LOCAL
 
 FAINT = "rgba(128,128,128,0.14)"
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.evaluation.own_mix import OUTCOMES
+from fedloom.experiment.summary import COIN, LOCAL, LOWER, better, improves, is_single, model_of
 from fedloom.report.terms import ALGORITHMS, LEAKS, METRICS, SHORT, TITLES, Metric
 from fedloom.report.terms import NOT_SEEN as NOT_SEEN
-from fedloom.results import COIN, LOCAL, LOWER, better, improves, is_single, model_of
 
 Summary = Mapping[str, Any]
 Interval = Sequence[float] | None

@@ -7,7 +7,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedloom.evaluation.statistics import Estimate, estimate
 from fedloom.report import figures
 from fedloom.report.findings import (
     LEAKS,
@@ -30,6 +29,7 @@ from fedloom.report.findings import (
 )
 from fedloom.report.pictures import Journals, Picture
 from fedloom.report.rounds import Record
+from fedloom.statistics import Estimate, estimate
 
 CHANCE = {"exposure": (NOT_SEEN, "never seen"), "auc": (0.5, "a coin")}  # what a model that saw nothing gets
 SWEPT = "fewfedpit"

@@ -18,10 +18,19 @@ from typing import Any
 import tomli_w
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedloom import durable, journal
 from fedloom.data.text import folded
 from fedloom.errors import RunError
 from fedloom.evaluation.own_mix import COUNTED, OUTCOMES
+from fedloom.experiment.summary import (
+    LOCAL,
+    LOWER,
+    SCHEMA,
+    better,
+    improves,
+    is_single,
+    read_judged,
+    read_summary,
+)
 from fedloom.report import (
     audit,
     bundle,
@@ -35,7 +44,7 @@ from fedloom.report import (
     synthesis,
 )
 from fedloom.report.pictures import Journals
-from fedloom.results import LOCAL, LOWER, SCHEMA, better, improves, is_single, read_judged, read_summary
+from fedloom.storage import durable, journal
 
 NEEDED = (
     "kind",

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from jinja2.utils import htmlsafe_json_dumps
 
 from fedloom.evaluation.own_mix import in_mix
+from fedloom.experiment.summary import LOCAL, is_single
 from fedloom.report import figures, rounds
 from fedloom.report.findings import (
     Summary,
@@ -28,7 +29,6 @@ from fedloom.report.findings import (
     value,
 )
 from fedloom.report.rounds import Record, What
-from fedloom.results import LOCAL, is_single
 
 Journals = Mapping[str, Sequence[Sequence[Record]]]  # row -> seeds -> records
 

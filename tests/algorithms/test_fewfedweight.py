@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fedloom import checkpoint
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.fewfedweight import FewFedWeight, adapted, energy_weights
-from fedloom.checkpoint import Checkpoint
 from fedloom.errors import ConfigError, EmptyCohort
 from fedloom.messages import Update
 from fedloom.steps import Generate, Score
+from fedloom.storage import checkpoint
+from fedloom.storage.checkpoint import Checkpoint
 from tests.algorithms.talking import Echoing, Making, federate, fits, one_round
 from tests.fakes import numbers, say, state
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedloom.config import load
 from fedloom.data.canaries import Canaries, copies
 from fedloom.errors import ConfigError
-from fedloom.experiment import load_data
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.settings import load
 
 
 def test_each_secret_is_there_as_often_as_asked() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.config import load
 from fedloom.data import sources
 from fedloom.data.example import Example, Turn
 from fedloom.data.held_out import hold_out
 from fedloom.data.records import Reading
 from fedloom.errors import ConfigError, DataError
-from fedloom.experiment import build_algorithm
+from fedloom.experiment.build import build_algorithm
+from fedloom.experiment.settings import load
 from tests.fakes import dataset as toy
 from tests.fakes import machine
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.config import load, parse
 from fedloom.data import sources
 from fedloom.errors import ConfigError, DataError
-from fedloom.experiment import load_data
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.settings import load, parse
 
 
 def write(path: Path, rows: list[dict]) -> Path:

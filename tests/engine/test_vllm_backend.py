@@ -8,11 +8,11 @@ from textwrap import dedent
 import pytest
 from tiny_models import engine, examples, llama, moved
 
-from fedloom.config import load
 from fedloom.engine.peft_format import load_adapter
 from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError, ModelError
-from fedloom.experiment import load_machine
+from fedloom.experiment.machine import load_machine
+from fedloom.experiment.settings import load
 from fedloom.steps import Fit, Generate
 
 FAKE = """

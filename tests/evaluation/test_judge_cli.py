@@ -12,12 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import fedloom.simulate  # noqa: F401  before a test replaces what it imports
+import fedloom.experiment.commands  # noqa: F401  before a test replaces what it imports
 from fedloom.cli import judge
-from fedloom.config import load
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
-from fedloom.experiment import Machine, load_data
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.machine import Machine
+from fedloom.experiment.settings import load
 from tests.evaluation.endpoint_server import SECRET, serve
 from tests.fakes import state
 
@@ -67,8 +68,8 @@ def run(tmp_path, monkeypatch) -> Path:
     test = load_data(experiment).test
     engine = Parrot({e.instruction: e.response for e in test})
     machine = Machine(engine, Letters(), None, "base's sha256", "base's sha256")  # type: ignore[arg-type]
-    monkeypatch.setattr("fedloom.experiment.load_machine", lambda _: machine)
-    monkeypatch.setattr("fedloom.simulate.adapter_of", lambda *_: state(1.0))
+    monkeypatch.setattr("fedloom.experiment.machine.load_machine", lambda _: machine)
+    monkeypatch.setattr("fedloom.experiment.commands.adapter_of", lambda *_: state(1.0))
     return folder
 
 

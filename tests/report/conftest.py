@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fedloom.config import Experiment, parse
 from fedloom.data import partition
 from fedloom.data.example import Example
-from fedloom.experiment import Dataset
-from fedloom.results import summarise, write_json
+from fedloom.experiment.datasets import Dataset
+from fedloom.experiment.settings import Experiment, parse
+from fedloom.experiment.summary import summarise, write_json
 
 KINDS = (
     "brainstorming",

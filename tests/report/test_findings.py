@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fedloom.evaluation.statistics import estimate
 from fedloom.report import findings
+from fedloom.statistics import estimate
 
 
 def summary(

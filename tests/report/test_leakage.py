@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedloom import compare
-from fedloom.config import parse
-from fedloom.evaluation.statistics import estimate
+from fedloom.experiment import comparison
+from fedloom.experiment.settings import parse
 from fedloom.report import findings, leakage, page
+from fedloom.statistics import estimate
 
 Folder = Callable[..., Path]
 
@@ -106,7 +106,7 @@ def test_a_band_is_the_interval_over_seeds() -> None:
 
 def test_a_page_looks_for_a_method_where_a_comparison_keeps_it() -> None:
     experiment = parse('[compare.methods]\n"Few 0.2" = "fedavg"\n"LocIT+SA" = "fedavg"', "x")
-    kept = {label: folder for folder, (label, _) in compare.trainings(experiment).items()}
+    kept = {label: folder for folder, (label, _) in comparison.trainings(experiment).items()}
     assert {label: page.method_folder(label) for label in experiment.compare.methods} == {
         label: kept[label] for label in experiment.compare.methods
     }

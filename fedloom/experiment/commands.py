@@ -1,0 +1,393 @@
+"""The two things one does with an experiment, as functions: `run` it, or `compare` its rows.
+
+from fedloom.experiment.settings import load
+from fedloom.experiment.commands import run
+
+summary = run(load("quickstart", ["rounds=4"]), Path("runs/mine"))
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedloom.data.prompt_form import chat_template
+from fedloom.engine.layout import AdapterLayout
+from fedloom.engine.models import base_folder
+from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
+from fedloom.engine.serving import Serving, recorded_base
+from fedloom.errors import ConfigError, ModelError, RunError
+from fedloom.evaluation.cache import Cache
+from fedloom.experiment import judging, preflight
+from fedloom.experiment.comparison import (
+    Progress,
+    all_seeds,
+    federated,
+    measuring,
+    models_of,
+    progress,
+    read_result,
+    seed_folders,
+    synthesis_of,
+)
+from fedloom.experiment.datasets import Dataset, load_data
+from fedloom.experiment.machine import Machine, Skeleton, load_machine, load_skeleton
+from fedloom.experiment.settings import UNTRAINED, Experiment, changed, load, parse
+from fedloom.experiment.summary import ANSWERS, measure, read_summary, summarise, write_json
+from fedloom.experiment.training import INPUTS, Listener
+from fedloom.report import card, endings, page
+from fedloom.state import AdapterState
+from fedloom.storage import checkpoint, durable, folders, journal
+
+
+def run(
+    experiment: Experiment, folder: Path, *, resume: bool = False, listener: Listener = Listener()
+) -> dict[str, Any]:
+    """Train, evaluate and export one experiment in `folder`; returns what summary.json holds.
+
+    With `resume`, goes on from the newest committed round; a finished run is only read. However often
+    it is interrupted and resumed, the adapter is the same to the bit. Raises: FedloomError.
+    """
+    experiment = experiment.anchored()
+    with _claimed(folder, experiment, resume=resume):
+        finished = _finished(folder, experiment)
+        if finished is not None:
+            return finished
+        folders.expect_kind(folder, "run")
+        listener.phase("reading the data")
+        dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        listener.noted(dataset.notes)
+        _checked(experiment, folder, [dataset], compared=False)
+        listener.phase("loading the base model")
+        machine = load_machine(experiment)
+        if not machine.end_reachable:
+            listener.warned(endings.unreachable(machine.template.end_text))
+        training = federated(experiment, dataset, machine, folder)
+        state = training.finish(listener)
+        conv1d = bool(machine.describe()["conv1d"])
+        _save(
+            folder / "adapter",
+            experiment,
+            machine,
+            state.adapter,
+            machine.base_sha256,
+            conv1d,
+            card.unmeasured(experiment),
+        )
+        rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
+        with measuring(folder, "run"):
+            result = measure(
+                experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase
+            )
+        if made := synthesis_of(training):
+            result["synthesis"] = {"federated": made}
+        summary = summarise(
+            "run",
+            experiment,
+            dataset,
+            [result],
+            records=journal.read(folder / "metrics.jsonl"),
+            adapter_sha256=state.adapter.sha256(),
+            engine=machine.describe(),
+            when=_when(folder),
+        )
+        _finish(folder, summary)
+    return summary
+
+
+def compare(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_notes: Callable[[Sequence[str]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
+
+    `jobs` seeds run at a time, each in a process of its own. Resumes like `run`, seed by seed.
+    """
+    if not experiment.algorithm.shared:
+        raise ConfigError(
+            f'algorithm = "{experiment.algorithm.name}" trains no shared model to compare with others. '
+            "Choose one that does, and give this one a row: compare.methods."
+        )
+    if jobs < 1:
+        raise ConfigError(f"Expected at least 1 seed at a time, got jobs={jobs}.")
+    experiment = experiment.anchored()
+    with _claimed(folder, experiment, resume=resume):
+        finished = _finished(folder, experiment)
+        if finished is not None:
+            return finished
+        folders.expect_kind(folder, "compare")
+        seeds = seed_folders(experiment, folder)
+        datasets = [load_data(its) for its in seeds.values()]
+        on_notes(datasets[0].notes)
+        base = _checked(experiment, folder, datasets, compared=True)
+        on_progress(progress(experiment, folder))
+        exported: AdapterState | None = None
+        try:
+            for state in all_seeds(experiment, folder, jobs=min(jobs, experiment.compare.seeds)):
+                exported = exported or _export_first(folder, seeds, base)
+                on_progress(state)
+        finally:  # also where a seed could not be measured
+            exported = exported or _export_first(folder, seeds, base)
+        results = [read_result(seed) for seed in seeds]
+        first = next(iter(seeds))
+        if exported is None:
+            raise RunError(
+                f"{first / 'federated'} holds no committed round any more; start again with another --out."
+            )
+        summary = summarise(
+            "compare",
+            experiment,
+            datasets[0],
+            results,
+            records=journal.read(first / "federated" / "metrics.jsonl"),
+            adapter_sha256=exported.sha256(),
+            engine=results[0]["engine"],
+            when=_when(folder),
+        )
+        _finish(folder, summary)
+    return summary
+
+
+def _export_first(folder: Path, seeds: Mapping[Path, Experiment], base: Skeleton) -> AdapterState | None:
+    """A comparison's product, the federated adapter of its first seed, as soon as it is trained; None before."""
+    first, experiment = next(iter(seeds.items()))
+    home = first / "federated"
+    if len(journal.read(home / "metrics.jsonl")) <= experiment.rounds:
+        return None
+    found = checkpoint.newest(home / "state", fingerprint=experiment.fingerprint()).checkpoint
+    if found is None or found.state.round < experiment.rounds:
+        return None
+    sha256 = json.loads((home / INPUTS).read_bytes())["base_sha256"]
+    conv1d = any(t.kind == "conv1d" for t in AdapterLayout.of(base.model, experiment.adapter))
+    _save(
+        folder / "adapter", experiment, base, found.state.adapter, sha256, conv1d, card.unmeasured(experiment)
+    )
+    return found.state.adapter
+
+
+def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Measure a finished run's adapter beside the base, on the held-out part of `experiment`'s data."""
+    dataset = load_data(experiment)
+    preflight.check_examples(
+        experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset)
+    )
+    machine = load_machine(experiment)
+    adapter = adapter_of(folder, machine)
+    result = measure(
+        experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS)
+    )
+    write_json(
+        folder / "evaluation.json",
+        {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()},
+    )
+    return result
+
+
+def adapter_of(folder: Path, machine: Machine) -> AdapterState:
+    """The exported adapter of a run. Raises where `machine` is not the base it was trained on, or scales it otherwise."""
+    home = folder / "adapter"
+    if not home.is_dir():
+        raise RunError(f"{folder} has no adapter yet. Finish it first: fedloom run --resume --out {folder}")
+    state, spec = load_adapter(home)
+    summary = read_summary(folder)
+    recorded = recorded_base(home) or (summary and summary["engine"]["base_sha256"])
+    if recorded and not machine.is_base(recorded):
+        raise ModelError(
+            f"The adapter of {folder} was trained on another base model (sha256 {recorded[:16]}…) than the one that is there now "
+            f"({machine.base_sha256[:16]}…). Put the old base back, or give its place: model.base=FOLDER."
+        )
+    machine.engine.layout.to_vector(state)  # raises where names or shapes do not fit this model
+    if spec.scale != machine.engine.layout.spec.scale:
+        raise ConfigError(
+            f"The adapter of {folder} was trained with a scale of {spec.scale:g}, and these settings scale it by "
+            f"{machine.engine.layout.spec.scale:g}. Leave adapter.alpha, adapter.rank and adapter.rslora as they are."
+        )
+    return state
+
+
+def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = ()) -> None:
+    """The run's model for other tools: its PEFT adapter, or base and adapter merged into a plain model.
+
+    `overrides` may change what decides no training: where the base lies, say, or the device.
+    """
+    saved, experiment = load(run), load(run, overrides).anchored()
+    _same_training(saved, experiment, run / "experiment.toml")
+    if folder.exists():
+        raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
+    machine = load_machine(experiment)
+    adapter = adapter_of(run, machine)
+    summary = read_summary(run)
+    if merged:
+        words = card.model_card(summary, merged=True) if summary else card.unmeasured(experiment)
+
+        def beside(draft: Path) -> None:
+            _serving(machine, machine.base_sha256).save(draft)
+            (draft / "README.md").write_text(words.strip() + "\n", "utf-8")
+
+        export_merged(
+            machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder, beside=beside
+        )
+    else:
+        words = card.model_card(summary) if summary else card.unmeasured(experiment)
+        with _whole(folder) as draft:
+            _save(
+                draft,
+                experiment,
+                machine,
+                adapter,
+                machine.base_sha256,
+                bool(machine.describe()["conv1d"]),
+                words,
+            )
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A place to write a folder that appears whole or not at all."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        yield draft
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _checked(
+    experiment: Experiment, folder: Path, datasets: Sequence[Dataset], *, compared: bool
+) -> Skeleton:
+    """What can be known before any training, then the settings in the folder: those of a run that can be finished."""
+    base = load_skeleton(experiment)
+    preflight.check(experiment, datasets, base)
+    for dataset in datasets:
+        judging.check(experiment, dataset)
+    size = AdapterLayout.of(base.model, experiment.adapter).size
+    preflight.check_disk(folder, preflight.disk(experiment, datasets[0], size, compared=compared))
+    durable.write(folder / "experiment.toml", experiment.to_toml().encode())
+    return base
+
+
+def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """The summary, if there is one of these very settings; the page, which comes after it, is made if a crash came between.
+
+    Where only settings of measuring differ, the training is finished and is measured again.
+    """
+    summary = read_summary(folder)
+    if (
+        summary is None
+        or parse(tomli_w.dumps(summary["experiment"]), "summary.json").anchored().plain()
+        != experiment.plain()
+    ):
+        return None
+    if not (folder / "report.html").exists():
+        page.write(folder)
+    return summary
+
+
+def _when(folder: Path) -> tuple[float, float]:
+    """Since the first round began: a training writes its inputs once, and resuming only reads them."""
+    return min((inputs.stat().st_mtime for inputs in folder.rglob(INPUTS)), default=time.time()), time.time()
+
+
+def _base_name(experiment: Experiment) -> str:
+    """Where PEFT finds the base: for the embedded one, the folder it has in this installation."""
+    return str(base_folder("embedded")) if experiment.model.base == "embedded" else experiment.model.base
+
+
+@contextmanager
+def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
+    """Hold the folder against other processes, for this experiment and no other.
+
+    Where nothing is committed in the end, what was made here is taken away again.
+    """
+    saved = folder / "experiment.toml"
+    if resume and not saved.exists():
+        raise RunError(f"Nothing to resume: there is no {saved}.")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    with checkpoint.lock(folder):
+        try:
+            if resume:
+                _same_training(load(saved), experiment, saved)
+            else:
+                folders.expect_room(folder)  # a run that ended before its first round may be started over
+                durable.write(saved, experiment.to_toml().encode())
+            yield
+        except BaseException:
+            if missing and not folders.begun(folder) and not _quarantined(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                _remove_empty(missing[1:])
+            raise
+
+
+def _quarantined(folder: Path) -> bool:
+    return any(file.stat().st_size for file in folder.rglob("quarantine.jsonl"))
+
+
+def _remove_empty(places: Sequence[Path]) -> None:
+    with suppress(OSError):  # somebody else has put something there
+        for place in places:
+            place.rmdir()
+
+
+def _same_training(saved: Experiment, wanted: Experiment, path: Path) -> None:
+    """Refuse settings with which another adapter would be trained."""
+    if saved.fingerprint() != wanted.fingerprint():
+        odd = changed(saved.trained(), wanted.trained())
+        raise RunError(
+            f"{path} is of another training: {', '.join(odd)} {'differ' if len(odd) > 1 else 'differs'}. "
+            f"What was trained keeps its settings; those that decide no training may change: {', '.join(UNTRAINED)}."
+        )
+
+
+def _save(
+    folder: Path,
+    experiment: Experiment,
+    base: Machine | Skeleton,
+    adapter: AdapterState,
+    base_sha256: str,
+    conv1d: bool,
+    words: str,
+) -> None:
+    """The adapter in PEFT's format, with all that other tools need to ask and stop as training taught."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _serving(base, base_sha256).save(folder)
+    save_adapter(
+        folder,
+        adapter,
+        experiment.adapter,
+        base_name=_base_name(experiment),
+        card=words,
+        fan_in_fan_out=conv1d,
+    )
+    durable.sync_folder(folder)
+
+
+def _serving(base: Machine | Skeleton, base_sha256: str) -> Serving:
+    template = base.template
+    return Serving(
+        base.tokenizer,
+        chat_template(template, base.tokenizer),
+        template.stop,
+        template.format,
+        template.system,
+        base_sha256,
+    )
+
+
+def _finish(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The card of what was measured, then the summary, which marks the run as finished, then the page made of it."""
+    durable.write(folder / "adapter" / "README.md", (card.model_card(summary).strip() + "\n").encode())
+    write_json(folder / "summary.json", summary)
+    page.write(folder)

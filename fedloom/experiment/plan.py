@@ -1,0 +1,164 @@
+"""What an experiment will need, worked out from shapes and settings; no weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedloom import rng
+from fedloom.engine import models
+from fedloom.engine.layout import AdapterLayout
+from fedloom.errors import ConfigError, FedloomError
+from fedloom.experiment import judging, preflight
+from fedloom.experiment.datasets import load_data
+from fedloom.experiment.machine import load_skeleton
+from fedloom.experiment.settings import Experiment
+from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
+from fedloom.transport import wire
+from fedloom.transport.codec import Codec
+from fedloom.transport.downlink import Downlink
+
+
+@dataclass(frozen=True)
+class Plan:
+    base_parameters: int
+    adapter_parameters: int
+    targets: int  # adapted layers
+    bytes_up: int  # of one client in one round, on average; where a codec uses zstd, for normally distributed deltas
+    bytes_down: int
+    rounds: int
+    cohort: float  # clients in a round, on average
+    width: int
+    tokens_per_pass: int
+    memory: float  # bytes, an estimate
+    disk: int  # bytes of a run's rounds and adapter at most, roughly; 0: the data could not be read
+    data: list[str]
+    notes: Sequence[str]  # what the data's reader has to say
+    problem: str | None  # what would end a run, sooner or later
+
+
+def plan(experiment: Experiment) -> Plan:
+    skeleton = load_skeleton(experiment)
+    model, template = skeleton.model, skeleton.template
+    layout = AdapterLayout.of(model, experiment.adapter)
+    adapter = layout.initial(experiment.seed)
+    codec: Codec = experiment.transport.codec.build()
+    noise = rng.numpy_stream(experiment.seed, "plan")
+    delta = adapter.map(lambda t: 1e-3 * torch.from_numpy(noise.standard_normal(t.shape)).to(t.dtype))
+    up = len(
+        wire.pack_update(
+            Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec
+        )
+    )
+    base = models.count_parameters(model)
+    data, clients, disk, problem = (
+        list[str](),
+        [f"client-{i:03d}" for i in range(experiment.data.clients or 1)],
+        0,
+        None,
+    )
+    notes: Sequence[str] = ()
+    try:
+        dataset = load_data(experiment)
+        notes = dataset.notes
+        examples = [e for own in dataset.clients.values() for e in own]
+        sample = examples[:: max(1, len(examples) // 2000)]
+        data = [
+            f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
+            f"in {len(sample):,} of them: "
+            + ", ".join(
+                f"{k.replace('_', ' ')} {v:,.4g}"
+                for k, v in template.measure(sample).items()
+                if k != "examples"
+            ),
+        ]
+        room = experiment.evaluation.max_new_tokens
+        if cut := sum(template.prompt_cut(e, room=room) != "none" for e in dataset.test):
+            data.append(
+                f"{cut:,} held-out prompts are cut: the base model reads {template.positions:,} tokens, {room:,} of them for an answer"
+            )
+        clients = sorted(dataset.clients)
+        disk = preflight.disk(experiment, dataset, layout.size, compared=False)
+        preflight.check(experiment, [dataset], skeleton)
+        judging.check(experiment, dataset)
+    except (FedloomError, OSError) as found:
+        problem = str(found)
+    cohorts = _cohorts(experiment, clients)
+    cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
+    width = min(experiment.transport.width, max(1, round(cohort)))
+    return Plan(
+        base,
+        layout.size,
+        len(layout.targets),
+        up,
+        down,
+        experiment.rounds,
+        cohort,
+        width,
+        experiment.model.tokens_per_pass,
+        _memory(experiment, model, base, layout.size, width),
+        disk,
+        data,
+        notes,
+        problem,
+    )
+
+
+def _cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> list[Sequence[ClientId]]:
+    try:
+        select = experiment.cohort.build(clients=clients, seed=experiment.seed)
+        return [select(r) for r in range(experiment.rounds)]
+    except ConfigError:  # more than there are, which is a problem of its own: counted with all
+        return [clients] * experiment.rounds
+
+
+def _bytes_down(
+    adapter: AdapterState, delta: AdapterState, codec: Codec, cohorts: Sequence[Sequence[ClientId]]
+) -> int:
+    """To a client in a round, on average: less where it was there not long before."""
+    message = Broadcast(0, {"adapter": adapter})
+    if not codec.label:
+        return len(wire.pack_broadcast(message))
+    link = Downlink(codec)
+    while not link.first and link.newest < len(cohorts):  # until the first version is forgotten
+        adapter = adapter + delta
+        link.publish(adapter)
+    whole = len(link.pack(message, None))
+    missed = [len(link.pack(message, version)) for version in range(link.newest, link.first - 1, -1)]
+    seen: dict[ClientId, int] = {}
+    sizes = []
+    for now, cohort in enumerate(c for c in cohorts if c):
+        gaps = [now - seen[c] if c in seen else len(missed) for c in cohort]
+        sizes += [missed[gap] if gap < len(missed) else whole for gap in gaps]
+        seen.update(dict.fromkeys(cohort, now))
+    return round(fmean(sizes)) if sizes else whole
+
+
+def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int) -> float:
+    """The runtime, weights, for each client parameters with gradient and moments, activations;
+    for examples of full length, within a factor of 2.
+
+    Activations of a token in a layer: the inputs of its linear maps, norms and activations (about 24 times the
+    hidden size and 6 times the intermediate one) and two attention weights a head and token it may see; a
+    quarter of that with checkpointing. Half as much again for what the allocator cannot reuse, which is what
+    a run of examples up to 512 tokens on the embedded model was measured to take.
+    """
+    m, config = experiment.model, model.config.get_text_config()
+    weight = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes
+    number = 2 if m.dtype == "bfloat16" else 4
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    a_token = (
+        24 * config.hidden_size + 6 * wide + 2 * config.num_attention_heads * experiment.prompt.max_length
+    )
+    activations = (
+        1.5 * m.tokens_per_pass * config.num_hidden_layers * a_token * number / (4 if m.checkpointing else 1)
+    )
+    return RUNTIME + base * weight + width * adapter * 16 + activations
+
+
+RUNTIME = 0.5e9  # Python, torch and transformers, before any model
