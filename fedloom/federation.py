@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from fedloom.algorithms.base import Algorithm, ServerState
 from fedloom.errors import EmptyCohort, RefusedUpdate
-from fedloom.gate import admit
-from fedloom.messages import ClientId, Update
+from fedloom.gate import Admitted, Gate
+from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.transport.base import Transport
+
+# Updates that wait for their turn. A cohort of up to so many is judged, and folded by client id, as a whole; of a larger
+# one no more than these are held at a time, so the server's memory does not grow with it.
+WINDOW = 64
 
 
 @dataclass
@@ -18,7 +24,7 @@ class Round:
 
     round: int
     cohort: Sequence[ClientId]
-    updates: dict[ClientId, Update] = field(default_factory=dict)
+    updates: dict[ClientId, Update] = field(default_factory=dict)  # those used, without their tensors
     refused: dict[ClientId, str] = field(default_factory=dict)  # client -> reason code
     bytes_up: int = 0
     bytes_down: int = 0
@@ -35,32 +41,76 @@ class Federation:
     select: Callable[[int], Sequence[ClientId]]  # round -> cohort
     after_round: Callable[[ServerState, Round], None] = _ignore  # evaluate, checkpoint, log
     on_update: Callable[[Round, ClientId], None] = _ignore  # progress
+    gate: Gate = Gate()
 
     def run(self, state: ServerState, rounds: int) -> ServerState:
         """Run until `state.round == rounds`; a checkpoint resumes from its own round."""
         while state.round < rounds:
             cohort = self.select(state.round)
-            broadcasts = {c: self.algorithm.broadcast(state, c) for c in cohort}
             seen = Round(state.round, cohort)
-            for delivery in self.transport.exchange(broadcasts):
-                client = delivery.update.client
-                seen.bytes_up += delivery.bytes_up
-                seen.bytes_down += delivery.bytes_down
-                try:
-                    seen.updates[client] = admit(delivery.update, broadcasts[client], seen.updates)
-                except RefusedUpdate as refusal:
-                    seen.refused[client] = refusal.code
-                self.on_update(seen, client)
-            state = self._next(state, seen)
+            sent = {c: self.algorithm.broadcast(state, c) for c in cohort}
+            state = self._next(state, seen, self._by_client(self._admitted(sent, seen), seen))
+            self.transport.settle(seen.round, seen.updates.keys())
             self.after_round(state, seen)
         return state
 
-    def _next(self, state: ServerState, seen: Round) -> ServerState:
-        if not seen.cohort:
+    def _next(self, state: ServerState, seen: Round, updates: Iterator[Update]) -> ServerState:
+        first = next(updates, None)
+        if first is None:
+            if seen.cohort:
+                raise EmptyCohort(_nobody(seen))
             return state.next(state.adapter)  # Poisson sampling may select nobody
-        if not seen.updates:
-            raise EmptyCohort(_nobody(seen))
-        return self.algorithm.server(state, seen.updates.values())
+        after = self.algorithm.server(state, chain([first], updates))
+        for _ in updates:  # an algorithm may do without them; their clients have to work all the same
+            pass
+        return after
+
+    def _admitted(self, sent: Mapping[ClientId, Broadcast], seen: Round) -> Iterator[Admitted]:
+        """What the gate lets pass, as it arrives."""
+        for arrival in self.transport.exchange(sent):
+            client = arrival.client
+            seen.bytes_up += arrival.bytes_up
+            seen.bytes_down += arrival.bytes_down
+            expected = self.algorithm.expects(sent[client]) if client in sent else {}
+            answered = seen.updates.keys() | seen.refused.keys()
+            passed = None
+            try:
+                passed = self.gate.admit(arrival, sent, expected, self.algorithm.reports, answered)
+                seen.updates[client] = replace(passed.update, states={})
+            except RefusedUpdate as refusal:
+                seen.refused.setdefault(client, refusal.code)
+            self.on_update(seen, client)
+            if passed is not None:
+                yield passed
+
+    def _by_client(self, arriving: Iterator[Admitted], seen: Round) -> Iterator[Update]:
+        """Sorted by client, as far as the window reaches, without those that are out of proportion.
+
+        Float addition is not associative, and a simulation must repeat to the bit whatever order updates arrive in.
+        """
+        waiting: list[Admitted] = []
+        norms: dict[str, list[float]] = {}
+
+        def release() -> Iterator[Update]:
+            oldest = waiting.pop(0)
+            client = oldest.update.client
+            try:
+                self.gate.proportionate(oldest, norms)
+            except RefusedUpdate as refusal:
+                del seen.updates[client]
+                seen.refused[client] = refusal.code
+            else:
+                yield oldest.update
+
+        for admitted in arriving:
+            insort(waiting, admitted, key=lambda a: a.update.client)
+            if admitted.update.weight > 0:
+                for name, norm in admitted.norms.items():
+                    norms.setdefault(name, []).extend([norm] if norm > 0 else [])
+            if len(waiting) > WINDOW:
+                yield from release()
+        while waiting:
+            yield from release()
 
 
 def _nobody(seen: Round) -> str:

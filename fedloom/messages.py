@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from fedloom.state import AdapterState
 
@@ -17,7 +16,9 @@ class Broadcast:
 
     round: int
     states: Mapping[str, AdapterState]  # "adapter", and what the algorithm adds ("control")
-    task: Literal["train", "evaluate"] = "train"
+    acknowledged: int | None = (
+        None  # the last round in which this client's update was used; transport's to say
+    )
 
     @property
     def adapter(self) -> AdapterState:
@@ -30,8 +31,9 @@ class Update:
 
     client: ClientId
     states: Mapping[str, AdapterState]  # "delta", and what the algorithm adds
-    weight: float  # number of training examples, unless the algorithm says otherwise
+    weight: float  # number of training examples, unless the algorithm says otherwise; 0: not to be counted
     metrics: Mapping[str, float] = field(default_factory=dict)  # those that the algorithm names in `reports`
+    round: int = 0  # the round it answers; the client's end of the transport fills it in
 
     @property
     def delta(self) -> AdapterState:

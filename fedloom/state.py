@@ -87,6 +87,12 @@ class AdapterState(Mapping[str, "Tensor"]):
     def is_finite(self) -> bool:
         return all(bool(t.isfinite().all()) for t in self.values())
 
+    def subnormal(self) -> int:
+        """How many values are too small for normal floating point, and not zero."""
+        import torch
+
+        return sum(int(((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).sum()) for t in self.values())
+
     def sha256(self) -> str:
         """Of names, shapes, dtypes and bytes, in name order: equal exactly when the states are."""
         import torch

@@ -219,8 +219,11 @@ def score(examples: Sequence[Any], adapter: AdapterState | None) -> Steps[list[S
     return (yield Score(examples, adapter))
 
 
-def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[T]:
-    """Advance every client to its next request, answer them together, repeat; yield what each returns."""
+def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[tuple[str, T]]:
+    """Advance every client to its next request, answer them together, repeat; yield (client, what it returns).
+
+    An error in a client's steps goes up as it is, with a note that names the client.
+    """
     running = dict(clients)
     answers: Mapping[Hashable, Any] = dict.fromkeys(running)
     while running:
@@ -230,5 +233,8 @@ def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[T]:
                 requests[client] = running[client].send(answers[client])
             except StopIteration as finished:
                 del running[client]
-                yield finished.value
+                yield client, finished.value
+            except Exception as error:
+                error.add_note(f"while {client} was at work")
+                raise
         answers = engine.answer(requests) if requests else {}

@@ -16,8 +16,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from fedloom.attacks.release import Limits, best_auc, gate
 from fedloom.data.example import Example
 from fedloom.data.partition import partition_table
 from fedloom.experiment.audit import lower_bound, of_public
-from fedloom.experiment.comparison import federated
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.leakage import Targets
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, load_machine
 from fedloom.experiment.settings import Experiment, parse
-from fedloom.experiment.training import Listener, Training
+from fedloom.experiment.simulation import federated
+from fedloom.experiment.training import Training
 from fedloom.rng import numpy_stream
 from fedloom.state import AdapterState
 from fedloom.steps import Generate
@@ -175,16 +177,17 @@ class Looks(Listener):
     """Attacks the adapter that was committed last, every few rounds; keeps what it found last."""
 
     training: Training
-    on: Targets
+    measure: Callable[[AdapterState], dict[str, Any]]
+    rounds: int
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def committed(self, record: Mapping[str, Any]) -> None:
-        t = self.training
-        if record["round"] % LOOK and record["round"] != t.experiment.rounds:
+        if record["round"] % LOOK and record["round"] != self.rounds:
             return
-        last = checkpoint.newest(t.folder / "state", fingerprint=t.fingerprint).checkpoint
+        state, its = self.training.folder / "state", self.training.fingerprint
+        last = checkpoint.newest(state, fingerprint=its).checkpoint
         assert last is not None  # it was committed just now
-        self.found.append(figures(t.experiment, t.dataset, t.machine, last.state.adapter, self.on))
+        self.found.append(self.measure(last.state.adapter))
         if len(self.found) == 1:
             print(f"base: {shown(self.found[0], 'base')}", flush=True)
         print(
@@ -205,9 +208,10 @@ def main() -> None:
     machine = load_machine(experiment)
     data, on = federation(machine)
     with tempfile.TemporaryDirectory() as folder:
-        training = federated(experiment, data, machine, Path(folder))
-        looks = Looks(training, on)
-        training.finish(looks)
+        simulated = federated(experiment, data, machine, Path(folder))
+        measure = partial(figures, experiment, data, machine, on=on)
+        looks = Looks(simulated.training, measure, experiment.rounds)
+        simulated.finish(looks)
     print(f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} of them computing")
     for line in looks.found[-1]["gate"]["gate"]:
         print(

@@ -19,10 +19,12 @@ from fedloom.data.partition import partition_table
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.machine import Machine, Skeleton, load_skeleton
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.training import Training
+from fedloom.experiment.simulation import Simulated, simulated
+from fedloom.messages import ClientId, Update
 from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Fitted, Score, Scored, Steps, drive
+from fedloom.transport.base import Arrival
 
 A = "base_model.model.q.lora_A.weight"
 B = "base_model.model.q.lora_B.weight"
@@ -39,8 +41,13 @@ def numbers(adapter: AdapterState) -> list[float]:
 
 
 def run_alone(steps: Steps[Any], engine: Any) -> Any:
-    [result] = drive({"only": steps}, engine)
+    [(_, result)] = drive({"only": steps}, engine)
     return result
+
+
+def arrival(update: Update, client: ClientId | None = None, *, up: int = 10, down: int = 20) -> Arrival:
+    """As if it had travelled, from whom it says or from another."""
+    return Arrival(update.client if client is None else client, up, down, lambda: update)
 
 
 @dataclass
@@ -148,18 +155,12 @@ def experiment(**changes: Any) -> Experiment:
 
 def training(
     folder: Path, *, engine: ToyEngine | None = None, algorithm: Algorithm | None = None, **changes: Any
-) -> Training:
+) -> Simulated:
     """Four unequal clients over three rounds; two of them take a limited share in each, so that order matters."""
     data, e = dataset(FOUR), experiment(**changes)
     limits = {"a": 2, "d": 3}
     clients = {c: Client(c, examples, limit=limits.get(c)) for c, examples in data.clients.items()}
-    return Training(
-        folder,
-        e,
-        data,
-        machine(engine),
-        algorithm or FedAvg(),
-        clients,
-        All(sorted(clients)),
-        e.fingerprint(),
+    select = All(sorted(clients))
+    return simulated(
+        e, data, machine(engine), folder, algorithm or FedAvg(), clients, select, e.fingerprint()
     )

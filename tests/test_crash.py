@@ -17,8 +17,8 @@ import pytest
 
 from fedloom.errors import RunError
 from fedloom.experiment import commands, preflight, summary
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.settings import load
-from fedloom.experiment.training import Listener
 from fedloom.report import card, page
 from fedloom.storage import checkpoint, durable
 from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton, training

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Collection, Iterator, Mapping
+from itertools import permutations
+from typing import Any
 
 import pytest
 
 from fedloom.algorithms.base import ServerState
 from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.local_only import LocalOnly
 from fedloom.client import Client
 from fedloom.errors import EmptyCohort
-from fedloom.federation import Federation, Round
+from fedloom.federation import WINDOW, Federation, Round
+from fedloom.gate import Gate
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.selection import All, Poisson
-from fedloom.transport.base import Delivery
-from fedloom.transport.in_process import InProcess
-from tests.fakes import ToyEngine, numbers, state
+from fedloom.state import AdapterState
+from fedloom.transport.base import Arrival, Snapshot
+from fedloom.transport.in_process import Simulation
+from tests.fakes import ToyEngine, arrival, numbers, state
 
 
 def federation(
     engine: ToyEngine, clients: dict[str, list[float]], seen: list[Round], select: object = None
 ) -> Federation:
     algorithm = FedAvg()
-    transport = InProcess(algorithm, engine, {c: Client(c, xs) for c, xs in clients.items()})
+    transport = Simulation(algorithm, engine, {c: Client(c, xs) for c, xs in clients.items()})
     return Federation(
         algorithm,
         transport,
@@ -33,6 +39,97 @@ def federation(
 
 
 START = ServerState(state(0.0, 0.0))
+
+
+class Scripted:
+    """A transport over which the same answers come in every round."""
+
+    def __init__(self, *arrivals: Arrival):
+        self.arrivals = arrivals
+        self.settled: list[tuple[int, list[ClientId]]] = []
+
+    def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Arrival]:
+        yield from self.arrivals
+
+    def settle(self, round: int, used: Collection[ClientId]) -> None:
+        self.settled.append((round, sorted(used)))
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot()
+
+    def restore(self, snapshot: Snapshot) -> None: ...
+
+
+def answer(client: str, value: float, weight: float = 1) -> Arrival:
+    return arrival(Update(client, {"delta": state(value, value)}, weight))
+
+
+def run(*arrivals: Arrival, gate: Gate = Gate()) -> tuple[ServerState, Round]:
+    """One round of FedAvg over whoever answers."""
+    seen: list[Round] = []
+    cohort = sorted({a.client for a in arrivals})
+    end = Federation(FedAvg(), Scripted(*arrivals), All(cohort), lambda _, r: seen.append(r), gate=gate).run(
+        START, 1
+    )
+    return end, seen[0]
+
+
+def test_the_order_of_arrival_changes_no_bit() -> None:
+    chance = random.Random(0)
+    answers = [answer(f"client-{i}", 10 ** chance.uniform(-3, 1), chance.randint(1, 99)) for i in range(5)]
+    loose = Gate(max_norm_ratio=1e9)
+    assert len({run(*order, gate=loose)[0].adapter.sha256() for order in permutations(answers)}) == 1
+
+
+def test_an_update_out_of_proportion_is_left_out_as_if_it_had_never_come() -> None:
+    answers = [answer(c, 1.0 + i / 10) for i, c in enumerate("abd")]
+    end, seen = run(*answers, answer("c", 400.0))
+    assert (seen.refused, sorted(seen.updates)) == ({"c": "norm"}, ["a", "b", "d"])
+    assert end.adapter.sha256() == run(*answers)[0].adapter.sha256()
+
+
+def test_a_client_that_learnt_nothing_does_not_make_the_others_out_of_proportion() -> None:
+    zeros = [answer(c, 0.0) for c in "abc"]
+    assert run(*zeros, answer("d", 1.0))[1].refused == {}
+
+
+def test_weight_zero_is_honest_and_does_not_count() -> None:
+    end, seen = run(answer("a", 8.0), answer("b", 100.0, weight=0))
+    assert (numbers(end.adapter), seen.refused, seen.updates["b"].weight) == ([8.0, 8.0], {}, 0)
+
+
+def test_only_those_whose_updates_were_used_are_settled() -> None:
+    transport = Scripted(answer("a", 1.0), answer("b", math.nan), answer("c", 1.0), answer("d", 500.0))
+    Federation(FedAvg(), transport, All(["a", "b", "c", "d"])).run(START, 1)
+    assert transport.settled[0] == (0, ["a", "c"])
+
+
+def test_no_more_updates_are_held_at_a_time_than_the_window_has_room_for() -> None:
+    alive, most = 0, 0
+
+    class Counted(AdapterState):
+        def __init__(self, tensors: Mapping[str, Any]):
+            nonlocal alive, most
+            super().__init__(tensors)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def made(client: str) -> Arrival:
+        return Arrival(client, 10, 10, lambda: Update(client, {"delta": Counted(state(1.0, 1.0))}, 1))
+
+    run(*(made(f"client-{i:03d}") for i in range(300)))
+    assert most <= WINDOW + 3  # the first, one arriving, one being folded
+
+
+def test_an_algorithm_that_looks_at_no_update_has_its_clients_work_all_the_same() -> None:
+    engine, clients = ToyEngine(), {c: Client(c, [1.0]) for c in "ab"}
+    transport = Simulation(LocalOnly(), engine, clients, clients_per_batch=1)
+    Federation(LocalOnly(), transport, All(["a", "b"])).run(START, 1)
+    assert [sorted(c.memory) for c in clients.values()] == [["adapter", "seen/local"]] * 2
 
 
 def test_a_diverged_client_is_left_out_and_the_round_goes_on() -> None:
@@ -54,22 +151,14 @@ def test_when_everybody_is_refused_the_message_counts_and_advises() -> None:
 
 
 def test_when_nobody_answers_the_message_says_so() -> None:
-    class Silent:
-        def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Delivery]:
-            return iter(())
-
     with pytest.raises(EmptyCohort, match=r"none of 1 .* \(none arrived\)"):
-        Federation(FedAvg(), Silent(), All(["a"])).run(START, 1)
+        Federation(FedAvg(), Scripted(), All(["a"])).run(START, 1)
 
 
 def test_a_second_answer_of_one_client_does_not_count() -> None:
-    class Twice:
-        def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Delivery]:
-            for value in (1.0, 100.0):
-                yield Delivery(Update("a", {"delta": state(value, value)}, 1), 10, 20)
-
+    twice = Scripted(*(arrival(Update("a", {"delta": state(x, x)}, 1)) for x in (1.0, 100.0)))
     seen: list[Round] = []
-    end = Federation(FedAvg(), Twice(), All(["a"]), lambda _, round: seen.append(round)).run(START, 1)
+    end = Federation(FedAvg(), twice, All(["a"]), lambda _, round: seen.append(round)).run(START, 1)
     assert numbers(end.adapter) == [1.0, 1.0]
     assert seen[0].refused == {"a": "duplicate"}
     assert (seen[0].bytes_up, seen[0].bytes_down) == (20, 40)  # it travelled all the same
@@ -104,7 +193,7 @@ def test_progress_is_told_after_every_client() -> None:
     clients = {c: Client(c, [1.0]) for c in "ab"}
     Federation(
         algorithm,
-        InProcess(algorithm, ToyEngine(), clients),
+        Simulation(algorithm, ToyEngine(), clients),
         All(["a", "b"]),
         on_update=lambda round, client: told.append((client, len(round.updates))),
     ).run(START, 1)

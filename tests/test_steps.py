@@ -30,7 +30,7 @@ def ask(*requests: int) -> Steps[list[int]]:
 
 
 def test_everybody_gets_the_answers_to_its_own_requests() -> None:
-    assert list(drive({"a": ask(1, 2), "b": ask(3, 4)}, Echo())) == [[10, 20], [30, 40]]
+    assert list(drive({"a": ask(1, 2), "b": ask(3, 4)}, Echo())) == [("a", [10, 20]), ("b", [30, 40])]
 
 
 def test_requests_of_one_step_are_answered_together() -> None:
@@ -40,12 +40,15 @@ def test_requests_of_one_step_are_answered_together() -> None:
 
 
 def test_who_is_done_first_is_handed_out_first() -> None:
-    assert list(drive({"slow": ask(1, 2, 3), "quick": ask(4)}, Echo())) == [[40], [10, 20, 30]]
+    assert list(drive({"slow": ask(1, 2, 3), "quick": ask(4)}, Echo())) == [
+        ("quick", [40]),
+        ("slow", [10, 20, 30]),
+    ]
 
 
 def test_a_client_that_asks_nothing_needs_no_engine() -> None:
     engine = Echo()
-    assert list(drive({"a": ask()}, engine)) == [[]]
+    assert list(drive({"a": ask()}, engine)) == [("a", [])]
     assert engine.together == []
 
 
@@ -60,6 +63,16 @@ def test_an_error_in_a_client_comes_through() -> None:
 
     with pytest.raises(LookupError, match="of this client"):
         list(drive({"a": ask(1, 2), "b": broken()}, Echo()))
+
+
+def test_an_error_in_a_client_says_whose_it_is() -> None:
+    def broken() -> Steps[int]:
+        yield 1
+        raise LookupError("of this client")
+
+    with pytest.raises(LookupError) as raised:
+        list(drive({"a": ask(1, 2), "hospital-b": broken()}, Echo()))
+    assert raised.value.__notes__ == ["while hospital-b was at work"]
 
 
 def test_an_error_of_the_engine_comes_through() -> None:

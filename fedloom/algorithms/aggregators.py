@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from fedloom.errors import EmptyCohort
 from fedloom.messages import Update
@@ -12,6 +12,9 @@ from fedloom.state import AdapterState
 def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str, AdapterState]:
     """Mean of every named state, weighted by `Update.weight`: sum_k n_k x_k / sum_k n_k.
 
+    Updates are folded as they come, in float64, and none is kept: memory does not grow with the cohort. Another order
+    may come to other last bits; the round loop hands updates over by client id. One of weight 0 does not count.
+
     LoRA's factors are averaged separately, as FedIT does; the product of the means differs from the
     mean of the products by exactly -sum_k p_k (B_k - B)(A_k - A).
 
@@ -19,24 +22,27 @@ def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str,
     """
     import torch  # here, so that settings are read without waiting for it
 
-    ordered = in_order(updates)
-    weight = sum(u.weight for u in ordered)
-    means = {}
-    for name in ordered[0].states:  # in float64
-        total = sum(
-            (u.weight * u.states[name].to(torch.float64) for u in ordered[1:]),
-            start=ordered[0].weight * ordered[0].states[name].to(torch.float64),
-        )
-        means[name] = (total / weight).map(lambda t, like: t.to(like.dtype), ordered[0].states[name])
-    return means
+    weight: float = 0
+    totals: dict[str, AdapterState] = {}
+    like: Mapping[str, AdapterState] = {}
+    for update in counted(updates):
+        weight += update.weight
+        like = like or update.states
+        for name, state in update.states.items():
+            part = update.weight * state.to(torch.float64)
+            totals[name] = totals[name] + part if name in totals else part
+    return {
+        name: (total / weight).map(lambda t, first: t.to(first.dtype), like[name])
+        for name, total in totals.items()
+    }
 
 
-def in_order(updates: Iterable[Update]) -> list[Update]:
-    """Those that weigh anything, by client id. Raises: EmptyCohort.
-
-    Float addition is not associative, and a simulation must repeat to the bit whatever order updates arrive in.
-    """
-    ordered = sorted((u for u in updates if u.weight > 0), key=lambda u: u.client)
-    if not ordered:
+def counted(updates: Iterable[Update]) -> Iterator[Update]:
+    """Those that weigh anything. Raises: EmptyCohort, at the end, where there was none."""
+    nobody = True
+    for update in updates:
+        if update.weight > 0:
+            nobody = False
+            yield update
+    if nobody:
         raise EmptyCohort("no client returned an update with a positive weight")
-    return ordered

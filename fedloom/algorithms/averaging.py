@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +33,9 @@ class Averaging(ABC):
 
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
         return Broadcast(state.round, {"adapter": state.adapter})
+
+    def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
+        return {"delta": message.adapter}
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         mean = self.aggregate(updates, state.adapter.zeros_like())

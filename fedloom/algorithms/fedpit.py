@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from fedloom.algorithms.averaging import PERSONAL, Averaging
 from fedloom.algorithms.base import ServerState, answer
@@ -50,5 +51,8 @@ class FedPIT(Averaging):
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """As FedAvg; where no client has a synthetic example, nothing was learnt."""
-        learnt = [update for update in updates if update.weight > 0]
-        return super().server(state, learnt) if learnt else state.next(state.adapter)
+        learnt = (update for update in updates if update.weight > 0)
+        first = next(learnt, None)
+        if first is None:
+            return state.next(state.adapter)
+        return super().server(state, chain([first], learnt))

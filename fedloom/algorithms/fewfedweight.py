@@ -59,6 +59,9 @@ class FewFedWeight:
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
         return Broadcast(state.round, {"adapter": state.adapter})
 
+    def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
+        return {"delta": message.adapter}
+
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter
         pseudo = yield from synthetic_examples(client, start, message, self.relabel)
@@ -118,8 +121,8 @@ def energy_weights(energies: Sequence[float], *, tau: float) -> list[float]:
 def adapted(
     before: Mapping[ClientId, float], losses: Mapping[ClientId, float], *, eta: float
 ) -> dict[ClientId, float]:
-    """a_k exp(-eta v_k), scaled to the sum the same clients had before; 0 where v_k is no number."""
-    sound = [c for c in before if math.isfinite(losses[c])]
+    """a_k exp(-eta v_k), scaled to the sum the same clients had before; 0 where v_k is no loss."""
+    sound = [c for c in before if 0 <= losses[c] < math.inf]  # a loss below zero is a lie
     if not sound:
         return dict.fromkeys(before, 0.0)
     least = min(losses[c] for c in sound)

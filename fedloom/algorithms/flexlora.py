@@ -7,11 +7,11 @@ different ranks by client are not here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedloom.algorithms.aggregators import in_order
+from fedloom.algorithms.aggregators import counted
 from fedloom.algorithms.base import TRAINING, ServerState
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
@@ -33,6 +33,9 @@ class FlexLoRA:
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
         return FEDIT.broadcast(state, client)
 
+    def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
+        return FEDIT.expects(message)
+
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         return FEDIT.client(message, client)
 
@@ -40,7 +43,7 @@ class FlexLoRA:
         """Weighted by examples. Every client's update is needed, so a sum of them (secure aggregation) will not do."""
         from fedloom.algorithms.products import mean_product  # here, since it needs torch at once
 
-        ordered = in_order(updates)
+        ordered = sorted(counted(updates), key=lambda u: u.client)
         total = sum(update.weight for update in ordered)
         return state.next(mean_product([(u.weight / total, state.adapter + u.delta) for u in ordered]))
 

@@ -6,7 +6,7 @@ Each client goes on from its own adapter, which lives in its memory and never le
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +27,9 @@ class LocalOnly:
 
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
         return Broadcast(state.round, {"adapter": state.adapter})  # what a client that is new starts from
+
+    def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
+        return {}
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start: AdapterState = client.memory.get("adapter", message.adapter)

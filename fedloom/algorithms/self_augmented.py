@@ -6,7 +6,7 @@ and generates once; from then on this is `LocalOnly` with a larger set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -33,6 +33,9 @@ class SelfAugmented:
 
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
         return TUNING.broadcast(state, client)
+
+    def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
+        return TUNING.expects(message)
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         synthetic = yield from synthetic_examples(client, message.adapter, message, self.synthesize, every=0)

@@ -60,7 +60,7 @@ class PublicView:
 
 def upload(algorithm: Algorithm, message: Broadcast, client: Client, engine: Engine) -> ServerView:
     """One honest client's answer to `message`, as the server gets it. The client's memory stays as it was."""
-    [update] = drive({client.id: algorithm.client(message, client.staged())}, engine)
+    [(_, update)] = drive({client.id: algorithm.client(message, client.staged())}, engine)
     return ServerView(message, update)
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TimeElapse
 from rich.text import Text
 
 from fedloom.cli.console import counted, duration, err, note, notes, size, warn
-from fedloom.experiment.observers import Listener
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.settings import Experiment
 from fedloom.storage import folders
 

@@ -28,20 +28,19 @@ from fedloom.data.example import Example
 from fedloom.data.text import rouge_l
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment.commands import adapter_of
-from fedloom.experiment.comparison import federated
 from fedloom.experiment.datasets import Dataset, load_data
+from fedloom.experiment.inputs import other_inputs
 from fedloom.experiment.leakage import Targets, targets
 from fedloom.experiment.machine import Machine, load_machine
 from fedloom.experiment.settings import Experiment, load
+from fedloom.experiment.simulation import Simulated, federated
 from fedloom.experiment.summary import write_json
-from fedloom.experiment.training import INPUTS, Training, other_inputs
+from fedloom.experiment.training import INPUTS
 from fedloom.rng import numpy_stream
 from fedloom.state import AdapterState
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint
 from fedloom.synthesis.filters import whole
-from fedloom.transport.downlink import Downlink
-from fedloom.transport.in_process import InProcess
 
 SCHEMA = 1
 AUDIT = "audit.json"
@@ -80,7 +79,7 @@ def audit(
     say("data and model")
     dataset, machine = load_data(experiment), load_machine(experiment)
     adapter = adapter_of(run, machine)
-    training = federated(saved, dataset, machine, home)  # what was sent does not depend on how it is audited
+    simulated = federated(saved, dataset, machine, home)  # what was sent does not depend on how it is audited
     _same_inputs(home / INPUTS, dataset, machine)
     on = targets(experiment, dataset)
     committed = _committed(home, saved.fingerprint())
@@ -91,7 +90,7 @@ def audit(
     say("the server")
     earlier = committed and _committed(home, saved.fingerprint(), before=committed.state.round)
     server = (
-        of_server(training, earlier)
+        of_server(saved, dataset, machine, simulated, earlier)
         if earlier
         else {
             "reason": f"the last two committed rounds are needed to replay one, and are not in {home.name}/state"
@@ -115,7 +114,9 @@ def audit(
             "references": len(on.references),
         },
         "positions": {"public": public, "client": client, "server": server},
-        "synthesis": of_synthesis(dataset, committed.memories if committed else {}, seed=experiment.seed),
+        "synthesis": of_synthesis(
+            dataset, committed.transport.memories if committed else {}, seed=experiment.seed
+        ),
         "one_run": lower_bound(public),
     }
     found |= gate(found, limits)
@@ -250,60 +251,55 @@ def code(example: Example) -> str:
     return found[1] if found else ""
 
 
-def of_server(training: Training, before: Checkpoint) -> dict[str, Any]:
+def of_server(
+    experiment: Experiment, dataset: Dataset, machine: Machine, simulated: Simulated, before: Checkpoint
+) -> dict[str, Any]:
     """The server reads one upload of the last round, of the client with the fewest examples: it tells most.
 
     Then the same with nothing but the mean of all uploads, as under secure aggregation.
     """
-    views = replay(training, before)
+    views = replay(simulated, before)
     usable = {c: view for c, view in views.items() if view.delta.is_finite()}
     if not usable:
         return {"reason": f"no usable upload in round {before.state.round + 1}, out of {len(views)}"}
-    client = min(usable, key=lambda c: (len(training.clients[c].examples), c))
+    client = min(usable, key=lambda c: (len(simulated.clients[c].examples), c))
     everybody = aggregated(list(usable.values()))
     steps = int(usable[client].update.metrics.get("steps", 0))
-    inputs = inversion.layer_inputs(training.machine.engine.model, before.state.adapter)
+    inputs = inversion.layer_inputs(machine.engine.model, before.state.adapter)
 
     def seen(view: ServerView) -> dict[str, Any]:
         return {
-            "inversion": _inverted(training, view, inputs, client, steps),
-            "membership": _told(training, view, client),
+            "inversion": _inverted(experiment, dataset, machine, view, inputs, client, steps),
+            "membership": _told(experiment, dataset, machine, view, client),
         }
 
     return {
         "client": client,
         "round": before.state.round + 1,
-        "examples": len(training.clients[client].examples),
+        "examples": len(simulated.clients[client].examples),
         **seen(usable[client]),
         "aggregated": {"clients": len(usable), **seen(everybody)},
     }
 
 
-def replay(training: Training, before: Checkpoint) -> dict[str, ServerView]:
+def replay(simulated: Simulated, before: Checkpoint) -> dict[str, ServerView]:
     """The round after `before` once more: client -> what the server saw of it, as it was sent."""
-    clients = training.clients
-    for name, memory in before.memories.items():
-        clients[name].memory = dict(memory)
+    training = simulated.training
+    training.transport.restore(before.transport)
     sent = {c: training.algorithm.broadcast(before.state, c) for c in training.select(before.state.round)}
-    how = training.experiment.transport
-    transport = InProcess(
-        training.algorithm,
-        training.machine.engine,
-        clients,
-        how.width,
-        Downlink.of(before.state, how.codec.build()),
-    )
-    return {d.update.client: ServerView(sent[d.update.client], d.update) for d in transport.exchange(sent)}
+    return {a.client: ServerView(sent[a.client], a.open()) for a in training.transport.exchange(sent)}
 
 
 def _inverted(
-    training: Training,
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
     view: ServerView,
     inputs: inversion.FirstInputs | inversion.Inapplicable,
     client: str,
     steps: int,
 ) -> dict[str, Any]:
-    local, template = training.experiment.local, training.machine.template
+    local, template = experiment.local, machine.template
     if isinstance(inputs, inversion.Inapplicable):
         return {"reason": inputs.reason}
     gone = inversion.shrinkage(
@@ -319,7 +315,7 @@ def _inverted(
     known = {*template.prompt_ids(""), template.end}
     own, held_out = (
         {i for e in examples for i in template.encode(e).ids} - known
-        for examples in (training.clients[client].examples, training.dataset.test)
+        for examples in (dataset.clients[client], dataset.test)
     )
     recall = inversion.recall(ranked, own, known=known)
     if not recall.tokens:
@@ -332,14 +328,14 @@ def _inverted(
     return {**asdict(recall), "ci95": hits.ci95, "held_out": control, "directions": ranked.directions}
 
 
-def _told(training: Training, view: ServerView, client: str) -> dict[str, Any]:
-    data, most = training.dataset, training.experiment.audit.examples
-    own = draw(
-        {client: [e for e in data.clients[client] if not e.private]}, most, seed=training.experiment.seed
-    )
+def _told(
+    experiment: Experiment, dataset: Dataset, machine: Machine, view: ServerView, client: str
+) -> dict[str, Any]:
+    plain = {client: [e for e in dataset.clients[client] if not e.private]}
+    own = draw(plain, experiment.audit.examples, seed=experiment.seed)
     if not own:
         return {"reason": "the client has nothing but secrets"}
-    scores = inversion.membership(view, training.machine.engine, [*own, *in_the_mix_of(own, data)])
+    scores = inversion.membership(view, machine.engine, [*own, *in_the_mix_of(own, dataset)])
     return separation(scores[: len(own)], scores[len(own) :]).plain()
 
 

@@ -29,19 +29,18 @@ from fedloom.experiment import judging, preflight
 from fedloom.experiment.comparison import (
     Progress,
     all_seeds,
-    federated,
     measuring,
-    models_of,
     progress,
     read_result,
     seed_folders,
-    synthesis_of,
 )
 from fedloom.experiment.datasets import Dataset, load_data
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, Skeleton, load_machine, load_skeleton
 from fedloom.experiment.settings import UNTRAINED, Experiment, changed, load, parse
+from fedloom.experiment.simulation import federated
 from fedloom.experiment.summary import ANSWERS, measure, read_summary, summarise, write_json
-from fedloom.experiment.training import INPUTS, Listener
+from fedloom.experiment.training import INPUTS
 from fedloom.report import card, endings, page
 from fedloom.state import AdapterState
 from fedloom.storage import checkpoint, durable, folders, journal
@@ -69,8 +68,8 @@ def run(
         machine = load_machine(experiment)
         if not machine.end_reachable:
             listener.warned(endings.unreachable(machine.template.end_text))
-        training = federated(experiment, dataset, machine, folder)
-        state = training.finish(listener)
+        simulated = federated(experiment, dataset, machine, folder)
+        state = simulated.finish(listener)
         conv1d = bool(machine.describe()["conv1d"])
         _save(
             folder / "adapter",
@@ -81,12 +80,12 @@ def run(
             conv1d,
             card.unmeasured(experiment),
         )
-        rows: dict[str, AdapterState | None] = {"base": None, **models_of(training, "federated", state)}
+        rows: dict[str, AdapterState | None] = {"base": None, **simulated.models("federated", state)}
         with measuring(folder, "run"):
             result = measure(
                 experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase
             )
-        if made := synthesis_of(training):
+        if made := simulated.synthesis():
             result["synthesis"] = {"federated": made}
         summary = summarise(
             "run",

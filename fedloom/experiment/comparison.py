@@ -1,11 +1,4 @@
-"""Every method on the same data from one command: FedIT's four rows, and those of `compare.methods`.
-
-FedIT's rows are base, local-only clients, owners of a few categories each (`compare.local`), federated (the
-experiment's own algorithm) and centralised. Every row sees the same data, and every row of a seed the same held-out set and the same initial
-adapter. In a round of any row each of its clients takes its local epochs over its own data; local-only
-clients train in every round; centralised tuning sees as many examples a round as the cohort (budget
-"epochs") or takes as many steps as one client (budget "steps").
-"""
+"""Every method on the same data from one command, over seeds; progress, and one result a seed."""
 
 from __future__ import annotations
 
@@ -14,114 +7,33 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from fedloom.algorithms.base import ServerState
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.synthetic import FATES
 from fedloom.errors import FedloomError, RunError
 from fedloom.evaluation.cache import Cache
-from fedloom.experiment.build import build_algorithm, federated_clients, pooled_client, specialist_client
 from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.leakage import leakage
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, load_machine
 from fedloom.experiment.settings import Experiment, parse
+from fedloom.experiment.simulation import trainings
 from fedloom.experiment.summary import ANSWERS, measure, shared, write_json
-from fedloom.experiment.training import Listener, Training
 from fedloom.federation import Round
 from fedloom.messages import ClientId
-from fedloom.rng import numpy_stream
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.storage import checkpoint, journal
 
 RESULT = "result.json"  # of one seed; written last
-SAMPLES = 3  # generated texts kept for each fate
 POLL = 1.0  # seconds between looks at the journals
-
-
-def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
-    """The experiment's own algorithm."""
-    clients = federated_clients(experiment, dataset)
-    select = experiment.cohort.build(clients=sorted(clients), seed=experiment.seed)
-    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
-    return Training(
-        folder, experiment, dataset, machine, algorithm, clients, select, experiment.fingerprint()
-    )
-
-
-def method(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
-    """The algorithm that `compare.methods` names so, in all else like the experiment's own."""
-    other = experiment.with_(algorithm=experiment.compare.methods[label].plain())
-    made = federated if other.algorithm.shared else alone
-    return made(other, dataset, machine, folder)
-
-
-def local_only(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
-    return alone(experiment.with_(algorithm="local_only"), dataset, machine, folder)
-
-
-def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
-    """An algorithm that shares no model: every client trains in every round, or those `compare.local_clients` draws."""
-    clients = federated_clients(experiment, dataset)
-    wanted = experiment.compare.local_clients
-    if wanted is not None and wanted < len(clients):
-        drawn = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))[
-            :wanted
-        ]
-        clients = {str(c): clients[str(c)] for c in sorted(drawn)}
-    quiet = experiment.with_(evaluation={**experiment.plain()["evaluation"], "every": experiment.rounds})
-    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
-    return Training(
-        folder,
-        quiet,
-        dataset,
-        machine,
-        algorithm,
-        clients,
-        All(sorted(clients)),
-        "alone " + experiment.fingerprint(),
-    )
-
-
-def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Training:
-    select = experiment.cohort.build(clients=sorted(dataset.clients), seed=experiment.seed)
-    cohort = fmean(len(select(r)) for r in range(experiment.rounds))
-    clients = pooled_client(experiment, dataset, cohort)
-    return Training(
-        folder,
-        experiment,
-        dataset,
-        machine,
-        FedAvg(),
-        clients,
-        All(sorted(clients)),
-        "centralised " + experiment.fingerprint(),
-    )
-
-
-def specialist(
-    label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path
-) -> Training:
-    """A row of FedIT's table: one owner of all training examples of the categories that `compare.local` names for it."""
-    categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
-    fingerprint = f"{label} {json.dumps(categories)} {experiment.fingerprint()}"
-    clients = {label: specialist_client(experiment, dataset, label)}
-    return Training(
-        folder, experiment, dataset, machine, FedAvg(), clients, All(sorted(clients)), fingerprint
-    )
 
 
 def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
@@ -191,9 +103,9 @@ def trained(
     synthesis: dict[str, Any] = {}
     for name, (label, made) in trainings(experiment).items():
         listener.row(label)
-        training = made(experiment, dataset, machine, folder / name)
-        rows |= models_of(training, label, training.finish(listener))
-        if found := synthesis_of(training):
+        simulated = made(experiment, dataset, machine, folder / name)
+        rows |= simulated.models(label, simulated.finish(listener))
+        if found := simulated.synthesis():
             synthesis[label] = found
     return rows, synthesis
 
@@ -205,51 +117,6 @@ def untrained(experiment: Experiment, folder: Path) -> list[str]:
         for name, (label, _) in trainings(experiment).items()
         if len(journal.read(folder / name / "metrics.jsonl")) <= experiment.rounds
     ]
-
-
-def models_of(training: Training, label: str, state: ServerState) -> dict[str, AdapterState]:
-    """The rows a finished training makes: the shared model, and the personal ones of its clients."""
-    rows = {label: state.adapter} if training.algorithm.shared else {}
-    prefix = f"{label} personal" if training.algorithm.shared else "local" if label == "federated" else label
-    own = {c.id: training.algorithm.personal(c) for c in training.clients.values()}
-    return rows | {f"{prefix}:{client}": adapter for client, adapter in own.items() if adapter is not None}
-
-
-def synthesis_of(training: Training) -> dict[str, Any] | None:
-    """What was generated: counts by fate over all rounds and clients, and a few texts of each fate; None: nothing.
-
-    Both are in a simulation's reports alone; on a network they would stay with their clients.
-    """
-    counts: Counter[str] = Counter()
-    for record in journal.read(training.folder / "metrics.jsonl"):
-        for metrics in record.get("unsent", {}).values():
-            counts.update({k.removeprefix(FATES): int(n) for k, n in metrics.items() if k.startswith(FATES)})
-    if not counts:
-        return None
-    samples: dict[str, list[Any]] = {}
-    for client in training.clients.values():
-        for fate, texts in client.memory.get("synthetic", {}).get("samples", {}).items():
-            samples.setdefault(fate, []).extend({"client": client.id, **text} for text in texts)
-    return {
-        "counts": dict(counts),
-        "samples": {fate: texts[:SAMPLES] for fate, texts in sorted(samples.items())},
-    }
-
-
-def trainings(experiment: Experiment) -> dict[str, tuple[str, Callable[..., Training]]]:
-    """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
-    owners = {label.lower(): (label, partial(specialist, label)) for label in experiment.compare.local_labels}
-    methods = {
-        "method-" + label.lower().replace(" ", "-"): (label, partial(method, label))
-        for label in experiment.compare.methods
-    }
-    return {
-        "local_only": ("local", local_only),
-        **owners,
-        **methods,
-        "federated": ("federated", federated),
-        "centralised": ("centralised", centralised),
-    }
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -1,26 +1,76 @@
-"""What whoever watches a run may want to know while it goes on."""
+"""What the journal says of a round beside the round itself: functions that a training calls after each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # a display begins before torch is there
-    from fedloom.federation import Round
-    from fedloom.messages import ClientId
+from fedloom.algorithms.base import UNSENT, Algorithm, ServerState
+from fedloom.client import Client
+from fedloom.evaluation.loss import held_out_loss
+from fedloom.experiment.datasets import Dataset
+from fedloom.experiment.leakage import leakage
+from fedloom.experiment.machine import Machine
+from fedloom.experiment.settings import Experiment
+from fedloom.experiment.training import Observer
+from fedloom.federation import Round
+from fedloom.messages import ClientId
+from fedloom.storage.journal import finite
 
 
-class Listener:
-    """This one ignores it all."""
+def unsent_metrics(clients: Mapping[ClientId, Client]) -> Observer:
+    """What clients of a simulation keep to themselves; on a network it would stay with them."""
 
-    def phase(self, what: str) -> None:
-        """What begins: "reading the data", "loading the base model", "training", "measuring", "answering 8 questions"."""
+    def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
+        memories = {c: clients[c].memory for c in sorted(seen.updates)}
+        return {"unsent": {c: finite(memory[UNSENT]) for c, memory in memories.items() if UNSENT in memory}}
 
-    def row(self, label: str) -> None:
-        """Whose training begins, where there are several."""
+    return observe
 
-    def started(self, *, rounds: int, completed: int, cohort: float) -> None: ...
-    def updated(self, round: Round, client: ClientId) -> None: ...
-    def committed(self, record: Mapping[str, Any]) -> None: ...
-    def warned(self, message: str) -> None: ...
-    def noted(self, messages: Sequence[str]) -> None: ...  # what the data's reader has to say
+
+def held_out(
+    experiment: Experiment, dataset: Dataset, machine: Machine, clients: Mapping[ClientId, Client]
+) -> Observer:
+    """Held-out loss of the server's adapter, every few rounds and after the last; None between."""
+    test, groups = held_out_part(dataset, experiment.evaluation.examples)
+
+    def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
+        if state.round % experiment.evaluation.every and state.round != experiment.rounds:
+            return {"held_out": None}
+        adapter = state.adapter if state.round else None
+        found = held_out_loss(machine.engine, test, groups, {"global": adapter})["global"]
+        mixes = {c: found.of_mix(dataset.mix(c)) for c in clients if c in dataset.clients}
+        return {
+            "held_out": {
+                **finite({"loss": found.loss}),
+                "groups": finite(found.groups),
+                "clients": finite(mixes),
+            }
+        }
+
+    return observe
+
+
+def leaked(experiment: Experiment, dataset: Dataset, machine: Machine, algorithm: Algorithm) -> Observer:
+    """What the server's adapter gives away, in the rounds in which the experiment wants to know it."""
+    every = experiment.audit.every
+
+    def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
+        due = every is not None and (not state.round % every or state.round == experiment.rounds)
+        if not due or not algorithm.shared:
+            return {"leakage": None}
+        rows = {"global": state.adapter} if state.round else {}
+        found = leakage(experiment, dataset, machine, rows)
+        return {"leakage": finite(found["global" if state.round else "base"])}
+
+    return observe
+
+
+def held_out_part(dataset: Dataset, wanted: int | None) -> tuple[Sequence[Any], list[str]]:
+    """The held-out examples that periodic evaluation looks at: all, or the same few every time."""
+    groups = dataset.groups()
+    if wanted is None or wanted >= len(groups):
+        return dataset.test, groups
+    step = len(groups) / wanted  # held-out examples lie group by group, so equal steps keep the mix
+    chosen = [int(i * step) for i in range(wanted)]
+    return [dataset.test[i] for i in chosen], [groups[i] for i in chosen]

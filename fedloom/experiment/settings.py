@@ -44,6 +44,7 @@ from fedloom.algorithms.server_optimizers import SGD
 from fedloom.data import partition
 from fedloom.data.canaries import Canaries
 from fedloom.errors import ConfigError
+from fedloom.gate import Gate
 from fedloom.selection import All, Fixed, Fraction, Poisson, RoundRobin
 from fedloom.steps import LocalTraining, LoraSpec
 from fedloom.synthesis.pool import FromPool
@@ -457,6 +458,7 @@ class Experiment(Section):
     examples_per_round: int | None = Field(None, gt=0)  # of a client, in its own order; None: local.epochs
     cohort: CohortChoice = {}
     transport: Transport = Transport()
+    gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
     audit: Audit = Audit()
     compare: Compare = Compare()

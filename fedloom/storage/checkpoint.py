@@ -20,34 +20,40 @@ from safetensors.torch import load, save
 
 from fedloom.algorithms.base import ServerState
 from fedloom.errors import RunError
-from fedloom.messages import ClientId
 from fedloom.state import AdapterState
 from fedloom.storage import durable
+from fedloom.transport.base import Snapshot
 
-SCHEMA = 2  # also where the same settings come to another result than before: no run goes on in two ways
+SCHEMA = 3  # also where the same settings come to another result than before: no run goes on in two ways
 KEPT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     state: ServerState
-    memories: Mapping[ClientId, Mapping[str, Any]]  # client memory: AdapterStates and JSON values
+    transport: Snapshot
     record: Mapping[str, Any]  # the journal's line of this round, so that no crash can part the two
 
 
 def commit(folder: Path, checkpoint: Checkpoint, *, fingerprint: str) -> None:
     """Make this round durable, then drop all but the newest two. `fingerprint` names the experiment."""
     tensors: dict[str, Any] = {}
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, dict[str, Any]]] = {}
     _put(tensors, "adapter", checkpoint.state.adapter)
     for slot, state in checkpoint.state.slots.items():
         _put(tensors, f"slot/{slot}", state)
-    for client, memory in checkpoint.memories.items():
-        for key, value in memory.items():
-            if isinstance(value, AdapterState):
-                _put(tensors, f"memory/{client}/{key}", value)
-            else:
-                values.setdefault(client, {})[key] = value
+    parts = {
+        "server": {"": checkpoint.transport.server},
+        "memory": checkpoint.transport.memories,
+        "residual": checkpoint.transport.residuals,
+    }
+    for part, owners in parts.items():
+        for owner, kept in owners.items():
+            for key, value in kept.items():
+                if isinstance(value, AdapterState):
+                    _put(tensors, f"{part}/{owner}/{key}", value)
+                else:
+                    values.setdefault(part, {}).setdefault(owner, {})[key] = value
     data = save(tensors)
     round = checkpoint.state.round
     body = {
@@ -55,7 +61,7 @@ def commit(folder: Path, checkpoint: Checkpoint, *, fingerprint: str) -> None:
         "fingerprint": fingerprint,
         "round": round,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "memory": values,
+        "transport": values,
         "record": checkpoint.record,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +69,9 @@ def commit(folder: Path, checkpoint: Checkpoint, *, fingerprint: str) -> None:
     durable.write(folder / f"round-{round:05d}.json", _sealed(body))
     for manifest in sorted(folder.glob("round-*.json"))[:-KEPT]:
         manifest.unlink(missing_ok=True)
-    kept = {manifest.stem for manifest in folder.glob("round-*.json")}
+    stems = {manifest.stem for manifest in folder.glob("round-*.json")}
     for tensors_file in folder.glob("round-*.safetensors"):
-        if tensors_file.stem not in kept:
+        if tensors_file.stem not in stems:
             tensors_file.unlink(missing_ok=True)
 
 
@@ -109,7 +115,8 @@ def _read(manifest: Path, fingerprint: str) -> Checkpoint:
         raise _Damaged("the manifest's checksum does not match")
     if body["schema"] != SCHEMA:
         raise RunError(
-            f"{manifest}: expected schema {SCHEMA}, got {body['schema']}; it needs another fedloom version."
+            f"{manifest} was written by another version of fedloom (expected schema {SCHEMA}, got {body['schema']}): "
+            "finish the run with that version, or start anew in another --out."
         )
     if body["fingerprint"] != fingerprint:
         raise RunError(
@@ -127,13 +134,17 @@ def _read(manifest: Path, fingerprint: str) -> Checkpoint:
         group, _, name = key.rpartition("|")
         groups.setdefault(group, {})[name] = tensor
     states = {group: AdapterState(named) for group, named in groups.items()}
-    memories: dict[str, dict[str, Any]] = {client: dict(values) for client, values in body["memory"].items()}
+    parts: dict[str, dict[str, dict[str, Any]]] = {"server": {}, "memory": {}, "residual": {}}
+    for part, owners in body["transport"].items():
+        parts[part] = {owner: dict(values) for owner, values in owners.items()}
     for group, state in states.items():
-        if group.startswith("memory/"):
-            client, _, key = group.removeprefix("memory/").rpartition("/")
-            memories.setdefault(client, {})[key] = state
+        part, _, rest = group.partition("/")
+        if part in parts:
+            owner, _, key = rest.rpartition("/")
+            parts[part].setdefault(owner, {})[key] = state
     slots = {g.removeprefix("slot/"): s for g, s in states.items() if g.startswith("slot/")}
-    return Checkpoint(ServerState(states["adapter"], body["round"], slots), memories, body["record"])
+    snapshot = Snapshot(parts["server"].get("", {}), parts["memory"], parts["residual"])
+    return Checkpoint(ServerState(states["adapter"], body["round"], slots), snapshot, body["record"])
 
 
 def _put(tensors: dict[str, Any], group: str, state: AdapterState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,10 @@ def align(path: Path, last: Mapping[str, Any] | None) -> list[int]:
         kept = [r for r in read(path) if r["round"] < last["round"]] + [last]
     durable.write(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept).encode())
     return [] if last is None else sorted(set(range(last["round"])) - {r["round"] for r in kept})
+
+
+def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """For JSON, which has no NaN."""
+    return {
+        name: None if value is None or not math.isfinite(value) else value for name, value in values.items()
+    }

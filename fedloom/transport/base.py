@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.state import AdapterState
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """One client's update as it arrived, with what it weighed on the wire, in bytes."""
+class Arrival:
+    """An answer at the server's door, not yet looked into.
 
-    update: Update
+    Sender and size are known before a byte of it is read: the gate calls `open` only once it has judged both.
+    """
+
+    client: ClientId  # whom the channel authenticated, whatever the message says
     bytes_up: int
     bytes_down: int
+    open: Callable[[], Update]  # raises RefusedUpdate
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a transport carries from round to round: AdapterStates and JSON values, so that it can be saved."""
+
+    server: Mapping[str, Any] = field(default_factory=dict)  # versions sent, who holds which
+    # Of simulated clients. On a network clients keep their own, and these are empty.
+    memories: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
+    residuals: Mapping[ClientId, Mapping[str, AdapterState]] = field(default_factory=dict)
 
 
 class Transport(Protocol):
-    def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Delivery]:
-        """Deliver each broadcast, yield each update as it arrives; a lost client yields nothing."""
+    def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Arrival]:
+        """Deliver each broadcast, yield each answer as it arrives; a lost client yields nothing."""
         ...
+
+    def settle(self, round: int, used: Collection[ClientId]) -> None:
+        """The round is over, and these clients' updates were used: they, and no others, may remember it."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Between rounds. The next exchange after `restore` sends the very bytes that it would have sent."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None: ...

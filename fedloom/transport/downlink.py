@@ -9,25 +9,30 @@ version is so old that the steps to it are no smaller, gets the newest version a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from fedloom.algorithms.base import ServerState
 from fedloom.messages import Broadcast
 from fedloom.state import AdapterState
 from fedloom.transport import wire
 from fedloom.transport.codec import Codec, Parts
 
-SLOT = "sent"  # in the server's state: "sent@7" is version 7, "sent+8" the step from it to version 8
+OLDEST = "oldest version"  # in a snapshot: the adapter itself
+STEP = "step to version "  # in a snapshot: each step from there
 
 
 @dataclass
 class Downlink:
-    """The server's end. `versions` are kept only as far back as steps are worth sending."""
+    """The server's end. Versions are kept only as far back as steps are worth sending."""
 
     codec: Codec
-    first: int = 0  # the number of versions[0]
-    versions: list[AdapterState] = field(default_factory=list)
-    steps: list[Parts] = field(default_factory=list)  # steps[i] leads from versions[i] to versions[i + 1]
+    versions: dict[int, AdapterState] = field(default_factory=dict)  # by number, the oldest first
+    steps: list[Parts] = field(default_factory=list)  # each leads from one version to the next
+
+    @property
+    def first(self) -> int:
+        return next(iter(self.versions), 0)
 
     @property
     def newest(self) -> int:
@@ -36,59 +41,42 @@ class Downlink:
     def publish(self, adapter: AdapterState) -> None:
         """Make a new version of the server's adapter."""
         if not self.versions:
-            self.versions.append(adapter)
+            self.versions[0] = adapter
             return
-        step = self.codec.encode(adapter - self.versions[-1])
-        self.versions.append(_after(self.versions[-1], step, self.codec))
-        self.steps.append(step)
+        step = self.codec.encode(adapter - self.versions[self.newest])
+        self._append(step)
         while sum(map(_weight, self.steps)) >= _weight(adapter):
-            del self.steps[0], self.versions[0]
-            self.first += 1
+            del self.steps[0], self.versions[self.first]
 
-    def pack(self, message: Broadcast, held: int | None) -> bytes:
+    def pack(self, message: Broadcast, held: int | None, *, experiment: str = "") -> bytes:
         """For a client that holds this version, or none; the adapter it gets is the newest version."""
-        if held is None or held < self.first:
-            whole = replace(message, states={**message.states, "adapter": self.versions[-1]})
-            return wire.pack_versioned(whole, (), self.codec, since=None, version=self.newest)
-        return wire.pack_versioned(
-            message, self.steps[held - self.first :], self.codec, since=held, version=self.newest
+        if held is None or held not in self.versions:
+            whole = replace(message, states={**message.states, "adapter": self.versions[self.newest]})
+            return wire.pack_broadcast(whole, self.codec, version=self.newest, experiment=experiment)
+        steps = self.steps[held - self.first :]
+        return wire.pack_broadcast(
+            message, self.codec, steps, since=held, version=self.newest, experiment=experiment
         )
 
-    def unpack(self, data: bytes) -> Broadcast:
-        """What a client that holds the version the message starts from makes of it."""
-        message, _ = wire.unpack_versioned(
-            data, self.codec, lambda version: self.versions[version - self.first]
-        )
-        return message
-
-    def into(self, state: ServerState) -> ServerState:
-        """With what a resumed server has to know."""
+    def snapshot(self) -> dict[str, Any]:
+        """What a resumed server has to know."""
         if not self.versions:
-            return state
-        slots = {
-            name: slot for name, slot in state.slots.items() if not name.startswith((SLOT + "@", SLOT + "+"))
-        }
-        slots[f"{SLOT}@{self.first}"] = self.versions[0]
-        slots |= {
-            f"{SLOT}+{n}": AdapterState(step) for n, step in enumerate(self.steps, start=self.first + 1)
-        }
-        return replace(state, slots=slots)
+            return {}
+        steps = {f"{STEP}{n}": AdapterState(s) for n, s in enumerate(self.steps, start=self.first + 1)}
+        return {"first version": self.first, OLDEST: self.versions[self.first], **steps}
 
-    @staticmethod
-    def of(state: ServerState, codec: Codec) -> Downlink:
-        """As it was when `into` put it there."""
-        made = Downlink(codec)
-        for name, slot in state.slots.items():
-            if name.startswith(SLOT + "@"):
-                made.first, made.versions = int(name.removeprefix(SLOT + "@")), [slot]
-        while (step := state.slots.get(f"{SLOT}+{made.newest + 1}")) is not None:
-            made.versions.append(_after(made.versions[-1], step, codec))
-            made.steps.append(step)
-        return made
+    def restore(self, known: Mapping[str, Any]) -> None:
+        self.versions.clear()
+        self.steps.clear()
+        if OLDEST in known:
+            self.versions[known["first version"]] = known[OLDEST]
+        while (step := known.get(f"{STEP}{self.newest + 1}")) is not None:
+            self._append(step)
 
-
-def _after(adapter: AdapterState, step: Parts, codec: Codec) -> AdapterState:
-    return adapter + codec.decode(step, adapter)
+    def _append(self, step: Parts) -> None:
+        newest = self.versions[self.newest]
+        self.versions[self.newest + 1] = newest + self.codec.decode(step, newest)
+        self.steps.append(step)
 
 
 def _weight(parts: Parts) -> int:

@@ -1,30 +1,27 @@
 """Error feedback (Seide et al. 2014; Karimireddy et al. 2019): what rounding took away is sent the next time.
 
-A client adds to each delta what its last upload lacked, so all it ever sent differs from all it ever learnt
-by one rounding, however many rounds. What is lacking waits in the client's memory, one state the size of an
-adapter, and is as old as the client's last turn: where few of many are selected, it can do harm.
+A client adds to each delta what its last upload lacked, so the sum of its uploads differs from the sum of its deltas
+by one rounding, after any number of rounds. The residual, one state the size of an adapter, waits at the client's end
+until its next turn; with low participation it is stale and can hurt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from fedloom.messages import Update
+from fedloom.state import AdapterState
 
-OWED = "owed:"  # in a client's memory, with the state's name
+Residual = Mapping[str, AdapterState]  # by the name of an update's state
 
 
-def with_what_is_owed(update: Update, memory: Mapping[str, Any]) -> Update:
-    states = {
-        name: state + memory[OWED + name] if OWED + name in memory else state
-        for name, state in update.states.items()
-    }
+def add_residual(update: Update, owed: Residual) -> Update:
+    states = {name: state + owed[name] if name in owed else state for name, state in update.states.items()}
     return replace(update, states=states)
 
 
-def still_owed(meant: Update, arrived: Update) -> dict[str, Any]:
-    """For the memory: what of `meant` is not in `arrived`; nothing where training diverged, so old debts stay."""
-    lacking = {OWED + name: state - arrived.states[name] for name, state in meant.states.items()}
-    return {key: state for key, state in lacking.items() if state.is_finite()}
+def residual(meant: Update, arrived: Update) -> dict[str, AdapterState]:
+    """What of `meant` is not in `arrived`; nothing of a state that diverged, so that the old residual stays."""
+    lacking = {name: state - arrived.states[name] for name, state in meant.states.items()}
+    return {name: state for name, state in lacking.items() if state.is_finite()}

@@ -1,74 +1,79 @@
-"""Simulation: every client in this process, up to `width` of them in one engine batch."""
+"""Simulation: every client in this process, up to `clients_per_batch` of them in one engine batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.client import Client
-from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.messages import Broadcast, ClientId
 from fedloom.steps import Engine, drive
-from fedloom.transport import wire
-from fedloom.transport.base import Delivery
-from fedloom.transport.codec import Fp32
+from fedloom.transport.base import Arrival, Snapshot
+from fedloom.transport.client_end import ClientEnd
+from fedloom.transport.codec import Codec, Fp32
 from fedloom.transport.downlink import Downlink
-from fedloom.transport.error_feedback import still_owed, with_what_is_owed
-
-VERSION = "held version"  # in a client's memory: of the adapter it was sent last
+from fedloom.transport.server_end import ServerEnd
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """A client's memory of this round is kept aside and taken over only when its update has left.
+    """A Channel to clients' ends. Groups are taken, and answered, in the order of the letters."""
 
-    The codec of `downlink` is that of both directions.
+    ends: Mapping[ClientId, ClientEnd]
+    engine: Engine
+    clients_per_batch: int = 8
+
+    def call(self, method: str, payloads: Mapping[ClientId, bytes]) -> Iterator[tuple[ClientId, bytes]]:
+        letters = iter(payloads.items())
+        while group := list(islice(letters, self.clients_per_batch)):
+            yield from drive({c: self.ends[c].reply(method, data) for c, data in group}, self.engine)
+
+
+class Simulation:
+    """A Transport with both ends in this process, over real bytes.
+
+    It may look into clients' memories, as no server can: they are part of its snapshot, so that a killed run
+    resumes. Clients settle at the end of a round, where on a network the next broadcast tells them.
     """
 
-    algorithm: Algorithm
-    engine: Engine
-    clients: Mapping[ClientId, Client]
-    width: int = 8
-    downlink: Downlink = field(default_factory=lambda: Downlink(Fp32()))
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        engine: Engine,
+        clients: Mapping[ClientId, Client],
+        *,
+        clients_per_batch: int = 8,
+        codec: Codec = Fp32(),
+        experiment: str = "",
+    ):
+        downlink = Downlink(codec)
+        self.ends = {
+            c: ClientEnd(client, algorithm, codec, experiment, downlink.versions)
+            for c, client in clients.items()
+        }
+        channel = InProcess(self.ends, engine, clients_per_batch)
+        self.server = ServerEnd(channel, algorithm.expects, downlink, experiment)
 
-    def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Delivery]:
-        versioned = self._publish(broadcasts)
-        queue = iter(broadcasts.items())
-        while group := list(islice(queue, self.width)):
-            staged = {c: self.clients[c].staged() for c, _ in group}
-            down = {c: self._down(message, staged[c], versioned=versioned) for c, message in group}
-            work = {c: self.algorithm.client(message, staged[c]) for c, (message, _) in down.items()}
-            for update in drive(work, self.engine):
-                client, (message, bytes_down) = staged[update.client], down[update.client]
-                arrived, bytes_up = self._up(update, message, client)
-                self.clients[update.client].memory = client.memory
-                yield Delivery(arrived, bytes_up, bytes_down)
+    def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Arrival]:
+        return self.server.exchange(broadcasts)
 
-    def _publish(self, broadcasts: Mapping[ClientId, Broadcast]) -> bool:
-        """There are versions only of an adapter that is the same for everybody."""
-        adapters = list({id(message.adapter): message.adapter for message in broadcasts.values()}.values())
-        if not self.downlink.codec.label or not adapters:
-            return False
-        if len(adapters) > 1 and len({adapter.sha256() for adapter in adapters}) > 1:
-            return False
-        self.downlink.publish(adapters[0])
-        return True
+    def settle(self, round: int, used: Collection[ClientId]) -> None:
+        self.server.settle(round, used)
+        for client, end in self.ends.items():
+            end.settle(self.server.acknowledged.get(client))
 
-    def _down(self, message: Broadcast, client: Client, *, versioned: bool) -> tuple[Broadcast, int]:
-        held = client.memory.pop(VERSION, None)
-        if not versioned:
-            data = wire.pack_broadcast(message)
-            return wire.unpack_broadcast(data), len(data)
-        data = self.downlink.pack(message, held)
-        client.memory[VERSION] = self.downlink.newest
-        return self.downlink.unpack(data), len(data)
+    def snapshot(self) -> Snapshot:
+        return replace(
+            self.server.snapshot(),
+            memories={c: end.client.memory for c, end in self.ends.items() if end.client.memory},
+            residuals={c: end.residual for c, end in self.ends.items() if end.residual},
+        )
 
-    def _up(self, update: Update, message: Broadcast, client: Client) -> tuple[Update, int]:
-        codec = self.downlink.codec
-        meant = with_what_is_owed(update, client.memory) if codec.error_feedback else update
-        data = wire.pack_update(meant, codec)
-        arrived = wire.unpack_update(data, codec, message.adapter)
-        if codec.error_feedback:
-            client.memory.update(still_owed(meant, arrived))
-        return arrived, len(data)
+    def restore(self, snapshot: Snapshot) -> None:
+        self.server.restore(snapshot)
+        for client, end in self.ends.items():
+            end.client.memory = dict(snapshot.memories.get(client, {}))
+            end.residual = dict(snapshot.residuals.get(client, {}))
+            end.staged = None

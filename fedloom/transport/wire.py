@@ -1,13 +1,15 @@
-"""Messages to bytes and back: one safetensors buffer a message, its other fields in the header.
+"""Messages to bytes and back: a checksum, then one safetensors buffer, whose header holds the other fields.
 
-Simulation sends its messages through here too, so that the bytes it reports are the bytes that travel.
+Simulation sends its messages through here too, so that the bytes it reports are the bytes that travel. Whatever comes
+back out of foreign bytes is a message of this schema or a RefusedUpdate; memory is bounded by the bytes themselves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError
@@ -19,135 +21,185 @@ from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
 from fedloom.transport.codec import Codec, Fp32, Parts, layout
 
-SCHEMA = 1
-NOTHING = AdapterState({})
+SCHEMA = 2
+PLAIN = 65_536  # bytes of a header's fields, at most
+NAMED = 512  # bytes a tensor in a header, beside its name, at most
+CHECKSUM = 16  # bytes
 
 
-def pack_broadcast(message: Broadcast) -> bytes:
-    return _pack({"kind": "broadcast", "round": message.round, "task": message.task}, message.states)
-
-
-def unpack_broadcast(data: bytes) -> Broadcast:
-    """Raises RefusedUpdate("malformed" or "schema") for bytes that are not a broadcast of this schema."""
-    fields, states = _unpack(data, "broadcast", {"round": int, "task": str})
-    return Broadcast(
-        fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"]
-    )
-
-
-def pack_versioned(
-    message: Broadcast, steps: Sequence[Parts], codec: Codec, *, since: int | None, version: int
+def pack_broadcast(
+    message: Broadcast,
+    codec: Codec = Fp32(),
+    steps: Sequence[Parts] = (),
+    *,
+    since: int | None = None,
+    version: int | None = None,
+    experiment: str = "",
 ) -> bytes:
-    """The adapter as coded steps from version `since` to `version`; as it is where `since` is None."""
-    fields = {
-        "kind": "broadcast",
-        "round": message.round,
-        "task": message.task,
-        "codec": codec.label,
-        "since": since,
-        "version": version,
-    }
-    states: dict[str, Parts] = {
-        name: state for name, state in message.states.items() if since is None or name != "adapter"
-    }
-    return _pack(
-        fields, states | {f"step {version - len(steps) + n}": step for n, step in enumerate(steps, start=1)}
-    )
-
-
-def unpack_versioned(data: bytes, codec: Codec, held: Callable[[int], AdapterState]) -> tuple[Broadcast, int]:
-    """The broadcast and the version of its adapter; `held` is asked for the adapter the steps start from.
-
-    Raises RefusedUpdate("malformed", "schema" or "codec"), and whatever `held` raises for a version it has not.
-    """
-    fields, states = _unpack(data, "broadcast", {"round": int, "task": str, "version": int})
-    _check_codec(fields, codec, "broadcast")
-    since, version = fields.get("since"), fields["version"]
+    """With a `version`, the adapter is that version: coded steps from version `since`, or as it is where that is None."""
+    fields: dict[str, object] = {"round": message.round, "acknowledged": message.acknowledged}
+    states: dict[str, Parts] = dict(message.states)
+    if version is not None:
+        fields |= {"since": since, "version": version}
     if since is not None:
-        if type(since) is not int or not since <= version <= since + len(states):
+        del states["adapter"]
+        states |= {f"step {since + n}": step for n, step in enumerate(steps, start=1)}
+    return _pack("broadcast", fields, states, codec, experiment)
+
+
+def unpack_broadcast(
+    data: bytes,
+    codec: Codec = Fp32(),
+    held: MutableMapping[int, AdapterState] | None = None,
+    *,
+    experiment: str = "",
+) -> Broadcast:
+    """The broadcast; an adapter that has a version is added to `held`, from which coded steps go on.
+
+    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not a broadcast of this schema, "experiment" or
+    "codec" for one of another, "version" for steps from a version that is not held.
+    """
+    held = {} if held is None else held
+    fields, states = _unpack(data, "broadcast", {"round": int}, codec, experiment)
+    acknowledged, since, version = (fields.get(name) for name in ("acknowledged", "since", "version"))
+    if any(n is not None and type(n) is not int for n in (acknowledged, since, version)):
+        raise _malformed("broadcast", "'acknowledged', 'since' or 'version' is no whole number")
+    if since is not None:
+        if version is None or not since <= version <= since + len(states):
             raise _malformed("broadcast", "its steps do not lead from version to version")
-        adapter = held(since)
+        if since not in held:
+            raise RefusedUpdate("version", f"expected steps from a version held here, got steps from {since}")
+        adapter = held[since]
         for n in range(since + 1, version + 1):
             adapter = adapter + codec.decode(states.pop(f"step {n}", {}), adapter)
         states["adapter"] = dict(adapter)
-    return Broadcast(
-        fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, fields["task"]
-    ), version
+    if "adapter" not in states:
+        raise _malformed("broadcast", "it holds no adapter")
+    message = Broadcast(
+        fields["round"], {name: AdapterState(parts) for name, parts in states.items()}, acknowledged
+    )
+    if version is not None:
+        held.setdefault(version, message.adapter)
+    return message
 
 
-def pack_update(update: Update, codec: Codec = Fp32()) -> bytes:
+def pack_update(update: Update, codec: Codec = Fp32(), *, experiment: str = "") -> bytes:
     fields: dict[str, object] = {
-        "kind": "update",
         "client": update.client,
+        "round": update.round,
         "weight": update.weight,
         "metrics": dict(update.metrics),
     }
     if codec.label:
-        fields["codec"] = codec.label
         fields["layouts"] = {name: layout(state) for name, state in update.states.items()}
-    return _pack(fields, {name: codec.encode(state) for name, state in update.states.items()})
+    states = {name: codec.encode(state) for name, state in update.states.items()}
+    return _pack("update", fields, states, codec, experiment)
 
 
-def unpack_update(data: bytes, codec: Codec = Fp32(), like: AdapterState = NOTHING) -> Update:
-    """An update whose states were coded; `like` is the adapter that was broadcast.
+def unpack_update(
+    data: bytes, codec: Codec = Fp32(), expected: Mapping[str, AdapterState] = {}, *, experiment: str = ""
+) -> Update:
+    """An update whose states were coded; `expected` has their names, and names, shapes and precisions of their tensors.
 
-    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not an update of this schema, "codec" for one
-    of another codec, "keys" for states of other names or shapes than `like`, which no codec but Fp32 can tell.
+    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not an update of this schema, "experiment" or "codec"
+    for one of another, "states" or "keys" for coded states of other names or shapes. Fp32 says its own names and
+    shapes, which are the gate's to judge.
     """
-    fields, parts = _unpack(data, "update", {"client": str, "weight": int | float, "metrics": dict})
-    _check_codec(fields, codec, "update")
-    if codec.label and fields.get("layouts") != dict.fromkeys(parts, layout(like)):
-        raise RefusedUpdate(
-            "keys", "coded states have other names or shapes than the adapter that was broadcast"
-        )
-    states = {name: codec.decode(coded, like) for name, coded in parts.items()}
-    if strange := [name for name, value in fields["metrics"].items() if not isinstance(value, int | float)]:
-        raise _malformed("update", f"metric {strange[0]!r} is not a number")
-    return Update(fields["client"], states, fields["weight"], fields["metrics"])
+    room = PLAIN + sum(NAMED + 4 * len(name) for state in expected.values() for name in state)
+    kinds = {"client": str, "round": int, "weight": int | float, "metrics": dict}
+    fields, parts = _unpack(data, "update", kinds, codec, experiment, header=room)
+    if codec.label:
+        if parts.keys() != expected.keys():
+            raise RefusedUpdate("states", f"expected {sorted(expected)}, got {len(parts)} states")
+        if fields.get("layouts") != {name: layout(like) for name, like in expected.items()}:
+            raise RefusedUpdate("keys", "coded states have other names or shapes than expected")
+    nothing = AdapterState({})
+    states = {name: codec.decode(coded, expected.get(name, nothing)) for name, coded in parts.items()}
+    metrics = {}
+    for name, value in fields["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _malformed("update", "a metric is not a number")
+        metrics[name] = value
+    return Update(fields["client"], states, fields["weight"], metrics, fields["round"])
 
 
-def _pack(fields: Mapping[str, object], states: Mapping[str, Parts]) -> bytes:
+def seal(body: bytes) -> bytes:
+    """Behind its checksum, so that no damage on the way passes for another message; it proves nobody's honesty."""
+    return _checksum(body) + body
+
+
+def _pack(
+    kind: str, fields: Mapping[str, object], states: Mapping[str, Parts], codec: Codec, experiment: str
+) -> bytes:
     tensors = {
         f"{state}/{name}": t.contiguous() for state, vector in states.items() for name, t in vector.items()
     }
-    header = {"schema": SCHEMA, "states": list(states), **fields}
-    return save(tensors, {"fedloom": json.dumps(header)})
+    header: dict[str, object] = {"schema": SCHEMA, "kind": kind, "states": list(states), **fields}
+    if codec.label:
+        header["codec"] = codec.label
+    if experiment:
+        header["experiment"] = experiment
+    return seal(save(tensors, {"fedloom": json.dumps(header)}))
 
 
 def _unpack(
-    data: bytes, kind: str, expected: Mapping[str, Any]
+    data: bytes,
+    kind: str,
+    kinds: Mapping[str, Any],
+    codec: Codec,
+    experiment: str,
+    *,
+    header: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Fields and tensors, where the header has at most so many bytes."""
+    body = data[CHECKSUM:]
+    if data[:CHECKSUM] != _checksum(body):
+        raise _malformed(kind, "its checksum does not match")
     try:
-        (length,) = struct.unpack("<Q", data[:8])
-        fields = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fedloom"])
-        tensors = load(data)
+        (length,) = struct.unpack("<Q", body[:8])
+        if length > (len(body) if header is None else min(len(body), header)):
+            raise ValueError(f"a header of {length} bytes")
+        named = json.loads(body[8 : 8 + length], object_pairs_hook=_once)
+        fields = json.loads(named["__metadata__"]["fedloom"], object_pairs_hook=_once)
+        tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, struct.error) as broken:
-        raise _malformed(kind, f"{type(broken).__name__}: {broken}") from broken
+        raise _malformed(kind, type(broken).__name__) from broken
     if not isinstance(fields, dict):
         raise _malformed(kind, "its header is not a table")
     if (fields.get("schema"), fields.get("kind")) != (SCHEMA, kind):
         raise RefusedUpdate(
-            "schema",
-            f"expected a {kind} of schema {SCHEMA}, got {fields.get('kind')!r} of schema {fields.get('schema')!r}",
+            "schema", f"expected a fedloom {kind} of schema {SCHEMA}, got another kind or schema"
         )
-    for field, type_ in expected.items():
+    for code, ours in (("experiment", experiment), ("codec", codec.label)):
+        if fields.get(code, "") != ours:
+            raise RefusedUpdate(code, f"expected a fedloom {kind} of {code} {ours!r}, got another")
+    for field, type_ in kinds.items():
         if not isinstance(fields.get(field), type_) or isinstance(fields[field], bool):
             raise _malformed(kind, f"{field!r} is missing or of another type")
-    named = fields.get("states")
-    if not (isinstance(named, list) and all(isinstance(state, str) for state in named)):
+    states_named = fields.get("states")
+    if not (isinstance(states_named, list) and all(isinstance(state, str) for state in states_named)):
         raise _malformed(kind, "'states' is missing or no list of names")
-    states: dict[str, dict[str, Tensor]] = {state: {} for state in named}
+    states: dict[str, dict[str, Tensor]] = {state: {} for state in states_named}
+    if len(states) < len(states_named):
+        raise _malformed(kind, "a state is named twice")
     for key, tensor in tensors.items():
         state, _, name = key.partition("/")
         if state not in states:
-            raise _malformed(kind, f"tensor {key!r} belongs to no state")
+            raise _malformed(kind, "a tensor belongs to no state")
         states[state][name] = tensor
     return fields, states
 
 
-def _check_codec(fields: Mapping[str, Any], codec: Codec, kind: str) -> None:
-    if (label := fields.get("codec", "")) != codec.label:
-        raise RefusedUpdate("codec", f"expected a fedloom {kind} in codec {codec.label!r}, got {label!r}")
+def _checksum(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=CHECKSUM).digest()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which nothing is said twice: readers differ in which of two they believe."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def _malformed(kind: str, why: str) -> RefusedUpdate:

@@ -16,7 +16,7 @@ from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Generate, Score, Scored, Steps
 from fedloom.synthesis.candidates import Candidate, Synthesis
-from fedloom.transport.in_process import InProcess
+from fedloom.transport.in_process import Simulation
 from tests.fakes import ToyEngine, numbers, run_alone, say, state, value
 
 ALONE = 50.0  # nats a token of every response alone
@@ -109,7 +109,7 @@ def federate(
 ) -> tuple[ServerState, dict[str, Client]]:
     engine = Talking()
     made = {c: Client(c, [say(x) for x in xs]) for c, xs in clients.items()}
-    transport = InProcess(algorithm, engine, made, width)
+    transport = Simulation(algorithm, engine, made, clients_per_batch=width)
     state_ = algorithm.init(engine.initial_adapter())
     return Federation(algorithm, transport, All(sorted(made))).run(state_, rounds), made
 

@@ -18,7 +18,7 @@ from fedloom.federation import Federation
 from fedloom.messages import ClientId
 from fedloom.selection import All
 from fedloom.transport import wire
-from fedloom.transport.in_process import InProcess
+from fedloom.transport.in_process import Simulation
 from tests.fakes import FOUR, A, B, ToyEngine, numbers, run_alone, state
 
 
@@ -32,7 +32,7 @@ def federate(
 ) -> tuple[ServerState, dict[ClientId, Client]]:
     algorithm, engine = algorithm or FedAvg(), engine or ToyEngine()
     made = {c: xs if isinstance(xs, Client) else Client(c, xs) for c, xs in clients.items()}
-    transport = InProcess(algorithm, engine, made, width)
+    transport = Simulation(algorithm, engine, made, clients_per_batch=width)
     start = algorithm.init(engine.initial_adapter())
     return Federation(algorithm, transport, All(sorted(made))).run(start, rounds), made
 

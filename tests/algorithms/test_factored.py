@@ -13,12 +13,13 @@ from fedloom.algorithms.base import Algorithm, ServerState
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.fewfedweight import OWN_LOSS, FewFedWeight
 from fedloom.algorithms.local_only import LocalOnly
-from fedloom.gate import admit
+from fedloom.gate import Gate
 from fedloom.messages import Update
 from fedloom.state import AdapterState
 from fedloom.transport import wire
 from fedloom.transport.codec import Codec, Fp32, Int4
 from fedloom.transport.downlink import Downlink
+from tests.fakes import arrival
 
 INPUTS, OUTPUTS, RANK = 600, 500, 2
 FACTORS = RANK * (INPUTS + OUTPUTS)  # 2,200 values; their product has 300,000
@@ -53,9 +54,14 @@ def server_side(algorithm: Algorithm, codec: Codec) -> ServerState:
         message = algorithm.broadcast(state, "c")
         link.publish(message.adapter)
         link.pack(message, r - 1 if r else None)
-        sent = [Update(f"c{i}", {"delta": factors(10 + i)}, 1.0 + i, {OWN_LOSS: 1.0}) for i in range(3)]
-        data = [wire.pack_update(u, codec) for u in sent]
-        arrived = [admit(wire.unpack_update(d, codec, message.adapter), message) for d in data]
+        delta = {name: factors(10) for name in algorithm.expects(message)}
+        metrics = {OWN_LOSS: 1.0} if OWN_LOSS in algorithm.reports else {}
+        sent = [Update(f"c{i}", delta, 1.0 + i, metrics, round=r) for i in range(3)]
+        asked, expected = {u.client: message for u in sent}, algorithm.expects(message)
+        arrived = [
+            Gate().admit(arrival(back), asked, expected, algorithm.reports, ()).update
+            for back in (wire.unpack_update(wire.pack_update(u, codec), codec, expected) for u in sent)
+        ]
         state = algorithm.server(state, arrived)
     return state
 

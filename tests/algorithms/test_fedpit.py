@@ -21,8 +21,7 @@ from fedloom.steps import Generate, Score, Steps
 from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport import wire
 from fedloom.transport.codec import Bf16, Fp32, Int4
-from fedloom.transport.downlink import Downlink
-from fedloom.transport.in_process import InProcess
+from fedloom.transport.in_process import Simulation
 from tests.algorithms.talking import Echoing, Making, Talking, contrast, federate, fits, one_round
 from tests.fakes import A, numbers, say, state, value
 
@@ -73,15 +72,15 @@ def test_no_byte_that_clients_send_tells_how_many_private_examples_there_are_or_
     def sent(private: dict[str, list[float]]) -> list[bytes]:
         packed: list[bytes] = []
 
-        def weighed(*args: Any) -> bytes:
-            packed.append(pack(*args))
+        def weighed(*args: Any, **options: Any) -> bytes:
+            packed.append(pack(*args, **options))
             return packed[-1]
 
         with monkeypatch.context() as patch:
             patch.setattr(wire, "pack_update", weighed)
             algorithm = FedPIT(synthesize=Comparing([say(x) for x in made]))
             clients = {c: Client(c, [say(x) for x in xs]) for c, xs in private.items()}
-            transport = InProcess(algorithm, Talking(), clients, downlink=Downlink(codec))
+            transport = Simulation(algorithm, Talking(), clients, codec=codec)
             Federation(algorithm, transport, All(sorted(clients))).run(algorithm.init(state(0.0, 0.0)), 3)
         assert {c.memory[UNSENT]["synthetic/generated"] for c in clients.values()} == {
             len(made) + len(xs) for xs in private.values()

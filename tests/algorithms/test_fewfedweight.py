@@ -16,6 +16,7 @@ from fedloom.messages import Update
 from fedloom.steps import Generate, Score
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint
+from fedloom.transport.base import Snapshot
 from tests.algorithms.talking import Echoing, Making, federate, fits, one_round
 from tests.fakes import numbers, say, state
 
@@ -147,7 +148,7 @@ def test_adapted_weights_keep_their_sum() -> None:
 
 def test_the_servers_memory_survives_a_checkpoint(tmp_path: Any) -> None:
     server = served(fewfedweight(), update("client/a", 1.0, 0.0, 3), update("b", 8.0, 1.0))
-    checkpoint.commit(tmp_path, Checkpoint(server, {}, {}), fingerprint="x")
+    checkpoint.commit(tmp_path, Checkpoint(server, Snapshot(), {}), fingerprint="x")
     found = checkpoint.newest(tmp_path, fingerprint="x").checkpoint
     assert found is not None
     assert found.state.slots["client_weights"].sha256() == server.slots["client_weights"].sha256()

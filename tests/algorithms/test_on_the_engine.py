@@ -25,7 +25,7 @@ from fedloom.state import AdapterState
 from fedloom.steps import Fit, Generate, Score, Steps, Tokens, drive
 from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport import wire
-from fedloom.transport.in_process import InProcess
+from fedloom.transport.in_process import Simulation
 from tests.engine.tiny_models import engine, example, examples, llama, moved
 
 CLIENTS = {"a": examples(7, 1), "bb": examples(3, 2), "ccc": examples(5, 3)}
@@ -55,14 +55,14 @@ def real() -> LoraEngine:
 
 def federated(algorithm: Algorithm, real: LoraEngine, *, width: int, rounds: int = 2) -> ServerState:
     clients = {c: Client(c, own) for c, own in CLIENTS.items()}
-    transport = InProcess(algorithm, real, clients, width)
+    transport = Simulation(algorithm, real, clients, clients_per_batch=width)
     return Federation(algorithm, transport, All(sorted(clients))).run(
         algorithm.init(real.initial_adapter()), rounds
     )
 
 
 def update(algorithm: Algorithm, real: LoraEngine, own: Sequence[Tokens], start: AdapterState) -> Update:
-    [found] = drive({"a": algorithm.client(Broadcast(1, {"adapter": start}), Client("a", own))}, real)
+    [(_, found)] = drive({"a": algorithm.client(Broadcast(1, {"adapter": start}), Client("a", own))}, real)
     return found
 
 

@@ -21,7 +21,7 @@ from fedloom.engine.optimizer import LocalTraining
 from fedloom.federation import Federation
 from fedloom.selection import Fixed
 from fedloom.state import AdapterState
-from fedloom.transport.in_process import InProcess
+from fedloom.transport.in_process import Simulation
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--examples=48", "--held_out=8", "--clients=4", "--cohort=2", "--rounds=3", "--epochs=2", "--rank=4"]
@@ -51,7 +51,7 @@ def with_the_library(script: dict[str, Any], dtype: torch.dtype) -> AdapterState
     clients = {c: Client(c, own) for c, own in script["clients"].items()}
     algorithm = FedAvg()
     select = Fixed(sorted(clients), settings.seed, count=settings.cohort)
-    federation = Federation(algorithm, InProcess(algorithm, engine, clients), select)
+    federation = Federation(algorithm, Simulation(algorithm, engine, clients), select)
     start = algorithm.init(engine.initial_adapter().to(dtype))
     return federation.run(start, settings.rounds).adapter
 

@@ -15,10 +15,10 @@ from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment.audit import audit, code, in_the_mix_of, of_synthesis, replay
 from fedloom.experiment.commands import run
-from fedloom.experiment.comparison import federated
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_machine
 from fedloom.experiment.settings import load
+from fedloom.experiment.simulation import federated
 from fedloom.storage import checkpoint
 from tests.cli.test_cli import refused, type_in
 from tests.fakes import dataset, say
@@ -136,12 +136,12 @@ def test_an_update_is_tried_on_held_out_examples_in_the_clients_own_mix() -> Non
 
 def test_the_replayed_round_ends_in_the_released_adapter(finished: Path) -> None:
     experiment = load(finished)
-    training = federated(experiment, load_data(experiment), load_machine(experiment), finished)
+    simulated = federated(experiment, load_data(experiment), load_machine(experiment), finished)
     before = checkpoint.newest(finished / "state", fingerprint=experiment.fingerprint(), before=2).checkpoint
     assert before is not None
     assert before.state.round == 1
-    views = replay(training, before)
-    after = training.algorithm.server(before.state, [view.update for view in views.values()])
+    views = replay(simulated, before)
+    after = simulated.training.algorithm.server(before.state, [view.update for view in views.values()])
     assert after.adapter.sha256() == json.loads((finished / "summary.json").read_text())["adapter_sha256"]
 
 

@@ -12,9 +12,9 @@ import pytest
 from fedloom.engine.peft_format import load_adapter
 from fedloom.errors import ModelError, RunError, ShapeMismatch
 from fedloom.experiment import commands, summary
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import load_machine
 from fedloom.experiment.settings import load
-from fedloom.experiment.training import Listener
 from fedloom.federation import Round
 from fedloom.report import card, page
 from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton
@@ -89,9 +89,9 @@ def test_refused_clients_are_in_the_journal(
 def test_the_loss_of_a_round_weighs_clients_by_their_examples(toy: None, tmp_path: Path) -> None:
     commands.run(TOY.with_(rounds=1), tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    weighed = sum(c["examples"] * c["loss"] for c in last["clients"].values()) / 10
+    weighed = sum(c["weight"] * c["loss"] for c in last["clients"].values()) / 10
     assert last["loss"] == pytest.approx(weighed)
-    assert {c: found["examples"] for c, found in last["clients"].items()} == {
+    assert {c: found["weight"] for c, found in last["clients"].items()} == {
         c: len(xs) for c, xs in FOUR.items()
     }
 

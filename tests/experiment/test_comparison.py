@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fedloom.errors import ConfigError
-from fedloom.experiment import commands, comparison
+from fedloom.experiment import commands, comparison, simulation
 from fedloom.experiment import summary as summaries
 from fedloom.experiment.build import pooled_client
+from fedloom.experiment.listener import Listener
 from fedloom.experiment.settings import Experiment
 from fedloom.experiment.summary import is_single
-from fedloom.experiment.training import Listener
 from fedloom.report import card, page
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
 
@@ -170,7 +170,7 @@ def test_progress_counts_every_round_of_every_row(toy: Toy, tmp_path: Path) -> N
 
 
 def trained(folder: Path, row: str) -> dict[str, Any]:
-    training = getattr(comparison, row)(TOY, DATA, machine(), folder)
+    training = getattr(simulation, row)(TOY, DATA, machine(), folder)
     training.finish(Listener())
     return {c: client.memory.get("seen/local", 0) for c, client in training.clients.items()}
 
@@ -186,7 +186,7 @@ def test_centralised_tuning_sees_as_many_examples_as_the_cohort_on_average(tmp_p
 
 def test_with_the_budget_of_steps_centralised_tuning_sees_as_many_as_one_client(tmp_path: Path) -> None:
     steps = TOY.with_(compare={"budget": "steps"})
-    training = comparison.centralised(steps, DATA, machine(), tmp_path)
+    training = simulation.centralised(steps, DATA, machine(), tmp_path)
     training.finish(Listener())
     assert training.clients["centralised"].memory["seen/local"] == 4 * 2  # 2.5 a round, rounded to even
 
@@ -200,17 +200,17 @@ def test_with_the_budget_of_steps_centralised_tuning_takes_as_many_steps_as_one_
 
 
 def test_centralised_tuning_holds_what_all_hold(tmp_path: Path) -> None:
-    [client] = comparison.centralised(TOY, DATA, machine(), tmp_path).clients.values()
+    [client] = simulation.centralised(TOY, DATA, machine(), tmp_path).clients.values()
     assert sorted(value(e) for e in client.examples) == sorted(x for xs in FOUR.values() for x in xs)
 
 
 def test_fewer_local_clients_are_drawn_by_the_seed(tmp_path: Path) -> None:
     few = TOY.with_(compare={"local_clients": 2})
-    drawn = sorted(comparison.local_only(few, DATA, machine(), tmp_path).clients)
+    drawn = sorted(simulation.local_only(few, DATA, machine(), tmp_path).clients)
     assert len(drawn) == 2
-    assert drawn == sorted(comparison.local_only(few, DATA, machine(), tmp_path).clients)
+    assert drawn == sorted(simulation.local_only(few, DATA, machine(), tmp_path).clients)
     others = {
-        tuple(sorted(comparison.local_only(few.with_(seed=s), DATA, machine(), tmp_path).clients))
+        tuple(sorted(simulation.local_only(few.with_(seed=s), DATA, machine(), tmp_path).clients))
         for s in range(9)
     }
     assert len(others) > 1
@@ -218,7 +218,7 @@ def test_fewer_local_clients_are_drawn_by_the_seed(tmp_path: Path) -> None:
 
 def test_rows_of_one_folder_cannot_be_mixed_up(tmp_path: Path) -> None:
     prints = {
-        getattr(comparison, row)(TOY, DATA, machine(), tmp_path).fingerprint
+        getattr(simulation, row)(TOY, DATA, machine(), tmp_path).training.fingerprint
         for row in ("local_only", "federated", "centralised")
     }
     assert len(prints) == 3

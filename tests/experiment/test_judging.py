@@ -245,4 +245,4 @@ def test_the_owners_of_a_few_categories_hold_these_alone(finished: tuple[Path, E
     own = [
         e for examples in dataset.clients.values() for e in examples if e.category in ("open_qa", "closed_qa")
     ]
-    assert held["clients"]["Local-2"]["examples"] == len(own)
+    assert held["clients"]["Local-2"]["weight"] == len(own)

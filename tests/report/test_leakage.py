@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.experiment import comparison
+from fedloom.experiment import simulation
 from fedloom.experiment.settings import parse
 from fedloom.report import findings, leakage, page
 from fedloom.statistics import estimate
@@ -106,7 +106,7 @@ def test_a_band_is_the_interval_over_seeds() -> None:
 
 def test_a_page_looks_for_a_method_where_a_comparison_keeps_it() -> None:
     experiment = parse('[compare.methods]\n"Few 0.2" = "fedavg"\n"LocIT+SA" = "fedavg"', "x")
-    kept = {label: folder for folder, (label, _) in comparison.trainings(experiment).items()}
+    kept = {label: folder for folder, (label, _) in simulation.trainings(experiment).items()}
     assert {label: page.method_folder(label) for label in experiment.compare.methods} == {
         label: kept[label] for label in experiment.compare.methods
     }

@@ -14,9 +14,10 @@ import torch
 from fedloom.algorithms.base import ServerState
 from fedloom.algorithms.local_only import LocalOnly
 from fedloom.errors import RunError
-from fedloom.experiment.training import Listener
+from fedloom.experiment.listener import Listener
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint
+from fedloom.transport.base import Snapshot
 from tests.fakes import ToyEngine, state, training
 
 THIS = "fingerprint of this experiment"
@@ -25,7 +26,7 @@ THIS = "fingerprint of this experiment"
 def commit(folder: Path, round: int, **changes: Any) -> Checkpoint:
     made = Checkpoint(
         changes.get("state", ServerState(state(float(round)), round)),
-        changes.get("memories", {"a": {"seen/local": 3 * round}}),
+        changes.get("transport", Snapshot(memories={"a": {"seen/local": 3 * round}})),
         {"round": round, "loss": 0.5},
     )
     checkpoint.commit(folder, made, fingerprint=THIS)
@@ -61,17 +62,24 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
         "a": {"seen/local": 7, "adapter": state(1.5, dtype=torch.bfloat16), "list": [1, "x", None]},
         "NIH/a b|ä": {"adapter": state(-0.0)},  # an owner's name may be anything
     }
-    commit(tmp_path, 4, state=ServerState(state(1.0, 2.0), 4, slots), memories=memories)
+    server = {"holds": {"a": 3}, "oldest version": state(0.25)}
+    sent = Snapshot(server, memories, {"a": {"delta": state(0.125)}})
+    commit(tmp_path, 4, state=ServerState(state(1.0, 2.0), 4, slots), transport=sent)
     back = newest(tmp_path).checkpoint
     assert back is not None
     assert (back.state.round, back.state.adapter.sha256()) == (4, state(1.0, 2.0).sha256())
     assert {k: s.sha256() for k, s in back.state.slots.items()} == {k: s.sha256() for k, s in slots.items()}
-    assert back.memories["a"]["adapter"].sha256() == memories["a"]["adapter"].sha256()  # type: ignore[attr-defined]
-    assert {k: back.memories["a"][k] for k in ("seen/local", "list")} == {
+    assert back.transport.memories["a"]["adapter"].sha256() == memories["a"]["adapter"].sha256()  # type: ignore[attr-defined]
+    assert {k: back.transport.memories["a"][k] for k in ("seen/local", "list")} == {
         "seen/local": 7,
         "list": [1, "x", None],
     }
-    assert back.memories["NIH/a b|ä"]["adapter"].sha256() == state(-0.0).sha256()
+    assert back.transport.memories["NIH/a b|ä"]["adapter"].sha256() == state(-0.0).sha256()
+    assert back.transport.server["holds"] == {"a": 3}
+    assert back.transport.server["oldest version"].sha256() == state(0.25).sha256()
+    assert {c: r["delta"].sha256() for c, r in back.transport.residuals.items()} == {
+        "a": state(0.125).sha256()
+    }
     assert back.record == {"round": 4, "loss": 0.5}
 
 
@@ -106,11 +114,17 @@ def test_another_experiment_is_refused(tmp_path: Path) -> None:
         checkpoint.newest(tmp_path, fingerprint="of another")
 
 
-def test_another_schema_asks_for_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_another_version_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SCHEMA", 2)  # that of version 0.1.0
     commit(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "SCHEMA", 9)
-    with pytest.raises(RunError, match=r"expected schema 9, got \d; .* version"):
+    monkeypatch.undo()
+    with pytest.raises(
+        RunError, match=r"another version of fedloom \(expected schema 3, got 2\): finish"
+    ) as said:
         newest(tmp_path)
+    assert "\n" not in str(said.value)
 
 
 # --- damage ----------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def made(
     say: Callable[[str], str] = fluent, examples: Sequence[Example] = OWN, **settings: Any
 ) -> tuple[Synthesis, Writer]:
     engine = Writer(say)
-    [found] = drive({"c": synthesizer(**settings)(examples, state(1.0), stream=("c", 0))}, engine)
+    [(_, found)] = drive({"c": synthesizer(**settings)(examples, state(1.0), stream=("c", 0))}, engine)
     return found, engine
 
 
@@ -171,11 +171,13 @@ def test_the_prompts_of_several_clients_are_answered_together_and_no_different()
     steps = lambda c: synthesize(clients[c], state(1.0), stream=(c, 4))  # noqa: E731
     together = {
         found.candidates[0].example.id.split("/")[0]: found
-        for found in drive({c: steps(c) for c in clients}, engine)
+        for _, found in drive({c: steps(c) for c in clients}, engine)
     }
     assert [sorted(map(str, round)) for round in engine.asked] == [["a", "b", "c"]] * 2
     for client in clients:
-        assert list(drive({client: steps(client)}, Writer(fluent))) == [together[f"synthetic:{client}"]]
+        assert list(drive({client: steps(client)}, Writer(fluent))) == [
+            (client, together[f"synthetic:{client}"])
+        ]
 
 
 @pytest.mark.parametrize("other", [("c", 1), ("d", 0)])
@@ -425,7 +427,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
 def test_pseudo_labels_are_the_models_answers_to_the_clients_own_instructions() -> None:
     engine, adapter = Writer(lambda p: "" if "Ben" in p else f" About {p.split()[3]}. "), state(1.0)
     relabel = PseudoLabels(prompt=lambda e: encode(e.instruction), decode=decode, stop=frozenset({END}))
-    [found] = drive({"c": relabel(OWN[:3], adapter, stream=("c", 0))}, engine)
+    [(_, found)] = drive({"c": relabel(OWN[:3], adapter, stream=("c", 0))}, engine)
     assert [e.instruction for e in found.examples] == [OWN[0].instruction, OWN[2].instruction]
     assert [e.response for e in found.examples] == ["About Ada.", "About Cleo."]
     assert dict(found.counts) == {"generated": 3, "kept": 2, "failed/empty-output": 1, "repeated": 0}
@@ -435,9 +437,9 @@ def test_pseudo_labels_are_the_models_answers_to_the_clients_own_instructions() 
 def test_a_pool_is_drawn_from_without_asking_a_model() -> None:
     engine = Writer(fluent)
     draw = FromPool(pool=OWN, candidates=5)
-    [one] = drive({"c": draw([], None, stream=("c", 0))}, engine)
-    [same] = drive({"c": draw([], None, stream=("c", 0))}, engine)
-    [other] = drive({"c": draw([], None, stream=("c", 1))}, engine)
+    [(_, one)] = drive({"c": draw([], None, stream=("c", 0))}, engine)
+    [(_, same)] = drive({"c": draw([], None, stream=("c", 0))}, engine)
+    [(_, other)] = drive({"c": draw([], None, stream=("c", 1))}, engine)
     assert engine.asked == []
     assert len({e.id + e.instruction for e in one.examples}) == 5
     assert one == same != other

@@ -1,0 +1,199 @@
+"""The trainings of one seed, with all their clients in one process: FedIT's rows, and those of `compare.methods`.
+
+Every row sees the same data, the same held-out set and the same initial adapter. In every row, a client's round is
+its local epochs over its own data; local-only clients train in every round; centralised tuning sees as many
+examples a round as the cohort (budget "epochs") or takes as many steps as one client (budget "steps").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedloom.algorithms.base import Algorithm, ServerState
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.algorithms.synthetic import FATES
+from fedloom.client import Client
+from fedloom.experiment.build import build_algorithm, federated_clients, pooled_client, specialist_client
+from fedloom.experiment.datasets import Dataset
+from fedloom.experiment.inputs import inputs_of
+from fedloom.experiment.listener import Listener
+from fedloom.experiment.machine import Machine
+from fedloom.experiment.observers import held_out, leaked, unsent_metrics
+from fedloom.experiment.settings import Experiment
+from fedloom.experiment.training import Training
+from fedloom.messages import ClientId
+from fedloom.rng import numpy_stream
+from fedloom.selection import All
+from fedloom.state import AdapterState
+from fedloom.storage import journal
+from fedloom.transport.in_process import Simulation
+
+SAMPLES = 3  # generated texts kept for each fate
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A training and its clients, who are all here."""
+
+    training: Training
+    clients: Mapping[ClientId, Client]
+
+    def finish(self, listener: Listener) -> ServerState:
+        return self.training.finish(listener)
+
+    def models(self, label: str, state: ServerState) -> dict[str, AdapterState]:
+        """The rows a finished training makes: the shared model, and the personal ones of its clients."""
+        algorithm = self.training.algorithm
+        rows = {label: state.adapter} if algorithm.shared else {}
+        prefix = f"{label} personal" if algorithm.shared else "local" if label == "federated" else label
+        own = {c.id: algorithm.personal(c) for c in self.clients.values()}
+        return rows | {
+            f"{prefix}:{client}": adapter for client, adapter in own.items() if adapter is not None
+        }
+
+    def synthesis(self) -> dict[str, Any] | None:
+        """What was generated: counts by fate over all rounds and clients, and a few texts of each; None: nothing.
+
+        Both are in a simulation's reports alone; on a network they would stay with their clients.
+        """
+        counts: Counter[str] = Counter()
+        for record in journal.read(self.training.folder / "metrics.jsonl"):
+            for metrics in record.get("unsent", {}).values():
+                counts.update(
+                    {k.removeprefix(FATES): int(n) for k, n in metrics.items() if k.startswith(FATES)}
+                )
+        if not counts:
+            return None
+        samples: dict[str, list[Any]] = {}
+        for client in self.clients.values():
+            for fate, texts in client.memory.get("synthetic", {}).get("samples", {}).items():
+                samples.setdefault(fate, []).extend({"client": client.id, **text} for text in texts)
+        return {
+            "counts": dict(counts),
+            "samples": {fate: texts[:SAMPLES] for fate, texts in sorted(samples.items())},
+        }
+
+
+Maker = Callable[[Experiment, Dataset, Machine, Path], Simulated]
+
+
+def trainings(experiment: Experiment) -> dict[str, tuple[str, Maker]]:
+    """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
+    owners = {label.lower(): (label, partial(specialist, label)) for label in experiment.compare.local_labels}
+    methods = {
+        "method-" + label.lower().replace(" ", "-"): (label, partial(method, label))
+        for label in experiment.compare.methods
+    }
+    return {
+        "local_only": ("local", local_only),
+        **owners,
+        **methods,
+        "federated": ("federated", federated),
+        "centralised": ("centralised", centralised),
+    }
+
+
+def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
+    """The experiment's own algorithm."""
+    clients = federated_clients(experiment, dataset)
+    select = experiment.cohort.build(clients=sorted(clients), seed=experiment.seed)
+    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
+    return simulated(
+        experiment, dataset, machine, folder, algorithm, clients, select, experiment.fingerprint()
+    )
+
+
+def method(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
+    """The algorithm that `compare.methods` names so, in all else like the experiment's own."""
+    other = experiment.with_(algorithm=experiment.compare.methods[label].plain())
+    made = federated if other.algorithm.shared else alone
+    return made(other, dataset, machine, folder)
+
+
+def local_only(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
+    return alone(experiment.with_(algorithm="local_only"), dataset, machine, folder)
+
+
+def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
+    """An algorithm that shares no model: every client trains in every round, or those `compare.local_clients` draws."""
+    clients = federated_clients(experiment, dataset)
+    wanted = experiment.compare.local_clients
+    if wanted is not None and wanted < len(clients):
+        order = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))
+        clients = {str(c): clients[str(c)] for c in sorted(order[:wanted])}
+    quiet = experiment.with_(evaluation={**experiment.plain()["evaluation"], "every": experiment.rounds})
+    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
+    fingerprint = "alone " + experiment.fingerprint()
+    return simulated(quiet, dataset, machine, folder, algorithm, clients, All(sorted(clients)), fingerprint)
+
+
+def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
+    select = experiment.cohort.build(clients=sorted(dataset.clients), seed=experiment.seed)
+    clients = pooled_client(experiment, dataset, fmean(len(select(r)) for r in range(experiment.rounds)))
+    fingerprint = "centralised " + experiment.fingerprint()
+    return simulated(
+        experiment, dataset, machine, folder, FedAvg(), clients, All(sorted(clients)), fingerprint
+    )
+
+
+def specialist(
+    label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path
+) -> Simulated:
+    """A row of FedIT's table: one owner of all training examples of the categories that `compare.local` names for it."""
+    categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
+    clients = {label: specialist_client(experiment, dataset, label)}
+    fingerprint = f"{label} {json.dumps(categories)} {experiment.fingerprint()}"
+    return simulated(
+        experiment, dataset, machine, folder, FedAvg(), clients, All(sorted(clients)), fingerprint
+    )
+
+
+def simulated(
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
+    folder: Path,
+    algorithm: Algorithm,
+    clients: Mapping[ClientId, Client],
+    select: Callable[[int], Sequence[ClientId]],
+    fingerprint: str,
+) -> Simulated:
+    inputs = inputs_of(dataset, machine)
+    transport = Simulation(
+        algorithm,
+        machine.engine,
+        clients,
+        clients_per_batch=experiment.transport.width,
+        codec=experiment.transport.codec.build(),
+        experiment=_identity(fingerprint, inputs),
+    )
+    training = Training(
+        folder,
+        algorithm,
+        transport,
+        select,
+        start=machine.engine.initial_adapter(),
+        rounds=experiment.rounds,
+        inputs=inputs,
+        fingerprint=fingerprint,
+        observe=(
+            unsent_metrics(clients),
+            held_out(experiment, dataset, machine, clients),
+            leaked(experiment, dataset, machine, algorithm),
+        ),
+        gate=experiment.gate,
+    )
+    return Simulated(training, clients)
+
+
+def _identity(fingerprint: str, inputs: Mapping[str, str]) -> str:
+    """Names settings and base model in every message, so that neither end works for another experiment."""
+    return hashlib.sha256(f"{fingerprint} {inputs['base_sha256']}".encode()).hexdigest()[:16]
