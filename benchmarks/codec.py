@@ -55,10 +55,9 @@ def learnt() -> torch.Tensor:
     """What one client of the quickstart learns in its first round, end to end."""
     experiment = load("quickstart")
     data, machine = load_data(experiment), load_machine(experiment)
-    start, client = machine.engine.initial_adapter(), "client-000"
-    fitted = machine.engine.answer({client: Fit(start, data.clients[client], stream=(client, "local"))})[
-        client
-    ]
+    start, client = machine.engine.initial_adapter(experiment.seed), "client-000"
+    job = Fit(start, data.clients[client], experiment.local, experiment.seed, (client, "local"))
+    fitted = machine.engine.answer({client: job})[client]
     return torch.cat([t.flatten() for t in (fitted.adapter - start).values()])
 
 

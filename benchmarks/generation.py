@@ -164,7 +164,10 @@ def tuned_by_fedloom(
             taken: Any = [known[ids] for ids in orders[2 * k + kind]]
             stream = (k, kind)
             requests[k, kind] = Fit(
-                adapter, rounds.arranged(taken, given.setting.local, stream), stream=stream
+                adapter,
+                rounds.arranged(taken, given.setting.local, stream),
+                given.setting.local,
+                stream=stream,
             )
     answered = engine.answer(requests)
     return [answered[key].adapter for key in requests]

@@ -16,11 +16,9 @@ import torch
 from benchmarks.contest import Stopwatch
 from benchmarks.workload import Encode, Example, Work
 from fedloom.engine.fitting import batches
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
-from fedloom.engine.optimizer import LocalTraining
 from fedloom.state import AdapterState
-from fedloom.steps import Fit
+from fedloom.steps import Fit, LocalTraining, LoraSpec
 
 Ids = tuple[int, ...]
 LEARNING_RATE = 3e-4
@@ -94,8 +92,8 @@ def arranged(
     examples: Sequence[Example], local: LocalTraining, stream: tuple[str | int, ...]
 ) -> list[Example]:
     """`examples` in an order in which the engine's own shuffling brings them back."""
-    blank = Fit(AdapterState({}), examples, stream=stream)
-    places = [index for batch in batches(blank, local, 0) for index, _ in batch]
+    blank = Fit(AdapterState({}), examples, local, stream=stream)
+    places = [index for batch in batches(blank) for index, _ in batch]
     out = list(examples)
     for example, place in zip(examples, places, strict=True):
         out[place] = example
@@ -107,7 +105,6 @@ def engine(model: Any, setting: Setting, encode: Encode) -> LoraEngine:
         model,
         encode,
         lora=setting.lora,
-        local=setting.local,
         path="fast",
         tokens_per_pass=setting.tokens_per_pass,
     )
@@ -134,7 +131,7 @@ def by_fedloom(
     with outcome.watch.running():
         for number, cohort in enumerate(rounds):
             fits: dict[Hashable, Any] = {
-                c: Fit(outcome.adapter, e, stream=(c, number)) for c, e in enumerate(cohort)
+                c: Fit(outcome.adapter, e, setting.local, stream=(c, number)) for c, e in enumerate(cohort)
             }
             fitted = machine.answer(fits)
             shares = peer.shares[number]

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedloom.messages import ClientId
 from fedloom.state import AdapterState
-from fedloom.steps import Fit, Fitted, Steps
+from fedloom.steps import Fit, Fitted, LocalTraining, Steps
 
 
 @dataclass
@@ -18,7 +18,9 @@ class Client:
     id: ClientId
     examples: Sequence[Any]
     memory: dict[str, Any] = field(default_factory=dict)
-    limit: int | None = None  # examples a round; None: the run's number of epochs
+    limit: int | None = None  # examples a round; None: `local.epochs` times its examples
+    local: LocalTraining = LocalTraining()  # with its schedule across rounds
+    seed: int = 0  # of the run
 
     def fit(
         self,
@@ -38,7 +40,8 @@ class Client:
         fitted: Fitted = yield Fit(
             adapter,
             self.examples if examples is None else examples,
-            round=round,
+            local=self.local.at(round),
+            seed=self.seed,
             stream=(self.id, purpose),
             seen=seen,
             limit=self.limit,

@@ -44,7 +44,7 @@ class AdapterState(Mapping[str, "Tensor"]):
         """Apply `fn` tensor by tensor; numbers in `others` are passed as they are."""
         for other in others:
             if isinstance(other, AdapterState):
-                self._check_compatible(other)
+                self.check_compatible(other)
         return AdapterState(
             {
                 name: fn(t, *(o[name] if isinstance(o, AdapterState) else o for o in others))
@@ -103,7 +103,8 @@ class AdapterState(Mapping[str, "Tensor"]):
             digest.update(t.contiguous().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _check_compatible(self, other: AdapterState) -> None:
+    def check_compatible(self, other: AdapterState) -> None:
+        """Raise ShapeMismatch unless `other` has the same names and shapes."""
         if self.keys() != other.keys():
             odd = sorted(self.keys() ^ other.keys())
             raise ShapeMismatch(f"adapters differ in {len(odd)} tensors, first: {odd[0]!r}")

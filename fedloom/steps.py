@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from fedloom.errors import ConfigError, ModelError
@@ -39,7 +39,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What is trained: PEFT's words, PEFT's meaning."""
+    """The adapter to train, in PEFT's words with PEFT's meaning."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -60,13 +60,12 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """The defaults of every Fit. `batch_size` is the effective batch, whatever fits into one pass."""
+    """How a client trains in a round. `batch_size` is the effective batch, however much fits into one pass."""
 
     epochs: int = 1
     batch_size: int = 16
-    batches: Literal["within_epochs", "across_epochs"] = (
-        "within_epochs"  # does an epoch end with a short batch
-    )
+    # "within_epochs": the last batch of an epoch may be smaller; no batch spans two epochs.
+    batches: Literal["within_epochs", "across_epochs"] = "within_epochs"
     learning_rate: float = 3e-4
     schedule: Literal["constant", "cosine"] = "constant"  # across rounds; it never restarts
     rounds: int = 1  # the length of the cosine
@@ -109,18 +108,22 @@ class LocalTraining:
         epochs, rest = divmod(count, n)
         return epochs * math.ceil(n / self.batch_size) + math.ceil(rest / self.batch_size)
 
-    def learning_rate_at(self, round: int) -> float:
-        """Cosine from `learning_rate` at round 0 towards `min_learning_rate` at round `rounds`."""
+    def at(self, round: int) -> LocalTraining:
+        """The same with that round's learning rate, constant.
+
+        A cosine goes from `learning_rate` at round 0 to `min_learning_rate` at round `rounds`, and stays there.
+        """
         if self.schedule == "constant":
-            return self.learning_rate
+            return self
         fraction = min(max(round / self.rounds, 0.0), 1.0)
         span = self.learning_rate - self.min_learning_rate
-        return self.min_learning_rate + span * (1 + math.cos(math.pi * fraction)) / 2
+        rate = self.min_learning_rate + span * (1 + math.cos(math.pi * fraction)) / 2
+        return replace(self, learning_rate=rate, schedule="constant")
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Added to every local gradient: offset + mu * (w - anchor)."""
+    """Added to every local gradient: offset + mu * (w - anchor). Both have the shapes of the adapter."""
 
     offset: AdapterState | None = None  # SCAFFOLD, FedDyn
     anchor: AdapterState | None = None  # FedProx, Ditto
@@ -128,21 +131,73 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Train `adapter` on `examples` with the run's local optimizer; the answer is a `Fitted`.
+class Frozen:
+    """Low-rank factors under an adapter, part of the base as far as the adapter can tell: scale * B A.
 
-    The order of examples is an endless sequence of permutations that belongs to (run seed, `stream`);
-    this job starts `seen` examples into it, so a client goes on where its last round stopped.
+    Of any rank, for any of the adapted modules, never trained and never subject to dropout. `lora.stack` makes
+    one of many.
+    """
+
+    factors: AdapterState
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Minimise nats of the labelled tokens: each example times its weight, over the batch's labelled tokens."""
+
+
+Objective = NextToken  # what a Fit may minimise; a preference objective becomes another member
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Record-level differential privacy (DP-SGD): each example's gradient clipped, noise on their sum.
+
+    Source: Abadi et al. 2016, arXiv 1607.00133, Algorithm 1.
+    """
+
+    clip: float  # L2 norm of one example's gradient
+    noise_multiplier: float  # standard deviation of the noise on the sum, in units of `clip`
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < math.inf:
+            raise ConfigError(f"Expected a clip above 0 and finite, got {self.clip}.")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ConfigError(f"Expected a noise multiplier of at least 0, got {self.noise_multiplier}.")
+
+
+Factors = Literal["AB", "A", "B"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Train `adapter` on `examples`; the answer is a `Fitted`.
+
+    The order of examples is an endless sequence of permutations that belongs to (`seed`, `stream`); this job
+    starts `seen` examples into it, so a client goes on where its last round stopped.
+
+    `adapter` may have a lower rank than the engine's; what is trained has the rank it came with.
     """
 
     adapter: AdapterState
     examples: Sequence[Any]  # Tokens, or whatever the engine's `encode` turns into them
-    round: int = 0  # the learning rate is a function of the round
+    local: LocalTraining  # its learning rate is this round's: see LocalTraining.at
+    seed: int = 0  # of the run
     stream: tuple[Name, ...] = ()  # names this job's randomness: (client id, purpose)
     seen: int = 0  # examples of the stream consumed in earlier rounds
     correction: Correction = Correction()
-    limit: int | None = None  # examples this round; None: `epochs` times len(examples)
+    limit: int | None = None  # examples this round; None: `local.epochs` times len(examples)
     weights: Sequence[float] | None = None  # one an example, times its loss; a batch's denominator stays
+    train: Factors = "AB"  # the others stay as they are, to the bit
+    frozen: Frozen | None = None
+    objective: Objective = NextToken()
+    privacy: Privacy | None = None
+    scale: float | None = None  # of B A; None: the engine's own, whatever rank the adapter has
+
+    def __post_init__(self) -> None:
+        if self.train not in ("AB", "A", "B"):
+            raise ConfigError(f'Expected train "AB", "A" or "B", got {self.train!r}.')
 
 
 @dataclass(frozen=True)
@@ -165,8 +220,11 @@ class Generate:
     stop: frozenset[int] = frozenset()  # any of these ends an answer
     temperature: float = 0.0  # 0: greedy
     stream: tuple[Name, ...] = ()  # names the randomness of sampling; unused when greedy
-    repetition_penalty: float = 1.0  # above 1: tokens that an answer holds already become less likely in it
-    top_k: int | None = None  # sampling draws among so many likeliest tokens; None: among all
+    repetition_penalty: float = 1.0  # above 1: tokens that an answer already holds become less likely in it
+    top_k: int | None = None  # sampling draws among this many likeliest tokens; None: among all
+    seed: int = 0  # of the run; unused when greedy
+    frozen: Frozen | None = None
+    scale: float | None = None  # as in Fit
 
 
 @dataclass(frozen=True)
@@ -175,8 +233,10 @@ class Score:
 
     examples: Sequence[Any]  # as in Fit
     adapter: AdapterState | None = None  # None: the untuned base model
-    energy: bool = False  # wanted, too
-    per_token: bool = False  # wanted, too
+    energy: bool = False  # also `Scored.energy`
+    per_token: bool = False  # also `Scored.tokens`
+    frozen: Frozen | None = None
+    scale: float | None = None  # as in Fit
 
 
 @dataclass(frozen=True)
@@ -206,17 +266,14 @@ Request = Fit | Generate | Score
 
 
 class Engine(Protocol):
+    @property
+    def workers(self) -> int:
+        """How many calls of `answer` go on at a time; further ones wait."""
+        ...
+
     def answer(self, requests: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Answer one request per key. May batch them; must not let them interact."""
         ...
-
-
-def generate(prompts: Sequence[Sequence[int]], **options: Any) -> Steps[list[list[int]]]:
-    return (yield Generate(prompts, **options))
-
-
-def score(examples: Sequence[Any], adapter: AdapterState | None) -> Steps[list[Scored]]:
-    return (yield Score(examples, adapter))
 
 
 def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[tuple[str, T]]:

@@ -20,12 +20,10 @@ import torch
 from fedloom.data import microworld as mw
 from fedloom.data.example import Example
 from fedloom.data.template import Template
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.engine.models import load_base
 from fedloom.rng import numpy_stream
-from fedloom.steps import Generate
+from fedloom.steps import Generate, LoraSpec
 
 SHOTS = 5
 NAMES = (
@@ -58,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_base(args.model)
     template = Template(tokenizer, format="plain")
-    engine = LoraEngine.build(model, template.encode, lora=LoraSpec(), local=LocalTraining())
+    engine = LoraEngine.build(model, template.encode, lora=LoraSpec())
 
     def ask(prompts: list[str], stop: str, longest: int) -> list[str]:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]

@@ -19,14 +19,12 @@ from fedloom.algorithms.fedavg import FedAvg
 from fedloom.attacks.inversion import FirstInputs, TokenRanking, invert, layer_inputs, recall
 from fedloom.attacks.view import upload
 from fedloom.client import Client
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.engine.models import load_base
 from fedloom.messages import Broadcast
 from fedloom.rng import numpy_stream
 from fedloom.state import AdapterState
-from fedloom.steps import Tokens
+from fedloom.steps import LocalTraining, LoraSpec, Tokens
 
 VOCABULARY = 4096
 LOCAL = {
@@ -53,33 +51,39 @@ def main(
     for rank in (8, 16):
         for name, local in LOCAL.items():
             model, _ = load_base("embedded")
-            engine = LoraEngine.build(
-                model, lambda t: t, lora=LoraSpec(rank=rank, alpha=2.0 * rank), local=local
-            )
-            start = engine.initial_adapter()
+            engine = LoraEngine.build(model, lambda t: t, lora=LoraSpec(rank=rank, alpha=2.0 * rank))
+            start = engine.initial_adapter(0)
             warm = (
                 start
                 + upload(
                     FedAvg(),
                     Broadcast(0, {"adapter": start}),
-                    Client("warm", examples(400, 20, 99)[1]),
+                    Client("warm", examples(400, 20, 99)[1], local=local),
                     engine,
                 ).delta
             )
             inputs = layer_inputs(engine.model, start)
             assert isinstance(inputs, FirstInputs)
             cells = [
-                fmean(_recall(engine, warm, inputs, distinct, seed, guesses) for seed in range(seeds))
+                fmean(_recall(engine, local, warm, inputs, distinct, seed, guesses) for seed in range(seeds))
                 for distinct in (8, 16, 32, 64)
             ]
             print(f"rank {rank:<3d} {name:<19s}" + "".join(f"  {cell:<6.2f}" for cell in cells), flush=True)
 
 
 def _recall(
-    engine: LoraEngine, start: AdapterState, inputs: FirstInputs, distinct: int, seed: int, guesses: int
+    engine: LoraEngine,
+    local: LocalTraining,
+    start: AdapterState,
+    inputs: FirstInputs,
+    distinct: int,
+    seed: int,
+    guesses: int,
 ) -> float:
     tokens, own = examples(distinct, 4, seed)
-    view = upload(FedAvg(), Broadcast(1, {"adapter": start}), Client(f"client-{seed}", own), engine)
+    view = upload(
+        FedAvg(), Broadcast(1, {"adapter": start}), Client(f"client-{seed}", own, local=local), engine
+    )
     ranking = invert(view, inputs, guesses=guesses)
     return recall(ranking, tokens).recall if isinstance(ranking, TokenRanking) else 0.0
 

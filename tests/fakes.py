@@ -59,7 +59,6 @@ class ToyEngine:
 
     learning_rate: float = 0.5
     epochs: int = 1
-    seed: int = 0
     start: Sequence[float] = (0.0, 0.0)
     poison: Mapping[str, float] = field(default_factory=dict)  # client -> the value it diverges to
     path: str = "toy"
@@ -68,7 +67,7 @@ class ToyEngine:
     layout: Any = field(default_factory=lambda: ToyLayout())
     sent: list[dict[Hashable, Any]] = field(default_factory=list)
 
-    def initial_adapter(self) -> AdapterState:
+    def initial_adapter(self, seed: int = 0) -> AdapterState:
         return state(*self.start)
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -80,7 +79,7 @@ class ToyEngine:
         count = self.epochs * n if fit.limit is None else fit.limit
         w, losses = fit.adapter[A].clone(), []
         for position in range(fit.seen, fit.seen + count):
-            order = rng.numpy_stream(self.seed, "order", *fit.stream, position // n).permutation(n).tolist()
+            order = rng.numpy_stream(fit.seed, "order", *fit.stream, position // n).permutation(n).tolist()
             x = value(fit.examples[order[position % n]])
             losses.append(float((w - x).square().mean() / 2))
             w = w - self.learning_rate * (w - x)

@@ -12,6 +12,7 @@ from benchmarks import __main__ as everything
 from benchmarks import aggregation, contest, generation, peers, rounds, training, workload
 from benchmarks.contest import Report, Row, Times
 from benchmarks.workload import Work
+from fedloom import lora
 from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
@@ -67,8 +68,8 @@ def test_arranged_examples_come_back_in_the_recorded_order():
     setting = replace(training.B1, batch=4)
     examples = workload.clients(1, 10)[0]
     arranged = rounds.arranged(examples, setting.local, ("c", 0))
-    fit = Fit(AdapterState({}), arranged, stream=("c", 0))
-    taken = [arranged[i] for batch in rounds.batches(fit, setting.local, 0) for i, _ in batch]
+    fit = Fit(AdapterState({}), arranged, setting.local, stream=("c", 0))
+    taken = [arranged[i] for batch in rounds.batches(fit) for i, _ in batch]
     assert taken == examples
 
 
@@ -151,4 +152,4 @@ def test_the_start_of_a_round_is_no_adapter_that_changes_nothing():
     setting = training.BENCHMARKS["B1"].small
     start = training.start_of(setting, torch.float64)
     layout = AdapterLayout.of(workload.llama(setting.size), setting.lora)
-    assert all(float(start[target.b_key].norm()) > 0 for target in layout)
+    assert all(float(start[lora.key(target.key, "B")].norm()) > 0 for target in layout)

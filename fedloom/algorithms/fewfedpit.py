@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedloom import lora
 from fedloom.algorithms.averaging import Averaging
 from fedloom.algorithms.base import answer
 from fedloom.algorithms.synthetic import (
@@ -89,20 +90,9 @@ def cross_term(private: AdapterState, public: AdapterState, share: float) -> flo
     """How far the product of mixed factors is from the mix of products, relative to the former.
 
     The difference is share (1 - share) (B^l - B^s)(A^l - A^s), of second order while both stay close to
-    where they started. Frobenius norms over all layers; 0 for adapters without factor pairs.
+    where they started. Frobenius norms over all layers; 0 where the mix is zero.
     """
     both = mixed(private, public, share)
-    apart = _product_norm(private - public)
-    whole = _product_norm(both)
+    apart = lora.product_norm(private - public)
+    whole = lora.product_norm(both)
     return share * (1 - share) * apart / whole if whole else 0.0
-
-
-def _product_norm(adapter: AdapterState) -> float:
-    """||BA|| over all layers, from r x r matrices: ||BA||^2 = tr((B'B)(AA'))."""
-    total = 0.0
-    for name, a in adapter.items():
-        pair = name.replace("lora_A", "lora_B")
-        if pair != name and pair in adapter:
-            a, b = a.double(), adapter[pair].double()  # (r, n), (m, r)
-            total += float(((b.T @ b) * (a @ a.T)).sum())
-    return max(total, 0.0) ** 0.5

@@ -91,7 +91,14 @@ def fit_anew(
     """
     if not examples:
         return Fitted(adapter, 0, 0, 0, 0.0, math.nan)
-    fitted: Fitted = yield Fit(adapter, examples, round=round, stream=(client.id, purpose, round), **options)
+    fitted: Fitted = yield Fit(
+        adapter,
+        examples,
+        local=client.local.at(round),
+        seed=client.seed,
+        stream=(client.id, purpose, round),
+        **options,
+    )
     return fitted
 
 

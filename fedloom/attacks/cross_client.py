@@ -66,6 +66,7 @@ def attack(
     samples: int = 1,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, dict[str, Fished]]:
     """Row -> attacker -> what it got, the untuned base (row "base") among the rows.
 
@@ -84,6 +85,7 @@ def attack(
                 stop=template.stop,
                 temperature=temperature,
                 stream=("attacks", "cross-client", a),
+                seed=seed,
             )
             for row, adapter in rows.items()
             for a in attackers

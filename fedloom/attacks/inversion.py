@@ -27,12 +27,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedloom import lora
 from fedloom.attacks.membership import DIGITS
 from fedloom.attacks.view import ServerView
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Score
 
-_ON_DISK, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # PEFT's keys
 _NEGLIGIBLE = 1e-5  # singular values this small against the largest come from rounding
 _DUPLICATE = 1e-2  # of a vector's length; with less left of it, it cannot be told from those taken
 
@@ -78,7 +78,7 @@ def layer_inputs(model: Any, adapter: AdapterState) -> FirstInputs | Inapplicabl
     same vectors. They do in Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX and OLMo, whose positions enter
     inside attention; they do not in GPT-2 and OPT, which add learned positions to the embeddings.
     """
-    names = sorted(key.removeprefix(_ON_DISK).removesuffix(_A) for key in adapter if key.endswith(_A))
+    names = sorted(target.removeprefix(lora.ON_DISK) for target in lora.pairs(adapter))
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -185,22 +185,23 @@ def invert(
 
 def _looks(view: ServerView, inputs: FirstInputs, decayed: float) -> list[_Look]:
     """The rows of dA of all modules together; where they are zero, those of dB, module by module."""
-    keys = [_ON_DISK + module for module in inputs.modules]
+    targets = [lora.ON_DISK + module for module in inputs.modules]
+    own, sent = lora.pairs(view.adapter), lora.pairs(view.delta)
     vectors = inputs.vectors.double()  # (V, d)
-    a = torch.cat([view.adapter[key + _A].double() for key in keys])  # (modules * r, d)
-    rounding = torch.finfo(view.adapter[keys[0] + _A].dtype).eps
-    rows = torch.cat([view.delta[key + _A].double() for key in keys]) + decayed * a
+    a = torch.cat([own[target].a.double() for target in targets])  # (modules * r, d)
+    rounding = torch.finfo(own[targets[0]].a.dtype).eps
+    rows = torch.cat([sent[target].a.double() for target in targets]) + decayed * a
     floor = rounding * float(a.abs().max())  # an entry this small is the difference of two equals
     if float(rows.abs().max()) > floor:
         even = _evening(vectors)
         return [_Look("A", rows @ even, vectors @ even, floor)]
     looks = []
-    for key in keys:
-        b = view.adapter[key + _B].double()
-        rows = view.delta[key + _B].double() + decayed * b  # (out, r)
+    for target in targets:
+        b = own[target].b.double()
+        rows = sent[target].b.double() + decayed * b  # (out, r)
         floor = rounding * float(b.abs().max())
         if float(rows.abs().max()) > floor:
-            looks.append(_Look("B", rows, vectors @ view.adapter[key + _A].double().t(), floor))
+            looks.append(_Look("B", rows, vectors @ own[target].a.double().t(), floor))
     return looks
 
 

@@ -116,6 +116,7 @@ def rank(
     max_new_tokens: int = 256,
     top_k: int | None = 40,
     opening: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> dict[str, Ranked]:
     """Sample from every model and the untuned base (row "base"), score, rank, look.
 
@@ -135,6 +136,7 @@ def rank(
                 temperature=1.0,
                 top_k=top_k,
                 stream=("attacks", "ranking"),
+                seed=seed,
             )
             for row, adapter in rows.items()
         }

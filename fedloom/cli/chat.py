@@ -64,7 +64,7 @@ def command(
         shown, answer = "", list[int]()
         try:
             for token in stream(
-                machine.engine,
+                machine.engine.served,
                 ids,
                 None if base else tuned,
                 max_new_tokens=max_new_tokens,

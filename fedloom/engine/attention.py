@@ -1,8 +1,8 @@
-"""Each example of a packed batch attends to itself, and to the prefix it shares with others, only.
+"""Each example of a packed batch attends only to itself and to the prefix it shares with others.
 
 Registered with transformers under `NAME`. The packed batch arrives as an argument of the model's forward, is
 handed down by the model, and so is the same when a layer is recomputed. Sliding windows, score softcaps,
-grouped keys and any scale are honoured; what this function does not know it refuses.
+grouped keys and any scale are honoured; arguments that this function does not know are refused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _UNKNOWN = ("s_aux", "position_bias", "head_mask")  # sinks, T5 and ALiBi biases
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens in a row that see each other and, before them, one span elsewhere in the row."""
+    """Adjacent tokens that see each other and, before them, one span elsewhere in the row."""
 
     own: slice
     prefix: slice  # empty: nothing is before them
 
     def seen(self, x: Tensor) -> Tensor:
-        """What the span attends to: x (H, T, D) -> (H, p + n, D)."""
+        """The part of x that the span attends to: x (H, T, D) -> (H, p + n, D)."""
         own = x[:, self.own]
         return own if self.prefix.start == self.prefix.stop else torch.cat([x[:, self.prefix], own], 1)
 
@@ -46,7 +46,7 @@ class Span:
             total[self.prefix] += part[:, :p].transpose(0, 1)
 
     def parts(self, length: int) -> list[tuple[slice, int, int]]:
-        """Queries, `length` or more at a time: where they are, and what they are from and to among the keys seen.
+        """Queries in parts of `length` or more: where they lie, and their range among the keys seen.
 
         The last ones, which see all keys, come first.
         """
@@ -77,7 +77,7 @@ class Blocks:
 
     @property
     def longest(self) -> int:
-        """Keys that a token sees at most."""
+        """The most keys that any token sees."""
         prefixes = self.prefixes or ((0, 0),) * len(self.lengths)
         return max(n + p for n, (_, p) in zip(self.lengths, prefixes, strict=True))
 
@@ -113,7 +113,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cap = softcap or None
     if cap is not None or (query.device.type == "cpu" and longest <= DENSE_LENGTH):
-        return _Dense.apply(query, key, value, blocks, scale, window, cap), None
+        return _Dense.apply(query, key, value, blocks, scale, window, cap), None  # type: ignore[no-untyped-call]
     if varlen.fits(query, key, value):
         fused = varlen.varlen(
             query, key, value, blocks.lengths, scale=scale, window=window, prefixes=blocks.prefixes
@@ -147,7 +147,7 @@ def _visible(n: int, window: int | None, device: torch.device) -> Tensor:
 class _Dense(torch.autograd.Function):
     """Example by example with all scores in memory: on a CPU faster than the fused kernels.
 
-    The queries of a long example are taken in parts, so that few scores of hidden keys are computed.
+    The queries of a long example are split into parts, so that few scores of hidden keys are computed.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Prompts read, then continued token by token, with their keys and values kept.
 
-`FastDecoding` reads prompts as the packed model reads examples: without padding, and what prompts of one
-adapter begin with only once. Their keys and values go into memory taken once, rows of like length in a block;
-new ones go behind them, and a step attends, block by block, to what is filled.
-`PlainDecoding` leaves all of this to the model and serves those the packed model cannot run, and caches of any kind.
+`FastDecoding` reads prompts as the packed model reads examples: without padding, and a shared beginning of one
+adapter's prompts only once. Keys and values go into memory allocated once, with rows of similar length in one block;
+new ones are appended, and a step attends, block by block, to the filled part.
+`PlainDecoding` leaves all of this to the model; it serves models that the packed model cannot run, with any cache.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from fedloom.engine.forward import PackedModel
 from fedloom.engine.head import LabelHead
 from fedloom.engine.packing import Encoded, Item, pack, split
+from fedloom.engine.serving import Rows, ServedModel
 from fedloom.errors import ModelError
-
-if TYPE_CHECKING:
-    from fedloom.engine.forward import PackedModel
-    from fedloom.engine.lora_engine import LoraEngine, Rows
 
 NAME = "fedloom_step"  # of the attention of one step
 LIKE = 1.25  # rows share a block of memory up to this ratio of what the longest and the shortest need
@@ -49,12 +47,12 @@ class Decoding(Protocol):
 
 
 def decoding(
-    engine: LoraEngine, rows: Rows, prompts: Sequence[Sequence[int]], owners: Sequence[int], *, new: int
+    served: ServedModel, rows: Rows, prompts: Sequence[Sequence[int]], owners: Sequence[int], *, new: int
 ) -> Decoding:
     """For prompts, from short to long, that belong to the adapters `owners` and get at most `new` tokens."""
-    if engine.packed is not None and not engine.decoding_reason:
-        return FastDecoding(engine.model, engine.packed, rows, prompts, owners, new=new)
-    return PlainDecoding(engine.model, rows, prompts, owners)
+    if served.packed is not None and not served.decoding_reason:
+        return FastDecoding(served.model, served.packed, rows, prompts, owners, new=new)
+    return PlainDecoding(served.model, rows, prompts, owners)
 
 
 class PlainDecoding:
@@ -100,7 +98,7 @@ class PlainDecoding:
         self._cache = out.get("past_key_values")
         if self._cache is None:
             raise _keeps_nothing(self._model)
-        return out.logits[:, -1]  # type: ignore[no-any-return]
+        return out.logits[:, -1]
 
 
 class FastDecoding:
@@ -185,7 +183,7 @@ class FastDecoding:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows with prompts of like length, each at the right end of the longest; and where they lie in memory."""
+    """Rows with prompts of similar length, right-aligned to the longest, and their place in memory."""
 
     rows: slice
     lengths: tuple[int, ...]  # of their prompts
@@ -202,7 +200,7 @@ class Block:
 
 @dataclass
 class Layout:
-    """Which slots of a layer's memory belong to which row, and how many of them are filled."""
+    """The slots of a layer's memory that belong to each row, and how many are filled."""
 
     blocks: list[Block]
     room: int  # columns for tokens after the prompts
@@ -241,7 +239,7 @@ class Layout:
         return self.blocks[-1].offset + len(self.blocks[-1].lengths) * self.blocks[-1].columns
 
     def memory(self, heads: int, like: Tensor) -> Tensor:
-        """For the keys or values of a layer: (slots, heads, D). What is masked is zero, since it must be finite."""
+        """For the keys or values of a layer: (slots, heads, D). Masked slots are zero, since they must be finite."""
         memory = like.new_empty(self.slots, heads, like.shape[-1])
         for block in self.blocks:
             for row, n in zip(block.of(memory), block.lengths, strict=True):
@@ -292,7 +290,7 @@ class _Layer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put away what is new; return what a query may see: the batch that is read, or else all memory."""
+        """Store the new keys and values; return those a query may see: of the batch being read, else all memory."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         layout = self.layout
@@ -381,13 +379,13 @@ def _attending(config: Any) -> Iterator[None]:
 
 
 def _all_labelled(ids: Sequence[int]) -> Encoded:
-    """A prompt as an example all of whose tokens are labelled: a packed batch then tells where each one lies."""
+    """A prompt as an example whose tokens are all labelled: a packed batch then records where each one lies."""
     tokens = torch.tensor(ids, dtype=torch.long)
     return Encoded(tokens, torch.arange(len(tokens)), tokens)
 
 
 def _runs(places: Tensor) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as runs without gaps, (start, end): of a prompt there is one, or its prefix and its rest."""
+    """Ascending numbers as runs without gaps, (start, end): a prompt has one, or two if it has a shared prefix."""
     breaks = (places.diff() != 1).nonzero()[:, 0] + 1
     for run in places.tensor_split(breaks):
         yield int(run[0]), int(run[-1]) + 1

@@ -1,7 +1,7 @@
 """Dropout by counting: whether a number is dropped depends on its name, not on a generator's history.
 
 The name is (run seed, job stream, position of the example in the stream, token position, module, feature),
-so a job sees the same masks alone and in company, in one pass or in many, and when a pass is recomputed.
+so a job sees the same masks alone and beside others, in one pass or in many, and when a pass is recomputed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts as vectors: what the base model's last layer says of each, averaged over its tokens."""
+"""Texts as vectors: the base model's last hidden states, averaged over each text's tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def embed(model: Any, texts: Sequence[Sequence[int]], *, longest: int = 512) -> 
 
     `model` is a causal language model as `load_base` gives it, before an engine is built over it. Of each
     text only the first `longest` tokens are read, fewer where the model has fewer positions. No logits
-    are computed. How texts are batched moves the last bits of a vector only. Raises DataError for a text
-    without tokens.
+    are computed. Batching changes only the last bits of a vector. Raises DataError for a text without tokens.
     """
     if longest < 1:
         raise ConfigError(f"Expected longest of at least 1, got {longest}.")

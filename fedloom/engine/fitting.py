@@ -10,26 +10,40 @@ import torch
 from torch import Tensor
 
 from fedloom import rng
-from fedloom.engine.bank import AdapterBank
+from fedloom.engine.bank import AdapterBank, Tuning
 from fedloom.engine.dropout import token_keys
 from fedloom.engine.forward import PackedModel
 from fedloom.engine.layout import AdapterLayout
-from fedloom.engine.optimizer import LocalTraining, RowOptimizer
+from fedloom.engine.optimizer import RowOptimizer
 from fedloom.engine.packing import Encoder, Item
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
-from fedloom.steps import Correction, Fit, Fitted, Score, Scored, TokenScores
+from fedloom.steps import Fit, Fitted, NextToken, Score, Scored, TokenScores
 
 Place = tuple[int, int]  # (index into the job's examples, position in its endless stream)
 
 
-def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
-    """What a job consumes, batch by batch; the last of an epoch and of the job may be smaller.
+def check(fit: Fit) -> None:
+    """Raise ConfigError for a request that no path of this engine can do."""
+    if fit.local.schedule != "constant":
+        raise ConfigError(
+            "Expected the learning rate of one round, got a schedule: hand over local.at(round)."
+        )
+    if not isinstance(fit.objective, NextToken):
+        raise ConfigError(f"This engine trains on NextToken() alone, got the objective {fit.objective!r}.")
+    if fit.privacy is not None:
+        raise ConfigError(
+            f"This engine does not clip and noise single examples yet; leave out {fit.privacy!r}."
+        )
+
+
+def batches(fit: Fit) -> Iterator[list[Place]]:
+    """A job's examples, batch by batch; the last of an epoch and of the job may be smaller.
 
     The stream is permutation after permutation of the examples, the n-th drawn for (seed, stream, n). No batch
     holds examples of two of them, unless `local.batches` is "across_epochs".
     """
-    n = len(fit.examples)
+    n, local = len(fit.examples), fit.local
     if fit.seen < 0 or (fit.limit is not None and fit.limit < 0):
         raise ConfigError(f"Expected {fit.seen=} and {fit.limit=} of at least 0.")
     if fit.weights is not None and (len(fit.weights) != n or not all(0 <= w < math.inf for w in fit.weights)):
@@ -47,7 +61,7 @@ def batches(fit: Fit, local: LocalTraining, seed: int) -> Iterator[list[Place]]:
         for position in range(start, stop):
             if position // n != epoch:
                 epoch = position // n
-                order = rng.numpy_stream(seed, "order", *fit.stream, epoch).permutation(n).tolist()
+                order = rng.numpy_stream(fit.seed, "order", *fit.stream, epoch).permutation(n).tolist()
             batch.append((order[position % n], position))
         yield batch
         start = stop
@@ -58,7 +72,7 @@ def weight_of(fit: Fit, index: int) -> float:
 
 
 @dataclass(frozen=True)
-class Push:
+class FlatCorrection:
     """A job's `Correction` as flat vectors."""
 
     offset: Tensor | None
@@ -66,10 +80,16 @@ class Push:
     mu: float
 
     @classmethod
-    def of(cls, correction: Correction, layout: AdapterLayout, like: Tensor) -> Push:
-        def flat(state: AdapterState | None) -> Tensor | None:
-            return None if state is None else layout.to_vector(state).to(like)
+    def of(cls, fit: Fit, layout: AdapterLayout, like: Tensor) -> FlatCorrection:
+        """In dtype and on the device of `like`. Raises ConfigError, or ShapeMismatch for shapes other than the adapter's."""
 
+        def flat(state: AdapterState | None) -> Tensor | None:
+            if state is None:
+                return None
+            fit.adapter.check_compatible(state)
+            return layout.to_vector(state).to(like)
+
+        correction = fit.correction
         if correction.mu and correction.anchor is None:
             raise ConfigError(f"A correction with mu = {correction.mu} needs an anchor to pull towards.")
         return cls(flat(correction.offset), flat(correction.anchor) if correction.mu else None, correction.mu)
@@ -84,18 +104,18 @@ class Push:
 class _Job:
     """One Fit on its way: which batch comes next, its optimizer, what to report."""
 
-    def __init__(self, fit: Fit, row: int, bank: AdapterBank, local: LocalTraining, seed: int):
+    def __init__(self, fit: Fit, row: int, bank: AdapterBank, trained: Tensor | None):
         self.fit = fit
         self.row = row
-        self.batches = batches(fit, local, seed)
-        self.optimizer = RowOptimizer(local)
-        self.learning_rate = local.learning_rate_at(fit.round)
-        self.push = Push.of(fit.correction, bank.layout, bank.params)
+        self.trained = trained  # int64, places in a row of the numbers that are trained; None: all
+        self.batches = batches(fit)
+        self.optimizer = RowOptimizer(fit.local)
+        self.correction = FlatCorrection.of(fit, bank.layout, bank.params)
         self.losses: list[float] = []
         self.examples = 0
         self.tokens = 0
 
-    def next_batch(self, encode: Encoder, *, dropout: bool, seed: int) -> list[Item] | None:
+    def next_batch(self, encode: Encoder, *, dropout: bool) -> list[Item] | None:
         """The items of the next batch that has a labelled token; None when the job is done."""
         for places in self.batches:
             self.examples += len(places)
@@ -109,7 +129,9 @@ class _Job:
                     self.row,
                     example,
                     weight=weight / targets,
-                    keys=token_keys(seed, self.fit.stream, pos, len(example.ids)) if dropout else None,
+                    keys=token_keys(self.fit.seed, self.fit.stream, pos, len(example.ids))
+                    if dropout
+                    else None,
                 )
                 for pos, example, weight in batch
             ]
@@ -120,8 +142,13 @@ class _Job:
         assert bank.grads is not None
         params, grad = bank.params[self.row], bank.grads[self.row]
         self.losses.append(loss)
-        self.push.add_to(grad, params)
-        self.optimizer.step(params, grad, learning_rate=self.learning_rate)
+        self.correction.add_to(grad, params)
+        if self.trained is None:
+            self.optimizer.step(params, grad)
+        else:
+            own = params[self.trained]
+            self.optimizer.step(own, grad[self.trained])
+            params[self.trained] = own
         return bool(torch.isfinite(params).all())
 
     def answer(self, bank: AdapterBank) -> Fitted:
@@ -131,7 +158,7 @@ class _Job:
             steps=steps,
             examples=self.examples,
             tokens=self.tokens,
-            learning_rate=self.learning_rate,
+            learning_rate=self.fit.local.learning_rate,
             loss=sum(self.losses) / steps if steps else float("nan"),
         )
 
@@ -142,8 +169,6 @@ def fit_all(
     requests: Mapping[Hashable, Fit],
     *,
     encode: Encoder,
-    local: LocalTraining,
-    seed: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[Hashable, Fitted]:
@@ -152,36 +177,65 @@ def fit_all(
     A job whose parameters become infinite or NaN stops there; its adapter says so (`is_finite`).
     """
     answers: dict[Hashable, Fitted] = {}
-    dropout = (layout.spec.dropout, seed) if layout.spec.dropout else None
-    keys = list(requests)
-    for start in range(0, len(keys), packed.plan.rows):
-        wave = keys[start : start + packed.plan.rows]
-        adapters = [requests[key].adapter for key in wave]
-        bank = AdapterBank(layout, adapters, dtype=dtype, device=device, training=True)
-        jobs = [_Job(requests[key], row, bank, local, seed) for row, key in enumerate(wave)]
-        running = jobs
-        while running:
-            ready: list[_Job] = []
-            items: list[Item] = []
-            for job in running:
-                batch = job.next_batch(encode, dropout=dropout is not None, seed=seed)
-                if batch is not None:
-                    ready.append(job)
-                    items += batch
-            if not ready:
-                break
-            weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
-            weighted = packed.losses(items, bank, dropout=dropout) * weights
-            rows = torch.tensor([item.row for item in items])
-            losses = torch.zeros(len(jobs), dtype=torch.float64).index_add_(0, rows, weighted).tolist()
-            running = [job for job in ready if job.step(bank, losses[job.row])]
-        answers.update((key, job.answer(bank)) for key, job in zip(wave, jobs, strict=True))
+    for wave in _waves(requests, packed.plan.rows, dropout=layout.spec.dropout > 0):
+        fits = {key: requests[key] for key in wave}
+        answers |= _advance(fits, packed, layout, encode=encode, dtype=dtype, device=device)
     return answers
 
 
-def token_scores(surprise: Tensor) -> TokenScores:
-    """(labelled tokens, 3) -> the same by column."""
-    logp, mean, std = surprise.T.tolist()
+def _waves(requests: Mapping[Hashable, Fit], rows: int, *, dropout: bool) -> Iterator[list[Hashable]]:
+    """At most `rows` jobs that advance together: they train the same factors, so no gradient is computed in vain.
+
+    Under dropout they have one seed, since a pass has one.
+    """
+    alike: dict[Hashable, list[Hashable]] = {}
+    for key, fit in requests.items():
+        alike.setdefault((fit.train, fit.seed if dropout else None), []).append(key)
+    for keys in alike.values():
+        for start in range(0, len(keys), rows):
+            yield keys[start : start + rows]
+
+
+def _advance(
+    requests: Mapping[Hashable, Fit],
+    packed: PackedModel,
+    layout: AdapterLayout,
+    *,
+    encode: Encoder,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[Hashable, Fitted]:
+    """One wave."""
+    fits = list(requests.values())
+    train, seed = fits[0].train, fits[0].seed
+    dropout = (layout.spec.dropout, seed) if layout.spec.dropout else None
+    bank = AdapterBank(
+        layout, [Tuning.of(fit) for fit in fits], dtype=dtype, device=device, training=True, train=train
+    )
+    trained = None if train == "AB" else layout.mask(train).nonzero()[:, 0].to(device)
+    jobs = [_Job(fit, row, bank, trained) for row, fit in enumerate(fits)]
+    running = jobs
+    while running:
+        ready: list[_Job] = []
+        items: list[Item] = []
+        for job in running:
+            batch = job.next_batch(encode, dropout=dropout is not None)
+            if batch is not None:
+                ready.append(job)
+                items += batch
+        if not ready:
+            break
+        weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
+        weighted = packed.losses(items, bank, dropout=dropout) * weights
+        rows = torch.tensor([item.row for item in items])
+        losses = torch.zeros(len(jobs), dtype=torch.float64).index_add_(0, rows, weighted).tolist()
+        running = [job for job in ready if job.step(bank, losses[job.row])]
+    return {key: job.answer(bank) for key, job in zip(requests, jobs, strict=True)}
+
+
+def token_scores(statistics: Tensor) -> TokenScores:
+    """From rows of log p, mean and deviation: (labelled tokens, 3)."""
+    logp, mean, std = statistics.T.tolist()
     return TokenScores(tuple(logp), tuple(mean), tuple(std))
 
 
@@ -194,31 +248,33 @@ def score_all(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[Hashable, list[Scored]]:
-    """Score examples under their adapters; requests with the same adapter object share a row."""
+    """Score examples under their adapters; requests with the same objects for adapter and frozen factors share a row."""
     answers: dict[Hashable, list[Scored]] = {key: [] for key in requests}
-    adapters = {id(request.adapter): request.adapter for request in requests.values()}
-    tuned = [state for state in adapters.values() if state is not None]
+    place = {key: (id(r.adapter), r.scale, id(r.frozen)) for key, r in requests.items()}
+    tunings = {place[key]: Tuning.of(request) for key, request in requests.items()}
+    tuned = [key for key, tuning in tunings.items() if not tuning.is_base]
+    base = {key: -1 for key, tuning in tunings.items() if tuning.is_base}
     waves = [tuned[i : i + packed.plan.rows] for i in range(0, len(tuned), packed.plan.rows)] or [[]]
     for number, wave in enumerate(waves):
-        rows = {id(state): row for row, state in enumerate(wave)}
-        if number == 0:
-            rows[id(None)] = -1
-        mine = [(rows[id(r.adapter)], key) for key, r in requests.items() if id(r.adapter) in rows]
+        rows = {key: row for row, key in enumerate(wave)} | (base if number == 0 else {})
+        mine = [(rows[place[key]], key) for key in requests if place[key] in rows]
         mine.sort(key=lambda pair: pair[0])  # a row's examples side by side
         items = [Item(row, encode(example)) for row, key in mine for example in requests[key].examples]
-        bank = AdapterBank(layout, wave, dtype=dtype, device=device, training=False)
+        bank = AdapterBank(layout, [tunings[key] for key in wave], dtype=dtype, device=device, training=False)
         asked = [requests[key] for _, key in mine for _ in requests[key].examples]
         nll = packed.losses(items, bank).tolist()
         energetic = [item for item, request in zip(items, asked, strict=True) if request.energy]
         energies = iter(packed.energies(energetic, bank).tolist())
         spelled = [item for item, request in zip(items, asked, strict=True) if request.per_token]
-        surprises = iter(packed.surprises(spelled, bank).split([len(item.example.at) for item in spelled]))
+        statistics = iter(
+            packed.token_statistics(spelled, bank).split([len(item.example.at) for item in spelled])
+        )
         scored = iter(zip(nll, items, strict=True))
         for _, key in mine:
             for _ in requests[key].examples:
                 value, item = next(scored)
                 targets = len(item.example.targets)
                 energy = next(energies) / max(targets, 1) if requests[key].energy else None
-                tokens = token_scores(next(surprises)) if requests[key].per_token else None
+                tokens = token_scores(next(statistics)) if requests[key].per_token else None
                 answers[key].append(Scored(value, targets, energy, tokens))
     return answers

@@ -47,7 +47,7 @@ class PackedModel:
 
         With a bank made for training, `bank.grads` afterwards is the gradient of each row's weighted
         loss, of these items and nothing else. Should any number come out infinite or NaN, everything is
-        run again with no pass shared by two rows, so that a job that diverges takes no other with it.
+        run again with no pass shared by two rows, so that a job that diverges does not affect the others.
         """
         return _summed(self._sound(self.nll, items, bank, dropout), items)
 
@@ -58,12 +58,12 @@ class PackedModel:
         """
         return _summed(self._sound(self.energy, items, bank, None), items)
 
-    def surprises(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
+    def token_statistics(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
         """log p of each labelled token, mean and deviation of log p: (labels of all items, 3) float64, CPU.
 
         The bank must not be made for training.
         """
-        return self._sound(self.surprise, items, bank, None).reshape(-1, 3)
+        return self._sound(self.statistics, items, bank, None).reshape(-1, 3)
 
     def _sound(
         self, measure: Measure, items: Sequence[Item], bank: AdapterBank, dropout: tuple[float, int] | None
@@ -83,7 +83,7 @@ class PackedModel:
         *,
         isolated: bool,
     ) -> Tensor:
-        """Run all items; on running out of memory start over with half the budget, at last with checkpointing."""
+        """Run all items. When memory runs out, start over with half the budget, and finally with checkpointing."""
         longest = max((len(item.example.ids) for item in items), default=0)
         while True:
             try:
@@ -140,9 +140,9 @@ class PackedModel:
         """-logsumexp of the logits at every labelled position, padding included: (M,)."""
         return self._head.energy(hidden, packed.label_at)
 
-    def surprise(self, packed: Packed, hidden: Tensor) -> Tensor:
+    def statistics(self, packed: Packed, hidden: Tensor) -> Tensor:
         """log p of every labelled token, mean and deviation of log p there, padding included: (M, 3)."""
-        return self._head.surprise(hidden, packed.label_at, packed.targets)
+        return self._head.token_statistics(hidden, packed.label_at, packed.targets)
 
     def _checkpoint(self) -> None:
         """From here on keep only each layer's input, and run the layer again when its gradient is due."""
@@ -163,7 +163,7 @@ class PackedModel:
 
 
 def _summed(values: Tensor, items: Sequence[Item]) -> Tensor:
-    """Values at labelled positions -> their sum an item."""
+    """Values at labelled positions -> their sum for each item."""
     counts = torch.tensor([len(item.example.at) for item in items], dtype=torch.long)
     owner = torch.arange(len(items)).repeat_interleave(counts)
     return torch.zeros(len(items), dtype=torch.float64).index_add_(0, owner, values)

@@ -1,12 +1,11 @@
 """Frozen linear maps in 8-bit floating point, multiplied as such by tensor cores that can: an opt-in for speed.
 
-Weights are e4m3 numbers with a scale an output channel, made once; what is multiplied with them, activations
-forward and gradients backward, is e4m3 with a scale a token, made anew each time. Gradients are e4m3 too, and not
-the wider e5m2: with a scale a token the range suffices, and the third bit of precision halves their error. In
-the backward product the channels are summed over, so their scales go into the gradient first. Both products
-read numbers along the summed axis, so the device keeps a second, transposed copy: what this saves is time, not
-memory. Where there is no such product the weights are made whole again, some channels at a time: slow, the
-activations exact.
+Weights are e4m3 numbers with one scale per output channel, made once. Activations (forward) and gradients (backward)
+are e4m3 with one scale per token, made anew each time. Gradients are e4m3 too, not the wider e5m2: with a scale per
+token the range suffices, and the third bit of precision halves their error. The backward product sums over the
+channels, so their scales are first multiplied into the gradient. Both products read along the summed axis, so the
+device keeps a second, transposed copy: this saves time, not memory. Without such a product on the device, weights are
+converted back a few channels at a time, which is slow and keeps activations exact.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _in_8_bits = True  # see whole_weights
 
 
 class Fp8Linear(nn.Linear):
-    """What `linear` computes, to about two digits. An nn.Linear, since that is what PEFT and our layout look for.
+    """Computes as `linear` does, to about two digits. It is an nn.Linear because PEFT and our layout look for one.
 
     The weight is held as bytes, which no `.to(dtype)` changes.
     """
@@ -48,7 +47,7 @@ class Fp8Linear(nn.Linear):
         self._turned: Tensor | None = None  # (in, out), for the gradient's product
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self)
+        return _Product.apply(x, self)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
         """x W + bias, outside autograd: (T, in) -> (T, out)."""
@@ -98,8 +97,8 @@ class _Product(torch.autograd.Function):
 def quantise(model: Any) -> None:
     """Put every linear map of `model` but its output head into 8 bits, in place, one after the other.
 
-    Those whose sizes are no multiples of 16 stay as they are. Raises ModelError, with the reason, where that
-    would not be what was asked for.
+    Maps whose sizes are not multiples of 16 stay as they are. Raises ModelError, with the reason, where the result
+    would not be usable.
     """
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise ModelError(
@@ -121,7 +120,7 @@ def quantise(model: Any) -> None:
 
 @torch.no_grad()
 def _mismatch(linears: list[Fp8Linear]) -> str | None:
-    """Do the products in 8 bits what those with whole weights do? Asked of one map of each size."""
+    """Do products in 8 bits agree with those of whole weights? Checked on one map of each size."""
     for size, linear in {linear.weight.shape: linear for linear in linears}.items():
         stream = torch.Generator().manual_seed(0)
         for multiply, width in ((linear.product, linear.in_features), (linear.back, linear.out_features)):
@@ -156,10 +155,10 @@ def refused(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Inside, no product is in 8 bits: activations and gradients are exact, the weights what they are.
+    """Inside, no product is in 8 bits: activations and gradients are exact, and weights keep their 8-bit values.
 
-    To compare two ways through a model. In 8 bits they part by some per cent a layer from the least difference
-    on, as numbers near the edge of two codes fall to either side.
+    For comparing two paths through a model. In 8 bits the least difference grows to a few per cent a layer, since
+    numbers near the edge between two codes fall to either side.
     """
     global _in_8_bits
     before, _in_8_bits = _in_8_bits, False
@@ -199,7 +198,7 @@ def _quantised(x: Tensor, channels: Tensor | None = None) -> tuple[Tensor, Tenso
 def _fused() -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     """`_quantised` in one kernel, where torch can compile one (it wants triton and a C compiler).
 
-    As it stands it is four passes over the activations, which cost about what 8-bit products save.
+    Unfused, it takes four passes over the activations, which cost about as much as 8-bit products save.
     """
     compiled = torch.compile(_quantised, dynamic=True)
     try:

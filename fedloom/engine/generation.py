@@ -1,30 +1,29 @@
 """Answers Generate: prompts under different adapters continued in one batch, with a key-value cache.
 
-Prompts are sorted by length; each row has its own adapter, limit, stop tokens and temperature. How they are
-read and continued is in decoding.py. A finished row leaves the batch once enough have finished. What a prompt
-is answered with does not depend on its neighbours: greedy answers up to the rounding of sums, sampled ones
-too, since the random number of a token is a function of its name alone.
+Prompts are sorted by length; each row has its own adapter, limit, stop tokens and temperature. decoding.py reads
+and continues them. Finished rows leave the batch once enough have finished. A prompt's answer does not depend on
+its neighbours, up to the rounding of sums; this holds for sampled answers too, since the random number of a token
+is a function of its name alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedloom import rng
+from fedloom.engine.bank import Tuning
 from fedloom.engine.decoding import decoding
 from fedloom.engine.packing import DENSE_COLUMNS
 from fedloom.engine.planner import out_of_memory
+from fedloom.engine.serving import Rows, ServedModel
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
 from fedloom.steps import Generate
-
-if TYPE_CHECKING:
-    from fedloom.engine.lora_engine import LoraEngine, Rows
 
 TOKENS_PER_BATCH = 16_384  # rows times length of prompt and answer: bounds the keys and values that are kept
 CACHE_SHARE = 0.25  # of a GPU's memory, where more tokens fit into it
@@ -43,34 +42,36 @@ class _Prompt:
     limit: int  # most tokens to answer with
     stop: frozenset[int]
     temperature: float
+    seed: int
     stream: tuple[rng.Name, ...]
     penalty: float  # on tokens the answer holds already
     top_k: int | None
 
 
 def generate_all(
-    engine: LoraEngine, requests: Mapping[Hashable, Generate]
+    served: ServedModel, requests: Mapping[Hashable, Generate]
 ) -> dict[Hashable, list[list[int]]]:
     """Answer every prompt of every request. An answer also ends where the model's positions do.
 
     Raises ModelError for a prompt that is empty or longer than the model reads.
     """
-    longest = positions(engine.model)
+    longest = positions(served.model)
     answers: dict[Hashable, list[list[int]]] = {
         key: [[] for _ in request.prompts] for key, request in requests.items()
     }
-    requests = _shared(requests)
-    for wave in _waves(requests, width=max(1, DENSE_COLUMNS // engine.layout.spec.rank)):
-        with engine.rows({id(requests[key].adapter): requests[key].adapter for key in wave}) as rows:
-            prompts = [prompt for key in wave for prompt in _prompts(key, requests[key], rows, longest)]
-            for batch in _batches(prompts, _tokens_per_batch(engine.model)):
-                for prompt, answer in zip(batch, _answered(engine, rows, batch), strict=True):
+    tunings = _shared(requests)
+    for wave in _waves(tunings, width=max(1, DENSE_COLUMNS // served.layout.spec.rank)):
+        with served.rows({id(tunings[key]): tunings[key] for key in wave}) as rows:
+            row_of = {key: rows.index[id(tunings[key])] for key in wave}
+            prompts = [p for key in wave for p in _prompts(key, requests[key], row_of[key], longest)]
+            for batch in _batches(prompts, _tokens_per_batch(served.model)):
+                for prompt, answer in zip(batch, _answered(served, rows, batch), strict=True):
                     answers[prompt.key][prompt.index] = answer
     return answers
 
 
 def stream(
-    engine: LoraEngine,
+    served: ServedModel,
     prompt_ids: Sequence[int],
     adapter: AdapterState | None,
     *,
@@ -81,22 +82,22 @@ def stream(
 ) -> Iterator[int]:
     """The tokens of one answer as they come, the stop token left out.
 
-    They are what a `Generate` of this prompt alone would answer in a run with this seed. The engine may
-    answer other requests between two tokens.
+    They are the answer to a `Generate` of this prompt alone with this seed. The engine may answer other requests
+    between two tokens.
     """
-    request = Generate([prompt_ids], adapter, max_new_tokens, stop, temperature)
-    with engine.rows({id(adapter): adapter}) as rows:
-        prompts = _prompts("", request, rows, positions(engine.model))
+    request = Generate([prompt_ids], adapter, max_new_tokens, stop, temperature, seed=seed)
+    with served.rows({"": Tuning.of(request)}) as rows:
+        prompts = _prompts("", request, rows.index[""], positions(served.model))
     if prompts:
-        for tokens in _continued(engine, rows, prompts, seed):
+        for tokens in _continued(served, rows, prompts):
             yield from (token for _, token in tokens)
 
 
-def _answered(engine: LoraEngine, rows: Rows, batch: Sequence[_Prompt]) -> list[list[int]]:
-    """The answers to a batch; where memory does not suffice, to one half and then the other."""
+def _answered(served: ServedModel, rows: Rows, batch: Sequence[_Prompt]) -> list[list[int]]:
+    """The answers to a batch; when memory runs out, to one half and then the other."""
     answers: list[list[int]] = [[] for _ in batch]
     try:
-        for tokens in _continued(engine, rows, batch, engine.seed):
+        for tokens in _continued(served, rows, batch):
             for place, token in tokens:
                 answers[place].append(token)
         return answers
@@ -109,18 +110,18 @@ def _answered(engine: LoraEngine, rows: Rows, batch: Sequence[_Prompt]) -> list[
                 "for fewer new tokens."
             ) from error
     middle = len(batch) // 2
-    return _answered(engine, rows, batch[:middle]) + _answered(engine, rows, batch[middle:])
+    return _answered(served, rows, batch[:middle]) + _answered(served, rows, batch[middle:])
 
 
 def _continued(
-    engine: LoraEngine, rows: Rows, prompts: Sequence[_Prompt], seed: int
+    served: ServedModel, rows: Rows, prompts: Sequence[_Prompt]
 ) -> Iterator[list[tuple[int, int]]]:
     """Step by step, the new tokens as (place in `prompts`, token); stop tokens are not among them.
 
-    Nothing is in force between two steps, so the model may serve somebody else meanwhile.
+    Nothing is in force between two steps, so the model may serve others meanwhile.
     """
     ids, owners = [prompt.ids for prompt in prompts], [prompt.row for prompt in prompts]
-    under_way = decoding(engine, rows, ids, owners, new=max(prompt.limit for prompt in prompts))
+    under_way = decoding(served, rows, ids, owners, new=max(prompt.limit for prompt in prompts))
     logits = under_way.read()  # (B, V)
     places = list(range(len(prompts)))  # which prompt each row of the batch is
     finished: set[int] = set()
@@ -128,7 +129,7 @@ def _continued(
     step = 0
     while True:
         logits = _penalised(logits, [(prompts[place].penalty, said[place]) for place in places])
-        tokens = _chosen(logits, [prompts[place] for place in places], step, seed)
+        tokens = _chosen(logits, [prompts[place] for place in places], step)
         step += 1
         new: list[tuple[int, int]] = []
         for place, token in zip(places, tokens, strict=True):
@@ -168,7 +169,7 @@ def _penalised(logits: Tensor, rows: Sequence[tuple[float, set[int]]]) -> Tensor
     return logits
 
 
-def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) -> list[int]:
+def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int) -> list[int]:
     """The next token of each row: the likeliest, or one drawn by the row's own random number."""
     tokens: list[int] = logits.argmax(-1).tolist()  # (B, V) -> (B,)
     drawn = [row for row, prompt in enumerate(prompts) if prompt.temperature > 0]
@@ -176,7 +177,7 @@ def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) ->
         heat = torch.tensor([prompts[row].temperature for row in drawn], dtype=torch.float64)[:, None]
         share = torch.tensor(
             [
-                rng.key(seed, "sample", *prompts[row].stream, prompts[row].index, step) / 2**63
+                rng.key(prompts[row].seed, "sample", *prompts[row].stream, prompts[row].index, step) / 2**63
                 for row in drawn
             ],
             dtype=torch.float64,
@@ -185,7 +186,7 @@ def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) ->
         scores = logits[drawn].to(place).double() / heat.to(place)
         for mine, k in zip(scores, (prompts[row].top_k for row in drawn), strict=True):
             if k is not None and k < len(mine):
-                mine[mine < mine.topk(k).values[-1]] = -torch.inf  # who ties with the last stays
+                mine[mine < mine.topk(k).values[-1]] = -torch.inf  # ties with the last stay
         below = torch.softmax(scores, -1).cumsum(-1)  # (drawn, V)
         picked = torch.searchsorted(below, share.to(place) * below[:, -1:], right=True)
         for row, token in zip(drawn, picked[:, 0].clamp_max(logits.shape[-1] - 1).tolist(), strict=True):
@@ -193,8 +194,8 @@ def _chosen(logits: Tensor, prompts: Sequence[_Prompt], step: int, seed: int) ->
     return tokens
 
 
-def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) -> list[_Prompt]:
-    """The prompts of a request that have anything to answer."""
+def _prompts(key: Hashable, request: Generate, row: int, longest: int | None) -> list[_Prompt]:
+    """The prompts of a request that need an answer."""
     found = []
     for index, ids in enumerate(request.prompts):
         if not len(ids):
@@ -208,7 +209,6 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
             request.max_new_tokens if longest is None else min(request.max_new_tokens, longest - len(ids) + 1)
         )
         if limit > 0:
-            row = rows.index[id(request.adapter)]
             found.append(
                 _Prompt(
                     key,
@@ -218,6 +218,7 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
                     limit,
                     request.stop,
                     request.temperature,
+                    request.seed,
                     request.stream,
                     request.repetition_penalty,
                     request.top_k,
@@ -226,39 +227,36 @@ def _prompts(key: Hashable, request: Generate, rows: Rows, longest: int | None) 
     return found
 
 
-def _shared(requests: Mapping[Hashable, Generate]) -> dict[Hashable, Generate]:
-    """The requests with one object for equal adapters: a cohort that generates with what it received needs one row."""
-    seen: dict[str, AdapterState] = {}
-    found = dict(requests)
+def _shared(requests: Mapping[Hashable, Generate]) -> dict[Hashable, Tuning]:
+    """One object for equal tunings: a cohort that generates with what it received needs one row."""
+    seen: dict[Hashable, Tuning] = {}
+    found: dict[Hashable, Tuning] = {}
     for key, request in requests.items():
-        if request.adapter is not None:
-            found[key] = replace(request, adapter=seen.setdefault(request.adapter.sha256(), request.adapter))
+        adapter = None if request.adapter is None else request.adapter.sha256()
+        frozen = request.frozen and (request.frozen.factors.sha256(), request.frozen.scale)
+        found[key] = seen.setdefault((adapter, request.scale, frozen), Tuning.of(request))
     return found
 
 
-def _waves(requests: Mapping[Hashable, Generate], *, width: int) -> list[list[Hashable]]:
-    """Keys of requests answered over one set of at most `width` adapters.
+def _waves(tunings: Mapping[Hashable, Tuning], *, width: int) -> list[list[Hashable]]:
+    """Keys of requests answered over one set of at most `width` tunings.
 
     An adapter that has diverged goes alone: the product of its NaN with another row's zero is NaN.
     """
-    keys: dict[int, list[Hashable]] = {}  # by adapter
-    for key, request in requests.items():
-        keys.setdefault(id(request.adapter), []).append(key)
+    keys: dict[int, list[Hashable]] = {}  # by tuning
+    for key, tuning in tunings.items():
+        keys.setdefault(id(tuning), []).append(key)
     waves: list[list[Hashable]] = []
     sound: list[list[Hashable]] = []
     for mine in keys.values():
-        adapter = requests[mine[0]].adapter
-        if adapter is None or adapter.is_finite():
-            sound.append(mine)
-        else:
-            waves.append(mine)
+        (sound if tunings[mine[0]].is_finite() else waves).append(mine)
     for start in range(0, len(sound), width):
         waves.append([key for mine in sound[start : start + width] for key in mine])
     return waves
 
 
 def _batches(prompts: Sequence[_Prompt], budget: int) -> Iterator[list[_Prompt]]:
-    """Prompts of like length together, within the budget; one that exceeds it alone."""
+    """Prompts of similar length together, within the budget; a prompt that exceeds it goes alone."""
     batch: list[_Prompt] = []
     limit = 0  # of the longest answer of the batch
     for prompt in sorted(prompts, key=lambda prompt: len(prompt.ids)):
@@ -273,7 +271,7 @@ def _batches(prompts: Sequence[_Prompt], budget: int) -> Iterator[list[_Prompt]]
 
 
 def _tokens_per_batch(model: Any) -> int:
-    """What a GPU's memory allows, whatever else is in it now: a batch that then does not fit is halved."""
+    """As many as a GPU's memory allows, whatever it holds now: a batch that does not fit is halved later."""
     if model.device.type != "cuda":
         return TOKENS_PER_BATCH
     config = model.config.get_text_config()
@@ -285,5 +283,5 @@ def _tokens_per_batch(model: Any) -> int:
 
 
 def positions(model: Any) -> int | None:
-    """How many tokens the model reads; None where nothing limits it."""
+    """How many tokens the model reads; None: no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -14,7 +14,7 @@ _SMALLEST = 1e-30  # probability whose logarithm float32 still has to the last d
 
 @dataclass(frozen=True)
 class LabelHead:
-    """The output head of a causal LM, with what some models do to the logits after it."""
+    """The output head of a causal LM, with the scaling or cap that some models apply to its logits."""
 
     linear: nn.Module
     scale: float
@@ -45,7 +45,7 @@ class LabelHead:
 
     def nll(self, hidden: Tensor, at: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target given `hidden[at]`: hidden (T, d), at and targets (M,) -> (M,), at least float32."""
-        return _LabelLoss.apply(hidden, at, targets, self)
+        return _LabelLoss.apply(hidden, at, targets, self)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def energy(self, hidden: Tensor, at: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class LabelHead:
         return torch.cat([-z.to(torch.promote_types(z.dtype, torch.float32)).logsumexp(-1) for z in logits])
 
     @torch.no_grad()
-    def surprise(self, hidden: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+    def token_statistics(self, hidden: Tensor, at: Tensor, targets: Tensor) -> Tensor:
         """log p of each target, then mean and deviation of log p under p itself, given `hidden[at]`: (M, 3)."""
         rows = hidden.index_select(0, at)  # (M, d)
         found: list[Tensor] = []
@@ -117,8 +117,8 @@ class _LabelLoss(torch.autograd.Function):
 def reachable(model: Any, token: int) -> bool:
     """Can this token be the likeliest, with the output head as it is?
 
-    Its row must win in its own direction, seen from the mean of all rows; one that was added to the vocabulary and
-    never trained does not, as others reach further that way. A bias and quantised heads are not looked at.
+    Its row must win in its own direction, seen from the mean of all rows. A token that was added to the vocabulary and
+    never trained does not, since other rows reach further that way. A bias and quantised heads are not examined.
     """
     weight = model.get_output_embeddings().weight  # (V, d)
     if not weight.is_floating_point() or weight.dim() != 2 or weight.dtype.itemsize < 2:

@@ -1,22 +1,21 @@
-"""Where each LoRA factor of an adapter lives in one flat vector, and under which name on disk."""
+"""Where each LoRA factor of an adapter lives in one flat vector, and its name on disk."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedloom import rng
+from fedloom import lora, rng
 from fedloom.errors import ModelError, ShapeMismatch
 from fedloom.state import AdapterState
 from fedloom.steps import LoraSpec
-
-ON_DISK = "base_model.model."  # PEFT puts it in front of every module name
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ class Target:
     inputs: int
     outputs: int
     rank: int
-    scale: float
     offset: int
 
     @property
@@ -40,12 +38,9 @@ class Target:
         return self.split + self.outputs * self.rank
 
     @property
-    def a_key(self) -> str:
-        return f"{ON_DISK}{self.name}.lora_A.weight"
-
-    @property
-    def b_key(self) -> str:
-        return f"{ON_DISK}{self.name}.lora_B.weight"
+    def key(self) -> str:
+        """Its name on disk, without the factor."""
+        return lora.ON_DISK + self.name
 
     def a(self, flat: Tensor) -> Tensor:
         """A view of `lora_A` in flat vectors: (..., P) -> (..., rank, inputs)."""
@@ -85,13 +80,12 @@ class AdapterLayout:
                     )
         if not chosen:
             raise ModelError("The model has no linear module to adapt.")
-        targets: list[Target] = []
-        offset = 0
-        for name in chosen:
-            kind, inputs, outputs = _describe(linear[name])
-            targets.append(Target(name, kind, inputs, outputs, spec.rank, spec.scale, offset))
-            offset = targets[-1].end
-        return cls(spec, tuple(targets))
+        unplaced = [Target(name, *_describe(linear[name]), spec.rank, 0) for name in chosen]
+        return cls(spec, _placed(unplaced, spec.rank))
+
+    def with_rank(self, rank: int) -> AdapterLayout:
+        """The same targets for adapters of another rank."""
+        return replace(self, spec=replace(self.spec, rank=rank), targets=_placed(self.targets, rank))
 
     @property
     def size(self) -> int:
@@ -101,27 +95,72 @@ class AdapterLayout:
     def __iter__(self) -> Iterator[Target]:
         return iter(self.targets)
 
-    def to_state(self, vector: Tensor) -> AdapterState:
-        """The named tensors of a flat vector, as copies on the CPU that share no memory with it."""
-        vector = vector.detach().to("cpu", copy=True)
-        tensors: dict[str, Tensor] = {}
-        for target in self.targets:
-            tensors[target.a_key] = target.a(vector)  # (r, in)
-            tensors[target.b_key] = target.b(vector)  # (out, r)
-        return AdapterState(tensors)
+    def __getitem__(self, name: str) -> Target:
+        return self._by_name[name]
 
-    def to_vector(self, state: AdapterState) -> Tensor:
-        """One flat vector in the dtype of `state`. Raises ShapeMismatch if its tensors are not ours."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for target in self.targets:
-            shapes[target.a_key] = (target.rank, target.inputs)
-            shapes[target.b_key] = (target.outputs, target.rank)
-        if odd := sorted(shapes.keys() ^ state.keys()):
+    @cached_property
+    def _by_name(self) -> dict[str, Target]:
+        return {target.name: target for target in self.targets}
+
+    def ranks(self, state: AdapterState, *, partial: bool = False) -> tuple[int, ...]:
+        """The rank that `state` has for each target, at most ours. `partial`: 0 where it lacks a target.
+
+        Raises ShapeMismatch if its tensors are not ours.
+        """
+        keys = {lora.key(target.key, side) for target in self.targets for side in lora.SIDES}
+        odd = sorted(state.keys() - keys if partial else keys ^ state.keys())
+        if odd:
             raise ShapeMismatch(f"adapter and model differ in {len(odd)} tensors, first: {odd[0]!r}")
-        for name, shape in shapes.items():
-            if tuple(state[name].shape) != shape:
-                raise ShapeMismatch(f"{name!r}: expected {shape}, got {tuple(state[name].shape)}")
-        return torch.cat([state[name].reshape(-1) for name in shapes])
+        factors = lora.pairs(state)
+        found: list[int] = []
+        for target in self.targets:
+            pair = factors.get(target.key)
+            rank = pair.rank if pair else 0
+            found.append(rank)
+            if pair is None:
+                continue
+            for side, tensor, lower, full in (
+                ("A", pair.a, (rank, target.inputs), (target.rank, target.inputs)),
+                ("B", pair.b, (target.outputs, rank), (target.outputs, target.rank)),
+            ):
+                if tuple(tensor.shape) != lower or not 1 <= rank <= target.rank:
+                    raise ShapeMismatch(
+                        f"'{target.key}.lora_{side}': expected {full} or a lower rank, got {tuple(tensor.shape)}"
+                    )
+        return tuple(found)
+
+    def to_state(self, vector: Tensor, ranks: Sequence[int] | None = None) -> AdapterState:
+        """The named tensors of a flat vector, as copies on the CPU that share no memory with it.
+
+        `ranks`, one a target, cut off the zeros that `to_vector` filled up with.
+        """
+        vector = vector.detach().to("cpu", copy=True)
+        factors: dict[str, lora.Pair] = {}
+        for target, rank in zip(self.targets, ranks or (self.spec.rank,) * len(self.targets), strict=True):
+            factors[target.key] = lora.Pair(target.a(vector)[:rank], target.b(vector)[:, :rank].contiguous())
+        return lora.state_of(factors)
+
+    def to_vector(self, state: AdapterState, *, partial: bool = False) -> Tensor:
+        """One flat vector in the dtype of `state`; a lower rank is filled up with zeros.
+
+        `partial`: so is a target that `state` lacks. Raises ShapeMismatch if its tensors are not ours.
+        """
+        ranks, factors = self.ranks(state, partial=partial), lora.pairs(state)
+        if all(rank == self.spec.rank for rank in ranks):
+            return torch.cat([t.reshape(-1) for target in self.targets for t in factors[target.key]])
+        vector = torch.zeros(self.size, dtype=next((t.dtype for t in state.values()), torch.float32))
+        for target, rank in zip(self.targets, ranks, strict=True):
+            if rank:
+                target.a(vector)[:rank] = factors[target.key].a
+                target.b(vector)[:, :rank] = factors[target.key].b
+        return vector
+
+    def mask(self, side: lora.Side) -> Tensor:
+        """Which numbers of a flat vector belong to the factors of one side: (P,) bool."""
+        found = torch.zeros(self.size, dtype=torch.bool)
+        for target in self.targets:
+            (target.a if side == "A" else target.b)(found).fill_(True)
+        return found
 
     def initial(self, seed: int) -> AdapterState:
         """Where training starts: A uniform as PEFT draws it, B zero, so that the model is unchanged."""
@@ -137,6 +176,14 @@ class AdapterLayout:
 
 def _ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
+
+
+def _placed(targets: Iterable[Target], rank: int) -> tuple[Target, ...]:
+    """One after the other in a flat vector, for adapters of this rank."""
+    placed: list[Target] = []
+    for target in targets:
+        placed.append(replace(target, rank=rank, offset=placed[-1].end if placed else 0))
+    return tuple(placed)
 
 
 def _describe(module: nn.Module) -> tuple[Literal["linear", "conv1d", "opaque"], int, int]:

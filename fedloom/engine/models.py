@@ -1,6 +1,6 @@
-"""Load a base model and its tokenizer from wherever they are; refuse plainly what cannot be used.
+"""Load a base model and its tokenizer, and refuse plainly those that cannot be used.
 
-A name is `embedded` (ships with the package), `random:llama` and its like (random weights from a fixed
+A name is `embedded` (ships with the package), `random:llama` or similar (random weights from a fixed
 seed, to try things out), a local folder, or an id on the Hugging Face Hub. Only safetensors are read and
 no code that comes with a model is run. The network is used only where `allow_download` says so.
 """
@@ -64,7 +64,7 @@ def load_base(
     """A frozen causal language model in evaluation mode, and its tokenizer.
 
     dtype "auto" is bfloat16 on CUDA devices that compute in it and float32 elsewhere, whatever the files
-    hold. A tokenizer without padding gets one in memory; nothing here depends on which.
+    hold. A tokenizer without a padding token gets one in memory; nothing here depends on which.
     """
     place = _device(device)
     number = _dtype(dtype, place)
@@ -111,9 +111,9 @@ def skeleton(name: str, *, allow_download: bool = False) -> tuple[Any, Any]:
 
 
 def base_folder(name: str, *, allow_download: bool = False) -> Path | None:
-    """Where the files of a base model are, after a download if that is allowed; None for a random model.
+    """The folder that holds a base model, downloaded first if that is allowed; None for a random model.
 
-    Raises ModelError for a name that is nowhere, at once and without asking the network.
+    Raises ModelError at once, without asking the network, for a name that cannot exist.
     """
     if name.startswith("random:"):
         return None
@@ -161,8 +161,8 @@ def identity(name: str, *, allow_download: bool = False) -> str:
 def base_hash(source: str | Path | nn.Module) -> str:
     """sha256 of a base model's weights: names, dtypes, shapes, bytes.
 
-    Of a folder it covers what is on disk, in however many files, and so does not depend on the dtype a
-    site computes in: this is what sites compare. Of a module it covers the values in memory.
+    Given a folder it covers the stored values, in however many files, and so does not depend on the dtype a site
+    computes in: sites compare this hash. Given a module it covers the values in memory.
     """
     digest = hashlib.sha256()
     named = _named_parameters(source) if isinstance(source, nn.Module) else _stored_tensors(Path(source))
@@ -173,7 +173,7 @@ def base_hash(source: str | Path | nn.Module) -> str:
 
 
 def count_parameters(model: Any) -> int:
-    """Numbers in the base model, tied ones once, quantised ones at their full count."""
+    """How many numbers the base model has; tied weights count once, quantised ones in full."""
     return int(model.num_parameters())
 
 
@@ -353,7 +353,7 @@ def _dtype(dtype: DType, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no remarks from transformers; what matters of them is raised here."""
+    """No progress bars and no log messages from transformers; the ones that matter are raised here as errors."""
     level, bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
     remarks.set_verbosity_error()
     remarks.disable_progress_bar()

@@ -1,6 +1,6 @@
 """AdamW and SGD, row by row: each training job has its own step count, rate and clip.
 
-The arithmetic is torch's, operation by operation, and a row's numbers do not depend on its neighbours.
+The arithmetic is torch's, operation by operation. A row's numbers do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class RowOptimizer:
         self._moments: tuple[Tensor, ...] = ()
         self.steps = 0
 
-    def step(self, params: Tensor, grad: Tensor, *, learning_rate: float) -> None:
+    def step(self, params: Tensor, grad: Tensor) -> None:
         """Update `params` (P,) in place. `grad` (P,) is clipped in place first."""
-        local = self._local
+        local, learning_rate = self._local, self._local.learning_rate
         if local.clip:
             norm = torch.linalg.vector_norm(grad)
             grad.mul_(torch.clamp(local.clip / (norm + 1e-6), max=1.0))  # as clip_grad_norm_

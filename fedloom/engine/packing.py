@@ -21,7 +21,7 @@ DENSE_COLUMNS = 128  # up to here one masked GEMM over all rows beats a loop ove
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example ready to pack. What follows its last labelled token is cut: it cannot move the loss."""
+    """An example ready to pack. Tokens after its last labelled one are cut: they cannot change the loss."""
 
     ids: Tensor  # (n,) int64, the tokens that run through the model
     at: Tensor  # (m,) int64, positions in `ids` whose next token is labelled
@@ -35,9 +35,9 @@ class Encoded:
 
 
 class Encoder:
-    """`encode`, once for each example object while it is in use: the ones not asked for longest are forgotten.
+    """Encodes each example once and keeps the result; the least recently used are dropped.
 
-    What is `Tokens` already is taken as it is, and not kept.
+    `Tokens` are taken as they are, and not kept.
     """
 
     KEPT = 65_536  # examples; synthetic ones are new every round, so something must go
@@ -95,25 +95,29 @@ class Pass:
     owner: Tensor  # (T,) int64, index into group.rows; -1: no adapter
     select: Tensor | None  # (T, rows*r) 0/1 in the model's dtype; None when the group is too wide for it
     dropout: Dropout | None = None
+    under: Pass | None = None  # of the frozen factors; has neither gradients nor dropout
 
     @classmethod
     def of(
         cls, group: RowGroup, owner: Tensor, *, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Pass:
-        rank = group.bank.layout.spec.rank
+        select = None
         if group.width <= DENSE_COLUMNS:
             rows = torch.arange(len(group.rows), device=owner.device)
-            select = (owner[:, None] == rows).to(dtype).repeat_interleave(rank, dim=1)  # (T, k*r)
-            return cls(group, owner, select, dropout)
-        return cls(group, owner, None, dropout)
+            select = (owner[:, None] == rows).to(dtype).repeat_interleave(group.rank, dim=1)  # (T, k*r)
+        under = None
+        if (frozen := group.bank.under) is not None:
+            index = frozen.index[[*group.rows, -1]]  # of each row of the group; the last serves the base
+            under = cls.of(frozen.group, index[owner], dtype=dtype)
+        return cls(group, owner, select, dropout, under)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Several examples end to end, and once what examples of a row begin with in common.
+    """Several examples end to end, with a beginning that examples of a row share laid down once.
 
-    Tokens and labels are padded at the end to few distinct sizes. Where a shared token has the same target in
-    several examples, it is one label, and its weight their sum.
+    Tokens and labels are padded at the end, so that few distinct sizes occur. A shared token with the same target in
+    several examples is one label, whose weight is their sum.
     """
 
     ids: Tensor  # (1, T) int64
@@ -146,7 +150,7 @@ def pack(
 ) -> Packed:
     """Lay numbered items end to end; `dropout` is (rate, seed), used where items carry keys.
 
-    Under dropout nothing is shared: the same token is dropped differently in another example.
+    Under dropout nothing is shared, since each example has its own masks.
     """
     device = bank.params.device
     rows = sorted({item.row for _, item in items if item.row >= 0})

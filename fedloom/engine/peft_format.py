@@ -1,9 +1,8 @@
 """Adapters on disk in PEFT's format, and a base model with an adapter merged in.
 
-What is written is read by `peft.PeftModel.from_pretrained` and by servers that load PEFT adapters. What is
-read is never handed to PEFT: its configuration can name code to import and files to fetch, so the few
-fields that matter are taken over one by one and anything else that would change the adapter's meaning is
-refused.
+`peft.PeftModel.from_pretrained` and servers that load PEFT adapters read these files. Files we read are never handed
+to PEFT, since a configuration can name code to import and files to fetch: the few fields that matter are copied one by
+one, and anything else that would change the adapter's meaning is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -24,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging as remarks
 
-from fedloom.engine.layout import ON_DISK, AdapterLayout, LoraSpec
+from fedloom import lora
+from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
+from fedloom.steps import LoraSpec
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -45,7 +45,6 @@ _REMARKS = {
     "qalora_group_size",
     "revision",
 }
-_FACTOR = re.compile(re.escape(ON_DISK) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
 def save_adapter(
@@ -91,7 +90,7 @@ def save_adapter(
 def load_adapter(folder: str | Path) -> tuple[AdapterState, LoraSpec]:
     """Read an adapter written here or by PEFT; `targets` of the spec are the modules the file holds.
 
-    Raises ModelError for what is damaged, incomplete, not plain LoRA, or stored as a pickle.
+    Raises ModelError for files that are damaged, incomplete, not plain LoRA, or a pickle.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -150,7 +149,7 @@ def export_merged(
     for target in layout:
         name = f"{target.name}.weight"
         weight = merged[name]
-        update = target.scale * (target.b(vector).double() @ target.a(vector).double())  # (out, in)
+        update = layout.spec.scale * (target.b(vector).double() @ target.a(vector).double())  # (out, in)
         update = update if target.kind == "linear" else update.t()
         merged[name] = (weight.double().cpu() + update).to(weight)
     with torch.device("meta"):
@@ -179,20 +178,21 @@ def export_merged(
 
 def _factors(state: AdapterState, rank: int, *, where: str) -> list[str]:
     """The modules that `state` adapts, each with both factors of this rank."""
-    sides: dict[str, set[str]] = {}
+    modules: dict[str, set[lora.Side]] = {}
     for name, tensor in state.items():
-        found = _FACTOR.fullmatch(name)
-        if not found:
+        found = lora.parse(name)
+        if found is None or not name.startswith(lora.ON_DISK):
             raise ModelError(f"{where}: {name!r} is not a LoRA factor of a linear module.")
-        width = tensor.shape[0 if found["side"] == "A" else -1] if tensor.dim() == 2 else None
+        target, side = found
+        width = tensor.shape[0 if side == "A" else -1] if tensor.dim() == 2 else None
         if width != rank:
             raise ModelError(f"{where}: {name!r} has shape {tuple(tensor.shape)}, not rank {rank}.")
-        sides.setdefault(found["module"], set()).add(found["side"])
-    if lonely := [module for module, has in sides.items() if has != {"A", "B"}]:
+        modules.setdefault(target.removeprefix(lora.ON_DISK), set()).add(side)
+    if lonely := [module for module, sides in modules.items() if sides != {"A", "B"}]:
         raise ModelError(f"{where}: {lonely[0]!r} has one LoRA factor of two.")
-    if not sides:
+    if not modules:
         raise ModelError(f"{where}: the adapter is empty.")
-    return list(sides)
+    return list(modules)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Fields that are taken over, and what they may say.
+# Fields that are copied, and their valid values.
 _MEANT: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value in (None, "CAUSAL_LM"),

@@ -1,7 +1,7 @@
 """How to run: kernels, sizes, how many rows at once. A choice depends on the machine, never on a clock.
 
-A timed calibration would now and then choose differently on the same machine, and a resumed run would
-not repeat to the bit; so kernels are chosen by what the processor is and by a measured error.
+A timed calibration would now and then choose differently on the same machine, and a resumed run would not repeat
+to the bit. So kernels are chosen by processor type and by a measured error.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def plan(layout: AdapterLayout, *, tokens_per_pass: int, dtype: torch.dtype, dev
 
 @contextmanager
 def ragged_sizes() -> Iterator[None]:
-    """Products in float32 by MKL inside, whatever the plan: it is as fast where sizes are small and ever others.
+    """Inside, float32 products go to MKL whatever the plan says; for small matrices of ever-changing size it is just as fast.
 
-    oneDNN compiles a kernel for every size it meets, and keeps it: with new examples every round, hundreds of MB.
+    oneDNN compiles a kernel for every size it meets and keeps it: hundreds of MB with new examples every round.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -69,10 +69,10 @@ def ragged_sizes() -> Iterator[None]:
 
 
 def reuse_memory() -> None:
-    """Have freed memory used again at once instead of asked of the system anew and cleared page by page (glibc).
+    """Make glibc reuse freed memory at once, instead of asking the system for new pages that must be cleared.
 
-    Passes allocate and free tensors of some MB all the time. By default the larger ones are mapped and unmapped
-    each time: that took 3 to 7 per cent of a round. `return_memory` gives back what is free in between.
+    Passes constantly allocate and free tensors of a few MB. By default the larger ones are mapped and unmapped
+    each time, which took 3 to 7 per cent of a round. `return_memory` gives free memory back in between.
     """
     if mallopt := _c_library("mallopt"):
         mallopt(_M_MMAP_MAX, 0)
@@ -85,10 +85,10 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def return_memory() -> None:
-    """Give freed memory back to the system, where the C library would keep it (glibc).
+    """Give freed memory back to the system where the C library would keep it (glibc).
 
-    Examples of ever other lengths leave its heap in pieces: twenty rounds of 512-token examples held 5.4 GB
-    for a model that needs a fifth of that between rounds. It costs no time that could be measured.
+    Examples of varying length fragment the heap: after twenty rounds of 512-token examples the process held 5.4 GB,
+    five times what the model needs between rounds. The call takes no measurable time.
     """
     if trim := _c_library("malloc_trim"):
         trim(0)
@@ -101,7 +101,7 @@ def _c_library(name: str) -> Any:
 def _onednn_is_exact_and_wider() -> bool:
     """On AMD processors with AVX-512, MKL stays with AVX2 and oneDNN ("medium") is twice as fast in full float32.
 
-    Elsewhere "medium" may mean bfloat16 products; the error tells, and then it is not used.
+    Elsewhere "medium" may mean bfloat16 products; the measured error shows this, and it is then not used.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False

@@ -1,7 +1,7 @@
-"""Which examples begin alike, so that what they share is run once.
+"""Find examples that begin alike, so that the shared part is run once.
 
 Instructions come in a template, and few-shot prompts repeat their demonstrations. A causal model gives equal
-tokens at equal positions the same states, so running them once changes no result but by rounding.
+tokens at equal positions the same states, so running them once changes results only by rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LONG_ENOUGH = 16  # tokens; each shared prefix costs every layer a little
 def shared_prefixes(examples: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
     """Examples that share a prefix, by index, and the prefix's length: 0 for one that shares none.
 
-    Of the ways to put examples with equal beginnings together, the one that saves most tokens. A prefix leaves
+    Among all groupings of examples with equal beginnings, this is the one that saves most tokens. A prefix leaves
     each of its examples at least one token of its own. Groups and members are in the order of `examples`.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i])

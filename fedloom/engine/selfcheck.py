@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,17 +10,15 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fedloom.engine import fp8
 from fedloom.engine.attention import Blocks
-from fedloom.engine.bank import AdapterBank
+from fedloom.engine.bank import AdapterBank, Tuning
 from fedloom.engine.decoding import FastDecoding
 from fedloom.engine.dropout import Dropout, token_keys
 from fedloom.engine.forward import PackedModel
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.packing import Encoded, Item, pack
 from fedloom.engine.reference import ReferenceModel
+from fedloom.engine.serving import ServedModel
 from fedloom.state import AdapterState
-
-if TYPE_CHECKING:
-    from fedloom.engine.lora_engine import Rows
 
 # relative error of the loss and of each target's gradient that rounding may explain
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5, torch.bfloat16: 8e-2, torch.float16: 2e-2}
@@ -41,19 +38,19 @@ def mismatch(
 ) -> str | None:
     """None if both paths agree; otherwise the component to blame, and what it did.
 
-    Two rows, four examples of unlike length in one pass, two of which begin alike: a leak between examples, a
-    wrong row, a lost window, cap or scale all show. Windows too long for a short example are checked by name.
+    Two rows and four examples of different lengths share one pass, and two examples begin alike, so a leak between
+    examples, a wrong row, or a lost window, cap or scale all show. Windows longer than the examples are checked by name.
     """
     config = model.config.get_text_config()
     if reason := _declared(config):
         return reason
     adapters = two_adapters(layout, dtype)
-    bank = AdapterBank(layout, adapters, dtype=dtype, device=model.device, training=True)
+    bank = AdapterBank(layout, [Tuning(a) for a in adapters], dtype=dtype, device=model.device, training=True)
     rate = layout.spec.dropout
     first, *examples = (_random_example(n, config.vocab_size, seed=i) for i, n in enumerate(_lengths(config)))
     items: list[Item] = []
     for number, (row, example) in enumerate(
-        zip((0, 0, 0, 1), (first, _cousin(examples[0]), *examples), strict=True)
+        zip((0, 0, 0, 1), (first, _sibling(examples[0]), *examples), strict=True)
     ):
         keys = token_keys(0, ("check",), number, len(example.ids)) if rate else None
         items.append(Item(row, example, weight=1.0 / 10, keys=keys))
@@ -68,7 +65,7 @@ def mismatch(
         return reason
     tolerance = TOLERANCE[model.dtype]
     for row, adapter in enumerate(adapters):
-        reference.load(adapter)
+        reference.load(Tuning(adapter))
         for factor in reference.factors.values():
             factor.grad = None
         for number, item in enumerate(items):
@@ -84,7 +81,7 @@ def mismatch(
                 same = float((hidden[number] - theirs).norm() / theirs.norm()) <= tolerance
                 part = "head" if same else "attention or positions"
                 return f"{part}: loss {fast[number]:.6g}, reference {slow:.6g}"
-        slow_grads = reference.vector("grad").to(bank.grads)
+        slow_grads = reference.gradient().to(bank.grads)
         for target in layout:
             span = slice(target.offset, target.end)
             ours, theirs = bank.grads[row, span], slow_grads[span]
@@ -96,18 +93,13 @@ def mismatch(
 
 @fp8.whole_weights()
 @torch.no_grad()
-def decoding_mismatch(
-    packed: PackedModel,
-    reference: ReferenceModel,
-    model: Any,
-    rows: Rows,
-    adapters: Sequence[AdapterState],
-) -> str | None:
+def decoding_mismatch(served: ServedModel, packed: PackedModel, reference: ReferenceModel) -> str | None:
     """The same for answers: logits after prompts, and after tokens that follow them one by one.
 
-    Five prompts of two adapters: two begin alike, two are of nearly one length and lie in memory side by side.
-    Half-way the shortest leaves, so that the rest moves.
+    Five prompts of two adapters: two begin alike, and two of similar length lie side by side in memory. Half-way the
+    shortest leaves, so that the others move.
     """
+    model, adapters = served.model, two_adapters(served.layout, served.dtype)
     config = model.config.get_text_config()
     odd = sorted(set(get_layer_types_and_kwargs(config)[0]) - set(_LAYERS))
     if odd:
@@ -117,32 +109,33 @@ def decoding_mismatch(
     )
     if len(short.ids) <= _STEPS:
         return "the model reads too few tokens to be checked"
-    asked = [(0, short.ids), (0, middle.ids[1:]), (1, middle.ids), (0, _cousin(long).ids), (0, long.ids)]
+    asked = [(0, short.ids), (0, middle.ids[1:]), (1, middle.ids), (0, _sibling(long).ids), (0, long.ids)]
     asked.sort(key=lambda one: len(one[1]))
     expected: list[Tensor] = []  # for each: (_STEPS, V)
     for row, ids in asked:
-        reference.load(adapters[row])
+        reference.load(Tuning(adapters[row]))
         at = torch.arange(len(ids) - _STEPS, len(ids))
         expected.append(reference.logits(Encoded(ids, at, ids[at])))
-    owners = [row for row, _ in asked]
     try:
-        prompts = [ids[: 1 - _STEPS].tolist() for _, ids in asked]
-        under_way = FastDecoding(model, packed, rows, prompts, owners, new=_STEPS)
-        going = list(range(len(asked)))
-        for step in range(_STEPS):
-            if step == _STEPS // 2:
-                going = going[1:]
-                under_way.keep(going)
-            ours = (
-                under_way.append([int(asked[i][1][step - _STEPS]) for i in going])
-                if step
-                else under_way.read()
-            )
-            for i, logits in zip(going, ours, strict=True):
-                theirs = expected[i][step]
-                off = float((logits.to(theirs) - theirs).norm() / theirs.norm())
-                if not off <= TOLERANCE[model.dtype]:
-                    return f"logits after {len(prompts[i]) + step} tokens: relative error {off:.1e}"
+        with served.rows({row: Tuning(adapter) for row, adapter in enumerate(adapters)}) as rows:
+            prompts = [ids[: 1 - _STEPS].tolist() for _, ids in asked]
+            owners = [rows.index[row] for row, _ in asked]
+            under_way = FastDecoding(model, packed, rows, prompts, owners, new=_STEPS)
+            going = list(range(len(asked)))
+            for step in range(_STEPS):
+                if step == _STEPS // 2:
+                    going = going[1:]
+                    under_way.keep(going)
+                ours = (
+                    under_way.append([int(asked[i][1][step - _STEPS]) for i in going])
+                    if step
+                    else under_way.read()
+                )
+                for i, logits in zip(going, ours, strict=True):
+                    theirs = expected[i][step]
+                    off = float((logits.to(theirs) - theirs).norm() / theirs.norm())
+                    if not off <= TOLERANCE[model.dtype]:
+                        return f"logits after {len(prompts[i]) + step} tokens: relative error {off:.1e}"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever it is, this model cannot be decoded so
@@ -156,7 +149,7 @@ def two_adapters(layout: AdapterLayout, dtype: torch.dtype) -> list[AdapterState
 
 
 def _declared(config: Any) -> str | None:
-    """What a short check cannot see, read from the model's configuration."""
+    """Read from the configuration the features that a short check cannot see."""
     odd = sorted({kind for kind in getattr(config, "layer_types", None) or () if kind not in _LAYERS})
     if odd:
         return f"attention: layers of type {', '.join(odd)}"
@@ -189,7 +182,7 @@ def _windows(config: Any, blocks: Blocks) -> str | None:
 
 
 def _lengths(config: Any) -> tuple[int, int, int]:
-    """Unlike lengths; one is longer than a small sliding window."""
+    """Three different lengths; one is longer than a small sliding window."""
     window = getattr(config, "sliding_window", None)
     most = getattr(config, "max_position_embeddings", None) or 40
     return (min(7, most), min(40 if window is None or window > 256 else window + 9, most), min(13, most))
@@ -202,8 +195,8 @@ def _random_example(length: int, vocabulary: int, *, seed: int) -> Encoded:
     return Encoded(ids[:length], at, ids[at + 1])
 
 
-def _cousin(example: Encoded) -> Encoded:
-    """An example that begins as this one does, and is then its reverse."""
+def _sibling(example: Encoded) -> Encoded:
+    """An example with the same beginning, which then runs backwards."""
     n = len(example.ids) // 2
     ids = torch.cat([example.ids[:n], example.ids.flip(0)[: n // 2]])
     at = torch.arange(n // 2, len(ids) - 1)
@@ -222,7 +215,7 @@ def _far_from_zero(layout: AdapterLayout, seed: int) -> Any:
 def _fast(
     packed: PackedModel, bank: AdapterBank, items: list[Item], dtype: torch.dtype, rate: float
 ) -> tuple[Blocks, list[Tensor], list[float]]:
-    """All in one pass: what attention was asked, last hidden states at each item's labels, nats an item.
+    """All items in one pass: the calls of attention, last hidden states at each item's labels, nats of each item.
 
     Leaves the gradients in the bank.
     """

@@ -1,65 +1,70 @@
-"""What stands beside exported weights, so that other tools ask and stop as training taught.
-
-tokenizer.json ...        the tokenizer, with a chat template that gives the trained prompts
-generation_config.json    every token that ends an answer; greedy, as answers are measured
-fedloom.json              the same in short, and which base model the weights belong to
-"""
+"""A base model that answers under many adapters at once: what generation needs of an engine."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Set
-from copy import copy
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import GenerationConfig
+import torch
+from torch import Tensor
 
-from fedloom.engine.peft_format import replace_file
+from fedloom.engine.bank import AdapterBank, RowGroup, Tuning
+from fedloom.engine.forward import PackedModel
+from fedloom.engine.layers import ActivePass
+from fedloom.engine.layout import AdapterLayout
+from fedloom.engine.packing import Pass
+from fedloom.steps import Generate
 
-RECORD = "fedloom.json"
+
+@dataclass
+class ServedModel:
+    model: Any  # with its LoRA layers in place
+    layout: AdapterLayout
+    active: ActivePass
+    packed: PackedModel | None  # None: the fast path does not fit this model
+    dtype: torch.dtype  # of the adapters
+    # Why answers are left to the model's own cache and attention; empty: they are not.
+    decoding_reason: str = ""
+
+    @contextmanager
+    def rows(self, tunings: Mapping[Hashable, Tuning]) -> Iterator[Rows]:
+        """Serve these, each under its key, from one model.
+
+        Inside, the model has the attention it was loaded with ("sdpa"), dropout is off and no gradient is
+        kept. A forward runs under `rows.tokens(owner)`; without it, it is the base model's.
+        """
+        tuned = {key: tuning for key, tuning in tunings.items() if not tuning.is_base}
+        bank = AdapterBank(
+            self.layout, list(tuned.values()), dtype=self.dtype, device=self.model.device, training=False
+        )
+        index = dict.fromkeys(tunings, -1) | {key: row for row, key in enumerate(tuned)}
+        group = RowGroup(bank, range(len(tuned)))
+        with torch.no_grad():
+            yield Rows(index, group, self.active, self.model.dtype)
 
 
 @dataclass(frozen=True)
-class Serving:
-    tokenizer: Any
-    chat_template: str
-    stop: Set[int]  # each ends an answer
-    format: str
-    system: str
-    base_sha256: str
+class Rows:
+    """Adapters in a bank, ready to serve."""
 
-    def save(self, folder: Path) -> None:
-        """Each file whole or not at all; what else lies in `folder` stays."""
-        tokenizer = copy(self.tokenizer)
-        tokenizer.chat_template = self.chat_template
-        generation = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=sorted(self.stop),
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,
-        )
-        record = {
-            "base_sha256": self.base_sha256,
-            "format": self.format,
-            "system": self.system,
-            "stop": sorted(self.stop),
-        }
-        with TemporaryDirectory() as draft:
-            tokenizer.save_pretrained(draft)
-            generation.save_pretrained(draft)
-            for file in sorted(Path(draft).iterdir()):
-                replace_file(folder / file.name, file.read_bytes())
-        replace_file(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    index: Mapping[Hashable, int]  # key -> its value in `owner`; -1: the base alone
+    group: RowGroup
+    active: ActivePass
+    dtype: torch.dtype
+
+    @contextmanager
+    def tokens(self, owner: Tensor) -> Iterator[None]:
+        """Run forwards inside whose tokens belong to `owner`.
+
+        `owner` has the shape of `input_ids`, (B, L), padding included; values are those of `index`. While
+        decoding with a cache, L is 1: pass (B, 1). It may be any mixture in any order.
+        """
+        lora = Pass.of(self.group, owner.reshape(-1).to(self.group.bank.params.device), dtype=self.dtype)
+        with self.active.using(lora):
+            yield
 
 
-def recorded_base(folder: Path) -> str | None:
-    """The base model's sha256 that `save` wrote there; None: nothing did."""
-    try:
-        said = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    found = said.get("base_sha256") if isinstance(said, dict) else None
-    return found if isinstance(found, str) else None
+# (model, requests) -> a list of token ids a prompt
+Generation = Callable[[ServedModel, Mapping[Hashable, Generate]], dict[Hashable, list[list[int]]]]

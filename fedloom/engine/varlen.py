@@ -1,7 +1,7 @@
-"""Attention within the examples of a packed row by one kernel call: flash attention of variable length, CUDA.
+"""Attention within the examples of a packed row in one kernel call: variable-length flash attention on CUDA.
 
-The kernel aligns causal masks and windows to the end of the keys (bottom right), so an example whose keys begin
-with a prefix kept elsewhere in the row needs no mask: its keys are the prefix's and its own, its queries its own.
+The kernel aligns causal masks and windows to the end of the keys (bottom right). So an example that continues a
+prefix elsewhere in the row needs no mask: its keys are the prefix's and its own, its queries only its own.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def varlen(
 
     `lengths` are those of the examples, all positive, end to end from the start of the row. Key j is visible to
     query i if i - window < j <= i, counted in the example with its prefix in front. A prefix may be the tokens
-    of another example, or part of them; `prefixes` has an entry an example. Gradients are the same each time.
+    of another example, or part of them; `prefixes` has one entry for each example. Gradients repeat to the bit.
     """
     spans = _spans(tuple(lengths), tuple(prefixes or ()), query.device)
     total = query.shape[2]
@@ -65,7 +65,7 @@ def varlen(
     # the kernel's window counts the keys before the query's own; (-1, 0) is plain causal
     left = -1 if window is None else window - 1
     how = (spans.query_ends, spans.key_ends, spans.longest_query, spans.longest_key, scale, left)
-    out = _Varlen.apply(q[: spans.tokens], k, v, *how)  # (sum of lengths, H, D)
+    out = _Varlen.apply(q[: spans.tokens], k, v, *how)  # type: ignore[no-untyped-call]  # (sum of lengths, H, D)
     return F.pad(out, (0, 0, 0, 0, 0, total - spans.tokens))[None]
 
 
@@ -103,8 +103,8 @@ def _spans(lengths: tuple[int, ...], prefixes: tuple[Prefix, ...], device: torch
 class _Varlen(torch.autograd.Function):
     """`torch.nn.attention.varlen.varlen_attn`, except that its gradients are summed in a fixed order.
 
-    It takes that order only from torch's global switch, which elsewhere would refuse or slow down what has no
-    need of it. So the switch is on for this one kernel.
+    Only torch's global switch makes it keep that order, and the switch refuses or slows down other operations. So it
+    is on for this one kernel.
     """
 
     @staticmethod

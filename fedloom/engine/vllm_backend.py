@@ -1,11 +1,11 @@
 """Generation by vLLM in a process of its own, started at the first request: `VllmGeneration`.
 
-vLLM takes most of a GPU for itself and wants versions of torch and transformers that are its own, so its process
-may run in another environment, in which fedloom need not be. Requests and answers are lines of JSON
-(vllm_process.py); adapters are folders in PEFT's format.
+vLLM takes most of a GPU for itself and needs its own versions of torch and transformers, so its process may run in
+another environment, where fedloom need not be installed. Requests and answers are lines of JSON (vllm_process.py);
+adapters are folders in PEFT's format.
 
-What differs from the engine's own generation: greedy answers are those of vLLM's kernels, in their precision;
-sampled ones repeat as well, and are others.
+Answers differ from the engine's own: greedy ones come from vLLM's kernels, in their precision; sampled ones repeat
+too, but draw other tokens.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedloom import rng
+from fedloom import lora, rng
 from fedloom.engine import vllm_process
 from fedloom.engine.peft_format import save_adapter
+from fedloom.engine.serving import ServedModel
 from fedloom.errors import ModelError
-
-if TYPE_CHECKING:
-    from fedloom.engine.lora_engine import LoraEngine
-    from fedloom.state import AdapterState
-    from fedloom.steps import Generate
+from fedloom.steps import Generate, LoraSpec
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 TOGETHER = 8  # adapters in one batch
@@ -37,8 +35,8 @@ class VllmGeneration:
     """Answers Generate in `LoraEngine`'s stead, for the base model in the folder `base`; `close` it at the end.
 
     `python` is the interpreter of the environment that has vLLM. `options` go to `vllm.LLM`
-    (`gpu_memory_utilization`, `max_model_len`). Raises ModelError where vLLM is not installed, fails, or would do
-    something else than what is asked.
+    (`gpu_memory_utilization`, `max_model_len`). Raises ModelError where vLLM is not installed, fails, or
+    would not do exactly what is asked.
     """
 
     def __init__(self, base: str | Path, *, python: str | Path = sys.executable, **options: Any):
@@ -47,26 +45,28 @@ class VllmGeneration:
         self._options = options
         self._process: subprocess.Popen[str] | None = None
         self._folder: TemporaryDirectory[str] | None = None
-        self._known: dict[str, int] = {}  # sha256 of an adapter that is on disk -> its number
+        self._known: dict[str, int] = {}  # `_name` of an adapter that is on disk -> its number
         self._count = 0  # of numbers given; vLLM keeps an adapter by its number, so none is given twice
 
     def __call__(
-        self, engine: LoraEngine, requests: Mapping[Hashable, Generate]
+        self, served: ServedModel, requests: Mapping[Hashable, Generate]
     ) -> dict[Hashable, list[list[int]]]:
-        self._forget({r.adapter.sha256() for r in requests.values() if r.adapter is not None})
+        self._forget({_name(request) for request in requests.values()})
         prompts: list[dict[str, Any]] = []
         for key, request in requests.items():
             if request.repetition_penalty != 1:
                 raise ModelError(
                     "vLLM's repetition penalty counts the prompt's tokens too; set it to 1, or generate without vLLM."
                 )
-            adapter = self._exported(engine, request.adapter)
+            if request.frozen is not None:
+                raise ModelError("vLLM serves no frozen factors under an adapter; generate without vLLM.")
+            adapter = self._exported(served.layout.spec, request)
             for index, ids in enumerate(request.prompts):
                 if not len(ids):
                     raise ModelError(
                         f"Prompt {index} of {key!r} is empty; a model continues one token at least."
                     )
-                name = rng.key(engine.seed, "sample", *request.stream, index)
+                name = rng.key(request.seed, "sample", *request.stream, index)
                 prompts.append(
                     {
                         "ids": list(ids),
@@ -79,7 +79,7 @@ class VllmGeneration:
                     }
                 )
         asked = [prompt for prompt in prompts if prompt["max_tokens"] > 0]
-        answers = iter(self._asked(engine, asked) if asked else [])
+        answers = iter(self._asked(served, asked) if asked else [])
         return {
             key: [next(answers) if request.max_new_tokens > 0 else [] for _ in request.prompts]
             for key, request in requests.items()
@@ -96,29 +96,32 @@ class VllmGeneration:
         self._known.clear()
 
     def _forget(self, wanted: set[str]) -> None:
-        """Remove all other adapters: a round brings new ones."""
+        """Remove all other adapters from disk: every round brings new ones."""
         for name in self._known.keys() - wanted:
             assert self._folder is not None
             rmtree(Path(self._folder.name) / name)
             del self._known[name]
 
-    def _exported(self, engine: LoraEngine, adapter: AdapterState | None) -> tuple[int, str] | None:
+    def _exported(self, spec: LoraSpec, request: Generate) -> tuple[int, str] | None:
         """The number and folder of an adapter, written when it is new."""
-        if adapter is None:
+        if request.adapter is None:
             return None
         if self._folder is None:
             self._folder = TemporaryDirectory(prefix="fedloom-")
-        name = adapter.sha256()
+        name = _name(request)
         folder = Path(self._folder.name) / name
         if name not in self._known:
             self._count += 1
             self._known[name] = self._count
-            save_adapter(folder, adapter, engine.layout.spec, base_name=self._base, card="For vLLM.")
+            rank = max(pair.rank for pair in lora.pairs(request.adapter).values())
+            scale = spec.scale if request.scale is None else request.scale
+            plain = replace(spec, rank=rank, alpha=scale * rank, rslora=False)
+            save_adapter(folder, request.adapter, plain, base_name=self._base, card="For vLLM.")
         return self._known[name], str(folder)
 
-    def _asked(self, engine: LoraEngine, prompts: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    def _asked(self, served: ServedModel, prompts: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         if self._process is None:
-            self._process = self._started(engine.layout.spec.rank)
+            self._process = self._started(served.layout.spec.rank)
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -133,7 +136,7 @@ class VllmGeneration:
         if "error" in answer:
             self.close()
             raise ModelError(f"vLLM could not generate: {answer['error']}.")
-        return answer["tokens"]  # type: ignore[no-any-return]
+        return answer["tokens"]
 
     def _started(self, rank: int) -> subprocess.Popen[str]:
         if rank > RANKS[-1]:
@@ -151,3 +154,10 @@ class VllmGeneration:
                 f"vLLM was to run under {self._python}, which could not be started ({error.strerror}). "
                 "Expected the python of an environment that has vLLM."
             ) from error
+
+
+def _name(request: Generate) -> str:
+    """Names an adapter at its scale."""
+    if request.adapter is None:
+        return ""
+    return request.adapter.sha256() + ("" if request.scale is None else f"-{request.scale!r}")

@@ -1,6 +1,6 @@
 """The process that runs vLLM for vllm_backend.py: a line of JSON in, a line out.
 
-It is run as a file and imports nothing but vLLM, whose environment may be another than fedloom's.
+It is run as a file and imports nothing but vLLM, whose environment may differ from fedloom's.
 """
 
 from __future__ import annotations

@@ -138,6 +138,7 @@ class LocalModel:
     adapter: AdapterState | None = None
     max_new_tokens: int = 160
     temperature: float = 0.0
+    seed: int = 0  # of sampled replies
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -167,6 +168,7 @@ class LocalModel:
                     stop=self.template.stop,
                     temperature=self.temperature,
                     stream=("judge", key),
+                    seed=self.seed,
                 )
                 for key, prompt in ids.items()
                 if prompt is not None

@@ -181,7 +181,14 @@ def of_public(
     )
     # A prompt without an instruction: where responses alone were learnt, they begin after it.
     talk = ranking.rank(
-        engine, template, rows, text, samples=samples, max_new_tokens=length, opening=template.prompt_ids("")
+        engine,
+        template,
+        rows,
+        text,
+        samples=samples,
+        max_new_tokens=length,
+        opening=template.prompt_ids(""),
+        seed=experiment.seed,
     )
     told = membership(engine, on.members, on.held_out, every)
     found: dict[str, Any] = {
@@ -241,6 +248,7 @@ def of_client(
         [code(e) for e in on.twins],
         attackers=attackers,
         max_new_tokens=experiment.evaluation.max_new_tokens,
+        seed=experiment.seed,
     )
     return {"cross_client": {row: {a: one.plain() for a, one in by.items()} for row, by in fished.items()}}
 
@@ -303,7 +311,7 @@ def _inverted(
     if isinstance(inputs, inversion.Inapplicable):
         return {"reason": inputs.reason}
     gone = inversion.shrinkage(
-        learning_rate=local.learning_rate_at(view.broadcast.round),
+        learning_rate=local.at(view.broadcast.round).learning_rate,
         weight_decay=local.weight_decay,
         steps=steps,
         momentum=local.momentum if local.optimizer == "sgd" else 0.0,

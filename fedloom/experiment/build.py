@@ -81,7 +81,8 @@ def federated_clients(experiment: Experiment, dataset: Dataset) -> dict[ClientId
 
 
 def client_of(experiment: Experiment, name: ClientId, examples: Sequence[Example]) -> Client:
-    return Client(name, examples, limit=_limit(experiment, len(examples)))
+    limit = _limit(experiment, len(examples))
+    return Client(name, examples, limit=limit, local=experiment.local, seed=experiment.seed)
 
 
 def specialist_client(experiment: Experiment, dataset: Dataset, label: str) -> Client:
@@ -121,7 +122,8 @@ def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) 
         )
         while local.steps_of(len(everything), limit) < steps:
             limit += 1
-    return {"centralised": Client("centralised", everything, limit=limit)}
+    pooled = Client("centralised", everything, limit=limit, local=local, seed=experiment.seed)
+    return {pooled.id: pooled}
 
 
 def _limit(experiment: Experiment, size: int) -> int | None:

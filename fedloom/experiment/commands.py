@@ -19,10 +19,10 @@ from typing import Any
 import tomli_w
 
 from fedloom.data.prompt_form import chat_template
+from fedloom.engine.export_files import ExportFiles, recorded_base
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.models import base_folder
 from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
-from fedloom.engine.serving import Serving, recorded_base
 from fedloom.errors import ConfigError, ModelError, RunError
 from fedloom.evaluation.cache import Cache
 from fedloom.experiment import judging, preflight
@@ -232,7 +232,7 @@ def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = 
         words = card.model_card(summary, merged=True) if summary else card.unmeasured(experiment)
 
         def beside(draft: Path) -> None:
-            _serving(machine, machine.base_sha256).save(draft)
+            _export_files(machine, machine.base_sha256).save(draft)
             (draft / "README.md").write_text(words.strip() + "\n", "utf-8")
 
         export_merged(
@@ -361,7 +361,7 @@ def _save(
 ) -> None:
     """The adapter in PEFT's format, with all that other tools need to ask and stop as training taught."""
     folder.mkdir(parents=True, exist_ok=True)
-    _serving(base, base_sha256).save(folder)
+    _export_files(base, base_sha256).save(folder)
     save_adapter(
         folder,
         adapter,
@@ -373,9 +373,9 @@ def _save(
     durable.sync_folder(folder)
 
 
-def _serving(base: Machine | Skeleton, base_sha256: str) -> Serving:
+def _export_files(base: Machine | Skeleton, base_sha256: str) -> ExportFiles:
     template = base.template
-    return Serving(
+    return ExportFiles(
         base.tokenizer,
         chat_template(template, base.tokenizer),
         template.stop,

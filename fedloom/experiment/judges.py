@@ -58,6 +58,7 @@ def build(by: JudgedBy, experiment: Experiment, machine: Machine) -> Judge:
             other.base_hash,
             max_new_tokens=by.max_tokens,
             temperature=by.temperature,
+            seed=experiment.seed,
         )
     return PromptJudge(writer, rubric, text)
 

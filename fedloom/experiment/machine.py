@@ -106,8 +106,6 @@ def load_machine(experiment: Experiment) -> Machine:
         model,
         template.encode,
         lora=experiment.adapter,
-        local=experiment.local,
-        seed=experiment.seed,
         tokens_per_pass=m.tokens_per_pass,
         path=m.path,
         checkpointing=m.checkpointing,

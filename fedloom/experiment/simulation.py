@@ -180,7 +180,7 @@ def simulated(
         algorithm,
         transport,
         select,
-        start=machine.engine.initial_adapter(),
+        start=machine.engine.initial_adapter(experiment.seed),
         rounds=experiment.rounds,
         inputs=inputs,
         fingerprint=fingerprint,

@@ -178,6 +178,7 @@ class SelfInstruct:
                 stop,
                 self.temperature,
                 ("synthesis", *stream, "instruction", first),
+                seed=self.seed,
             )
             for ids in answers:
                 text, ended = self._until("\n", ids, self.instruction_tokens)
@@ -232,6 +233,7 @@ class SelfInstruct:
                 self.temperature,
                 ("synthesis", *stream, "response", trial),
                 self.repetition_penalty,
+                seed=self.seed,
             )
             for index, ids in zip(prompts, answers, strict=True):
                 found[index] = self._answered(found[index].example, ids)

@@ -41,8 +41,8 @@ class Talking:
         self.asked += requests.items()
         return {key: self._one(key, r) for key, r in requests.items()}
 
-    def initial_adapter(self) -> AdapterState:
-        return self.toy.initial_adapter()
+    def initial_adapter(self, seed: int) -> AdapterState:
+        return self.toy.initial_adapter(seed)
 
     def of(self, kind: type, client: Hashable = "only") -> list[Any]:
         return [r for key, r in self.asked if key == client and isinstance(r, kind)]
@@ -110,7 +110,7 @@ def federate(
     engine = Talking()
     made = {c: Client(c, [say(x) for x in xs]) for c, xs in clients.items()}
     transport = Simulation(algorithm, engine, made, clients_per_batch=width)
-    state_ = algorithm.init(engine.initial_adapter())
+    state_ = algorithm.init(engine.initial_adapter(0))
     return Federation(algorithm, transport, All(sorted(made))).run(state_, rounds), made
 
 

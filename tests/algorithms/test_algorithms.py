@@ -33,7 +33,7 @@ def federate(
     algorithm, engine = algorithm or FedAvg(), engine or ToyEngine()
     made = {c: xs if isinstance(xs, Client) else Client(c, xs) for c, xs in clients.items()}
     transport = Simulation(algorithm, engine, made, clients_per_batch=width)
-    start = algorithm.init(engine.initial_adapter())
+    start = algorithm.init(engine.initial_adapter(0))
     return Federation(algorithm, transport, All(sorted(made))).run(start, rounds), made
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedloom import lora
 from fedloom.algorithms.base import UNSENT
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.fewfedpit import FewFedPIT, cross_term, mixed
@@ -237,13 +238,16 @@ def test_the_cross_term_is_what_mixing_factors_adds_to_mixing_products(share: fl
             {
                 A: torch.randn(2, 5),
                 B: torch.randn(4, 2),
-                "v.lora_A": torch.randn(2, 3),
-                "v.lora_B": torch.randn(6, 2),
+                "v.lora_A.weight": torch.randn(2, 3),
+                "v.lora_B.weight": torch.randn(6, 2),
             }
         )
         for _ in range(2)
     )
-    product = lambda s: torch.cat([(s[B] @ s[A]).flatten(), (s["v.lora_B"] @ s["v.lora_A"]).flatten()])  # noqa: E731
+
+    def product(s: AdapterState) -> torch.Tensor:
+        return torch.cat([(b @ a).flatten() for a, b in lora.pairs(s).values()])
+
     both = product(mixed(one, other, share))
     added = share * product(one) + (1 - share) * product(other) - both
     assert cross_term(one, other, share) == pytest.approx(

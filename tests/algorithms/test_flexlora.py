@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedloom.algorithms.aggregators import weighted_mean
 from fedloom.algorithms.flexlora import FlexLoRA
-from fedloom.algorithms.products import mean_product, truncated
+from fedloom.algorithms.products import mean_product
 from fedloom.errors import EmptyCohort, ShapeMismatch
 from fedloom.messages import Update
 from fedloom.state import AdapterState
@@ -66,16 +66,6 @@ def test_a_sum_of_no_higher_rank_is_exact() -> None:
     states = [AdapterState({A: shared[A], B: s[B]}) for s in adapters()]
     ours = mean_product(list(zip(SHARES, states, strict=True)))
     assert torch.allclose(product(ours), mean_of(states), atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("out", "r", "into", "rank"), [(1, 6, 7, 4), (9, 6, 3, 4), (9, 2, 7, 4), (9, 6, 7, 6)]
-)
-def test_a_rank_with_room_loses_nothing(out: int, r: int, into: int, rank: int) -> None:
-    b, a = torch.randn(out, r, dtype=torch.float64), torch.randn(r, into, dtype=torch.float64)
-    new_b, new_a = truncated(b, a, rank)
-    assert (new_b.shape, new_a.shape) == ((out, rank), (rank, into))
-    assert torch.allclose(new_b @ new_a, b @ a, atol=1e-12)
 
 
 def updates(states: list[AdapterState], start: AdapterState) -> list[Update]:

@@ -16,13 +16,12 @@ from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.algorithms.fewfedweight import FewFedWeight
 from fedloom.algorithms.flexlora import FlexLoRA
 from fedloom.client import Client
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.federation import Federation
 from fedloom.messages import Broadcast, Update
 from fedloom.selection import All
 from fedloom.state import AdapterState
-from fedloom.steps import Fit, Generate, Score, Steps, Tokens, drive
+from fedloom.steps import Fit, Generate, LoraSpec, Score, Steps, Tokens, drive
 from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport import wire
 from fedloom.transport.in_process import Simulation
@@ -57,7 +56,7 @@ def federated(algorithm: Algorithm, real: LoraEngine, *, width: int, rounds: int
     clients = {c: Client(c, own) for c, own in CLIENTS.items()}
     transport = Simulation(algorithm, real, clients, clients_per_batch=width)
     return Federation(algorithm, transport, All(sorted(clients))).run(
-        algorithm.init(real.initial_adapter()), rounds
+        algorithm.init(real.initial_adapter(0)), rounds
     )
 
 
@@ -141,7 +140,7 @@ def test_the_generator_and_both_fits_get_the_received_adapter_and_the_scorer_the
 def test_batching_clients_changes_results_by_rounding_only(real: LoraEngine) -> None:
     pit = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, keep=6)
     wide, narrow = (federated(pit, real, width=w, rounds=1).adapter for w in (3, 1))
-    assert (wide - narrow).norm() < 1e-3 * (wide - real.initial_adapter()).norm()
+    assert (wide - narrow).norm() < 1e-3 * (wide - real.initial_adapter(0)).norm()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_the_others_run_on_it_too(real: LoraEngine, algorithm: Algorithm) -> Non
 
 
 def test_flexlora_with_one_client_is_that_clients_own_tuning(real: LoraEngine) -> None:
-    start = real.initial_adapter()
+    start = real.initial_adapter(0)
     sent = update(FedAvg(), real, CLIENTS["a"], start)
     after = FlexLoRA().server(FlexLoRA().init(start), [sent])
     names = [name.removesuffix(".lora_A.weight") for name in start if name.endswith(".lora_A.weight")]

@@ -24,13 +24,11 @@ from fedloom.attacks.inversion import (
 )
 from fedloom.attacks.view import ServerView, aggregated, upload
 from fedloom.client import Client
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.engine.models import load_base
 from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
-from fedloom.steps import Scored, Tokens
+from fedloom.steps import LocalTraining, LoraSpec, Scored, Tokens
 
 VOCABULARY = 4096
 SGD = LocalTraining(optimizer="sgd", learning_rate=0.1, batch_size=4)
@@ -57,8 +55,8 @@ class Scene:
     def __init__(self, rank: int, base: str = "embedded"):
         model, _ = load_base(base)
         lora = LoraSpec(rank=rank, alpha=2.0 * rank)
-        self.engine = LoraEngine.build(model, lambda tokens: tokens, lora=lora, local=ADAMW)
-        self.start = self.engine.initial_adapter()
+        self.engine = LoraEngine.build(model, lambda tokens: tokens, lora=lora)
+        self.start = self.engine.initial_adapter(0)
         self.inputs = layer_inputs(model, self.start)
         if isinstance(self.inputs, FirstInputs):
             self.vocabulary = len(self.inputs.vectors)
@@ -68,8 +66,8 @@ class Scene:
     def send(
         self, adapter: AdapterState, examples: Sequence[Tokens], local: LocalTraining, *, client: str = "c"
     ) -> ServerView:
-        self.engine.local = local
-        return upload(FedAvg(), Broadcast(1, {"adapter": adapter}), Client(client, examples), self.engine)
+        owner = Client(client, examples, local=local)
+        return upload(FedAvg(), Broadcast(1, {"adapter": adapter}), owner, self.engine)
 
     def ranked(self, view: ServerView, *, guesses: int = 64, decayed: float = 0.0) -> TokenRanking:
         assert isinstance(self.inputs, FirstInputs)

@@ -8,10 +8,8 @@ import pytest
 import transformers as T
 from tiny_models import causal_lm, distance, engine, examples, moved, shape
 
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ModelError
-from fedloom.steps import Fit, Score
+from fedloom.steps import Fit, LocalTraining, LoraSpec, Score
 
 SGD = LocalTraining(batch_size=4, learning_rate=1.0, optimizer="sgd", clip=0.0)
 SMALL = {
@@ -83,8 +81,8 @@ SLOW = {
 
 
 def trained_and_scored(model, path):
-    one = engine(model, local=SGD, path=path)
-    jobs = {k: Fit(moved(one.layout, seed=k), examples(3 + 2 * k, k), stream=(k,)) for k in range(2)}
+    one = engine(model, path=path)
+    jobs = {k: Fit(moved(one.layout, seed=k), examples(3 + 2 * k, k), SGD, stream=(k,)) for k in range(2)}
     scores = {"scores": Score(examples(3), jobs[1].adapter), "base": Score(examples(3))}
     return one, jobs, one.answer({**jobs, **scores})
 

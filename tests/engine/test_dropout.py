@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import distance, engine, examples, llama, moved, norms_in_double
+from tiny_models import LOCAL, distance, engine, examples, llama, moved, norms_in_double
 
 from fedloom import rng
 from fedloom.engine.dropout import Dropout, token_keys
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
-from fedloom.steps import Fit
+from fedloom.steps import Fit, LocalTraining, LoraSpec
 
 LORA = LoraSpec(rank=4, alpha=8.0, dropout=0.3)
 
@@ -77,7 +75,7 @@ def test_dropout_masks_do_not_depend_on_who_shares_the_pass():
     with norms_in_double():
         fast = engine(llama(torch.float64), lora=LORA, path="fast", tokens_per_pass=130)
         adapter = moved(fast.layout, torch.float64)
-        jobs = {k: Fit(adapter, examples(4 + 3 * k, k), stream=(k,), seen=k) for k in range(3)}
+        jobs = {k: Fit(adapter, examples(4 + 3 * k, k), LOCAL, stream=(k,), seen=k) for k in range(3)}
         together = fast.answer(jobs)
         for key, job in jobs.items():
             assert distance(together[key].adapter, fast.answer({key: job})[key].adapter) < 1e-12
@@ -87,7 +85,7 @@ def test_dropout_training_equals_peft_with_the_same_masks():
     with norms_in_double():
         model = llama(torch.float64)
         fast, slow = engine(model, lora=LORA, path="fast"), engine(model, lora=LORA, path="reference")
-        job = {0: Fit(moved(fast.layout, torch.float64), examples(9), stream=("c",), seen=5)}
+        job = {0: Fit(moved(fast.layout, torch.float64), examples(9), LOCAL, stream=("c",), seen=5)}
         one, other = fast.answer(job)[0], slow.answer(job)[0]
     assert distance(one.adapter, other.adapter) < 1e-10
     assert one.loss == pytest.approx(other.loss, rel=1e-12)
@@ -96,7 +94,7 @@ def test_dropout_training_equals_peft_with_the_same_masks():
 def test_dropout_changes_what_is_learnt():
     model = llama()
     with_dropout, without = engine(model, lora=LORA), engine(model)
-    job = {0: Fit(moved(without.layout), examples(8))}
+    job = {0: Fit(moved(without.layout), examples(8), LOCAL)}
     assert distance(with_dropout.answer(job)[0].adapter, without.answer(job)[0].adapter) > 1e-4
 
 
@@ -110,7 +108,9 @@ def test_dropout_is_off_when_scoring():
 
 def test_each_epoch_draws_new_masks():
     local = LocalTraining(batch_size=1, optimizer="sgd", learning_rate=1.0, clip=0.0)
-    trained = engine(llama(), lora=LORA, local=local)
+    trained = engine(llama(), lora=LORA)
     start, [one] = moved(trained.layout), examples(1)
-    first, second = (trained.answer({0: Fit(start, [one], seen=seen, limit=1)})[0].adapter for seen in (0, 1))
+    first, second = (
+        trained.answer({0: Fit(start, [one], local, seen=seen, limit=1)})[0].adapter for seen in (0, 1)
+    )
     assert distance(first, second) > 1e-4

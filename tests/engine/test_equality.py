@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import (
+    LOCAL,
     distance,
     engine,
     example,
@@ -22,9 +23,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from fedloom.engine.fitting import LocalTraining
-from fedloom.engine.layout import LoraSpec
-from fedloom.steps import Fit, Score
+from fedloom.engine.bank import Tuning
+from fedloom.steps import Fit, LocalTraining, LoraSpec, Score
 
 LORA = LoraSpec(rank=4, alpha=8.0)
 ADAMW = LocalTraining(batch_size=4, learning_rate=3e-3, weight_decay=0.01, epochs=2)
@@ -32,23 +32,23 @@ SGD = LocalTraining(batch_size=4, learning_rate=0.3, optimizer="sgd")
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 
 
-def jobs(layout, dtype=torch.float32, count: int = 4) -> dict[int, Fit]:
+def jobs(layout, dtype=torch.float32, local: LocalTraining = LOCAL, count: int = 4) -> dict[int, Fit]:
     """Unequal numbers of examples: 3, 8, 13, 18; unequal starts."""
     return {
-        k: Fit(moved(layout, dtype, seed=k), examples(3 + 5 * k, k), stream=(f"c{k}", "local"))
+        k: Fit(moved(layout, dtype, seed=k), examples(3 + 5 * k, k), local, stream=(f"c{k}", "local"))
         for k in range(count)
     }
 
 
 def worst(model, local: LocalTraining, lora: LoraSpec = LORA, **options) -> tuple[float, float]:
     """Largest difference of any factor, together against alone and together against PEFT."""
-    fast = engine(model, lora=lora, local=local, path="fast", tokens_per_pass=150, **options)
-    requests = jobs(fast.layout, model.dtype)
+    fast = engine(model, lora=lora, path="fast", tokens_per_pass=150, **options)
+    requests = jobs(fast.layout, model.dtype, local)
     together = fast.answer(requests)
     assert len({fitted.steps for fitted in together.values()}) == len(requests)
     alone = {key: fast.answer({key: job})[key] for key, job in requests.items()}
     peft = plain_peft(model, lora)
-    by_hand = {key: train_by_hand(peft, job, local) for key, job in requests.items()}
+    by_hand = {key: train_by_hand(peft, job) for key, job in requests.items()}
     assert all(distance(job.adapter, by_hand[key]) > 1e-3 for key, job in requests.items())
     return (
         max(distance(together[key].adapter, alone[key].adapter) for key in requests),
@@ -79,11 +79,11 @@ def test_a_group_too_wide_for_one_masked_product_equals_peft():
     with norms_in_double():
         wide = LoraSpec(rank=48, alpha=8.0, rslora=True)  # 4 * 48 columns > DENSE_COLUMNS
         model = llama(torch.float64)
-        fast = engine(model, lora=wide, local=ADAMW, path="fast")
-        requests = jobs(fast.layout, torch.float64)
+        fast = engine(model, lora=wide, path="fast")
+        requests = jobs(fast.layout, torch.float64, ADAMW)
         peft = plain_peft(model, wide)
         for key, fitted in fast.answer(requests).items():
-            assert distance(fitted.adapter, train_by_hand(peft, requests[key], ADAMW)) < 1e-10
+            assert distance(fitted.adapter, train_by_hand(peft, requests[key])) < 1e-10
 
 
 def test_checkpointing_changes_nothing():
@@ -103,7 +103,7 @@ def kept_for_backward(checkpointing: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trained.answer({0: Fit(moved(trained.layout), examples(4), limit=4)})
+        trained.answer({0: Fit(moved(trained.layout), examples(4), LOCAL, limit=4)})
     return sum(sizes)
 
 
@@ -135,8 +135,8 @@ def test_the_size_of_a_pass_moves_no_result():
         model = llama(torch.float64)
         answers = []
         for budget in (20, 150, 4096):
-            trained = engine(model, local=ADAMW, path="fast", tokens_per_pass=budget)
-            answers.append(trained.answer(jobs(trained.layout, torch.float64)))
+            trained = engine(model, path="fast", tokens_per_pass=budget)
+            answers.append(trained.answer(jobs(trained.layout, torch.float64, ADAMW)))
     for other in answers[1:]:
         assert max(distance(answers[0][k].adapter, other[k].adapter) for k in other) < 1e-10
 
@@ -152,8 +152,8 @@ def test_same_requests_same_bits():
 
 def test_a_bfloat16_base_keeps_its_adapters_in_float32_and_learns_the_same():
     model = llama()
-    exact, coarse = engine(model, local=SGD), engine(model.to(torch.bfloat16), local=SGD, path="fast")
-    requests = jobs(exact.layout)
+    exact, coarse = engine(model), engine(model.to(torch.bfloat16), path="fast")
+    requests = jobs(exact.layout, local=SGD)
     for key, one in exact.answer(requests).items():
         other = coarse.answer(requests)[key]
         assert {t.dtype for t in other.adapter.values()} == {torch.float32}
@@ -179,7 +179,7 @@ def test_scores_of_the_base_are_those_of_the_untouched_model():
         logits = model(torch.tensor([one.ids])).logits[0]
     expected = sum(-torch.log_softmax(logits[i - 1], -1)[one.ids[i]] for i in range(20) if one.labelled[i])
     trained = engine(model)
-    scored = trained.answer({"base": Score(tokens), "start": Score(tokens, trained.initial_adapter())})
+    scored = trained.answer({"base": Score(tokens), "start": Score(tokens, trained.initial_adapter(0))})
     assert scored["base"][0].nll == pytest.approx(float(expected), rel=1e-5)
     assert scored["start"][0].nll == pytest.approx(float(expected), rel=1e-5)  # B = 0
     assert scored["base"][0].targets == 10
@@ -191,7 +191,7 @@ def test_rows_of_different_adapters_are_served_in_one_padded_batch():
     adapters = {"a": moved(served.layout, seed=1), "b": moved(served.layout, seed=2), "base": None}
     ids = torch.tensor([example(12, seed).ids for seed in range(4)])
     keys = ["b", "base", "a", "b"]
-    with served.rows(adapters) as rows:
+    with served.served.rows({key: Tuning(adapter) for key, adapter in adapters.items()}) as rows:
         owner = torch.tensor([rows.index[key] for key in keys])[:, None].expand(ids.shape)
         with rows.tokens(owner[:, :9]):
             first = served.model(ids[:, :9], use_cache=True)  # then one token at a time, with the cache

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import engine, examples, llama, moved
+from tiny_models import LOCAL, engine, examples, llama, moved
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedloom.engine import fp8
-from fedloom.engine.bank import AdapterBank
+from fedloom.engine.bank import AdapterBank, Tuning
 from fedloom.engine.fp8 import Fp8Linear
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.models import load_base
 from fedloom.engine.packing import Encoded, Item
 from fedloom.errors import ModelError
-from fedloom.steps import Fit
+from fedloom.steps import Fit, LoraSpec
 
 LORA = LoraSpec(rank=4, alpha=8.0)
 
@@ -83,9 +82,13 @@ def gradient(quantize):
     fast = engine(model, lora=LORA, path="fast")
     items = [Item(0, Encoded.of(tokens), weight=0.01) for tokens in examples(12)]
     bank = AdapterBank(
-        fast.layout, [moved(fast.layout)], dtype=torch.float32, device=torch.device("cpu"), training=True
+        fast.layout,
+        [Tuning(moved(fast.layout))],
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        training=True,
     )
-    losses = fast.packed.losses(items, bank)
+    losses = fast.served.packed.losses(items, bank)
     return float(losses.mean()), bank.grads[0]
 
 
@@ -114,7 +117,9 @@ def test_rows_together_equal_rows_alone_and_runs_repeat(in_8_bits):
     model = llama()
     fp8.quantise(model)
     fast = engine(model, lora=LORA, path="fast")
-    jobs = {k: Fit(moved(fast.layout, seed=k), examples(3 + k, k), stream=(f"c{k}",)) for k in range(3)}
+    jobs = {
+        k: Fit(moved(fast.layout, seed=k), examples(3 + k, k), LOCAL, stream=(f"c{k}",)) for k in range(3)
+    }
     once, again = fast.answer(jobs), fast.answer(jobs)
     alone = {k: fast.answer({k: job})[k] for k, job in jobs.items()}
     for k in jobs:

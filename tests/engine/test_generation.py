@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tiny_models import VOCABULARY, causal_lm, engine, llama, moved, shape
 
 from fedloom.engine import generation
+from fedloom.engine.bank import Tuning
 from fedloom.engine.generation import generate_all, stream
-from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
-from fedloom.steps import Generate
+from fedloom.steps import Generate, LoraSpec
 
 # PEFT asks transformers by an old name, and corrects fan_in_fan_out itself.
 pytestmark = [
@@ -102,7 +102,7 @@ def test_adapters_change_the_answer_to_the_same_prompt():
     requests = {
         i: Generate(prompts(1), state, max_new_tokens=12) for i, state in enumerate([None, *adapters])
     }
-    assert len({str(answer) for answer in generate_all(lora_engine, requests).values()}) == 4
+    assert len({str(answer) for answer in generate_all(lora_engine.served, requests).values()}) == 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -114,15 +114,15 @@ def test_an_answer_does_not_depend_on_its_neighbours(temperature, monkeypatch):
         for i in range(3)
         for j in range(2)
     }
-    together = generate_all(lora_engine, requests)
+    together = generate_all(lora_engine.served, requests)
     monkeypatch.setattr(generation, "TOKENS_PER_BATCH", 1)
-    assert generate_all(lora_engine, requests) == together
+    assert generate_all(lora_engine.served, requests) == together
 
 
 def test_limits_stops_and_temperatures_hold_row_by_row():
     _, lora_engine, adapters = served("llama")
     prompt = prompts(1)
-    long = generate_all(lora_engine, {0: Generate(prompt, adapters[0], max_new_tokens=20)})[0][0]
+    long = generate_all(lora_engine.served, {0: Generate(prompt, adapters[0], max_new_tokens=20)})[0][0]
     stop = frozenset({long[7]})
     requests = {
         "whole": Generate(prompt, adapters[0], max_new_tokens=20),
@@ -131,7 +131,7 @@ def test_limits_stops_and_temperatures_hold_row_by_row():
         "nothing": Generate(prompt, adapters[0], max_new_tokens=0),
         "warm": Generate(prompt, adapters[0], max_new_tokens=20, temperature=5.0),
     }
-    answers = {key: answer[0] for key, answer in generate_all(lora_engine, requests).items()}
+    answers = {key: answer[0] for key, answer in generate_all(lora_engine.served, requests).items()}
     assert answers["whole"] == long
     assert answers["short"] == long[:3]
     assert answers["stopped"] == long[: long.index(long[7])]
@@ -144,16 +144,16 @@ def test_when_finished_rows_leave_moves_no_answer(share, monkeypatch):
     _, lora_engine, adapters = served("window")
     requests = {n: Generate(prompts(2, seed=n), adapters[n % 3], max_new_tokens=3 * n) for n in range(6)}
     monkeypatch.setattr(generation, "LEAVE_SHARE", 0.5)
-    expected = generate_all(lora_engine, requests)
+    expected = generate_all(lora_engine.served, requests)
     monkeypatch.setattr(generation, "LEAVE_SHARE", share)
-    assert generate_all(lora_engine, requests) == expected
+    assert generate_all(lora_engine.served, requests) == expected
 
 
 def test_answers_come_in_the_order_of_the_prompts():
     _, lora_engine, adapters = served("llama")
     asked = prompts(5)
-    forward = generate_all(lora_engine, {0: Generate(asked, adapters[0], max_new_tokens=5)})[0]
-    backward = generate_all(lora_engine, {0: Generate(asked[::-1], adapters[0], max_new_tokens=5)})[0]
+    forward = generate_all(lora_engine.served, {0: Generate(asked, adapters[0], max_new_tokens=5)})[0]
+    backward = generate_all(lora_engine.served, {0: Generate(asked[::-1], adapters[0], max_new_tokens=5)})[0]
     assert forward == backward[::-1]
     assert len({tuple(answer) for answer in forward}) > 1
 
@@ -162,13 +162,13 @@ def test_more_adapters_than_fit_side_by_side_are_answered_in_waves():
     _, lora_engine, _ = served("llama")
     adapters = [moved(lora_engine.layout, seed=seed) for seed in range(40)]  # 160 columns, 128 side by side
     requests = {i: Generate(prompts(1), state, max_new_tokens=4) for i, state in enumerate(adapters)}
-    alone = {i: generate_all(lora_engine, {i: requests[i]})[i] for i in (0, 17, 39)}
-    together = generate_all(lora_engine, requests)
+    alone = {i: generate_all(lora_engine.served, {i: requests[i]})[i] for i in (0, 17, 39)}
+    together = generate_all(lora_engine.served, requests)
     assert {i: together[i] for i in alone} == alone
 
 
 def test_equal_adapters_share_one_row(monkeypatch):
-    tuned = engine(llama())
+    tuned = engine(llama()).served
     adapter = moved(tuned.layout)
     twin = AdapterState({name: tensor.clone() for name, tensor in adapter.items()})
     rows, real = [], tuned.rows
@@ -189,12 +189,12 @@ def test_sampling_follows_the_models_probabilities():
     _, lora_engine, adapters = served("llama")
     [prompt] = prompts(1)
     with (
-        lora_engine.rows({0: adapters[0]}) as rows,
+        lora_engine.served.rows({0: Tuning(adapters[0])}) as rows,
         rows.tokens(torch.zeros(1, len(prompt), dtype=torch.long)),
     ):
         expected = lora_engine.model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     request = Generate([prompt] * 4000, adapters[0], max_new_tokens=1, temperature=1.0)
-    drawn = torch.tensor(generate_all(lora_engine, {0: request})[0])[:, 0]
+    drawn = torch.tensor(generate_all(lora_engine.served, {0: request})[0])[:, 0]
     seen = torch.bincount(drawn, minlength=VOCABULARY) / 4000
     spread = (expected * (1 - expected) / 4000).sqrt()  # standard deviation of each share
     assert ((seen - expected).abs() <= 5 * spread + 1e-3).all()
@@ -204,14 +204,14 @@ def test_top_k_draws_among_the_k_likeliest_only_in_their_proportions():
     _, lora_engine, adapters = served("llama")
     [prompt] = prompts(1)
     with (
-        lora_engine.rows({0: adapters[0]}) as rows,
+        lora_engine.served.rows({0: Tuning(adapters[0])}) as rows,
         rows.tokens(torch.zeros(1, len(prompt), dtype=torch.long)),
     ):
         logits = lora_engine.model(input_ids=torch.tensor([prompt])).logits[0, -1]
     likeliest = logits.topk(3)
     hot = {"max_new_tokens": 1, "temperature": 2.0}
     requests = {k: Generate([prompt] * 2000, adapters[0], top_k=k, **hot) for k in (3, None)}
-    drawn = {k: torch.tensor(said)[:, 0] for k, said in generate_all(lora_engine, requests).items()}
+    drawn = {k: torch.tensor(said)[:, 0] for k, said in generate_all(lora_engine.served, requests).items()}
     expected = (likeliest.values / 2.0).softmax(-1)
     seen = torch.stack([(drawn[3] == token).double().mean() for token in likeliest.indices])
     assert seen.sum() == 1
@@ -223,7 +223,9 @@ def test_sampling_has_a_random_number_for_every_prompt_step_and_stream():
     _, lora_engine, _ = served("llama")
     hot = {"max_new_tokens": 8, "temperature": 50.0}
     requests = {name: Generate([[5], [5]], None, stream=(name,), **hot) for name in ("x", "y")}
-    answers = [tuple(answer) for both in generate_all(lora_engine, requests).values() for answer in both]
+    answers = [
+        tuple(answer) for both in generate_all(lora_engine.served, requests).values() for answer in both
+    ]
     assert len(set(answers)) == 4
     assert all(len(set(answer)) > 4 for answer in answers)
 
@@ -232,7 +234,7 @@ def test_almost_no_temperature_is_greedy():
     _, lora_engine, adapters = served("llama")
     greedy = Generate(prompts(4), adapters[0], max_new_tokens=8)
     cool = Generate(prompts(4), adapters[0], max_new_tokens=8, temperature=1e-6)
-    answers = generate_all(lora_engine, {"greedy": greedy, "cool": cool})
+    answers = generate_all(lora_engine.served, {"greedy": greedy, "cool": cool})
     assert answers["greedy"] == answers["cool"]
 
 
@@ -241,9 +243,9 @@ def test_streaming_gives_the_tokens_of_the_whole_answer(temperature):
     _, lora_engine, adapters = served("gpt2")
     [prompt] = prompts(1)
     options = {"max_new_tokens": 15, "temperature": temperature}
-    whole = generate_all(lora_engine, {0: Generate([prompt], adapters[0], **options)})[0][0]
+    whole = generate_all(lora_engine.served, {0: Generate([prompt], adapters[0], **options)})[0][0]
     stop = frozenset({whole[9]})
-    streamed = list(stream(lora_engine, prompt, adapters[0], stop=stop, seed=lora_engine.seed, **options))
+    streamed = list(stream(lora_engine.served, prompt, adapters[0], stop=stop, seed=0, **options))
     assert streamed == whole[: whole.index(whole[9])]
 
 
@@ -252,45 +254,47 @@ def test_the_model_is_free_between_two_streamed_tokens():
     [prompt] = prompts(1)
     ids = torch.tensor([prompt])
     untuned = lora_engine.model(input_ids=ids).logits
-    tokens = stream(lora_engine, prompt, adapters[0], max_new_tokens=6)
+    tokens = stream(lora_engine.served, prompt, adapters[0], max_new_tokens=6)
     first = [next(tokens), next(tokens)]
     assert torch.is_grad_enabled()
     assert torch.equal(lora_engine.model(input_ids=ids).logits, untuned)
-    other = generate_all(lora_engine, {0: Generate([prompt], adapters[1], max_new_tokens=6)})[0][0]
-    assert [*first, *tokens] == list(stream(lora_engine, prompt, adapters[0], max_new_tokens=6)) != other
+    other = generate_all(lora_engine.served, {0: Generate([prompt], adapters[1], max_new_tokens=6)})[0][0]
+    assert (
+        [*first, *tokens] == list(stream(lora_engine.served, prompt, adapters[0], max_new_tokens=6)) != other
+    )
 
 
 def test_an_answer_ends_with_the_models_positions():
     _, lora_engine, adapters = served("gpt2")  # 256 positions
     asked = [[7] * 250, [7] * 256]
-    answers = generate_all(lora_engine, {0: Generate(asked, adapters[0], max_new_tokens=50)})[0]
+    answers = generate_all(lora_engine.served, {0: Generate(asked, adapters[0], max_new_tokens=50)})[0]
     assert [len(answer) for answer in answers] == [7, 1]  # the last token needs no position
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused_with_both_lengths():
     _, lora_engine, _ = served("gpt2")
     with pytest.raises(ModelError, match="has 257 tokens and the model reads 256"):
-        generate_all(lora_engine, {"me": Generate([[7] * 257], max_new_tokens=1)})
+        generate_all(lora_engine.served, {"me": Generate([[7] * 257], max_new_tokens=1)})
 
 
 def test_an_empty_prompt_is_refused():
     _, lora_engine, _ = served("gpt2")
     with pytest.raises(ModelError, match="Prompt 1 of 'me' is empty"):
-        generate_all(lora_engine, {"me": Generate([[7], []])})
+        generate_all(lora_engine.served, {"me": Generate([[7], []])})
 
 
 def test_no_prompts_have_no_answers():
     _, lora_engine, adapters = served("llama")
-    assert generate_all(lora_engine, {0: Generate([], adapters[0])}) == {0: []}
+    assert generate_all(lora_engine.served, {0: Generate([], adapters[0])}) == {0: []}
 
 
 def test_an_adapter_that_diverged_does_not_spoil_its_neighbours():
     _, lora_engine, adapters = served("llama")
     broken = adapters[1].map(lambda tensor: tensor * float("nan"))
     sound = Generate(prompts(2), adapters[0], max_new_tokens=6)
-    alone = generate_all(lora_engine, {"sound": sound})["sound"]
+    alone = generate_all(lora_engine.served, {"sound": sound})["sound"]
     both = generate_all(
-        lora_engine, {"broken": Generate(prompts(2), broken, max_new_tokens=6), "sound": sound}
+        lora_engine.served, {"broken": Generate(prompts(2), broken, max_new_tokens=6), "sound": sound}
     )
     assert both["sound"] == alone
     assert [len(answer) for answer in both["broken"]] == [6, 6]
@@ -299,7 +303,7 @@ def test_an_adapter_that_diverged_does_not_spoil_its_neighbours():
 def test_without_memory_for_a_batch_its_halves_are_answered(monkeypatch):
     _, lora_engine, adapters = served("llama")
     request = {0: Generate(prompts(7), adapters[0], max_new_tokens=6)}
-    expected = generate_all(lora_engine, request)
+    expected = generate_all(lora_engine.served, request)
     enough = generation.decoding
 
     def scarce(engine, rows, prompts, owners, **more):
@@ -308,7 +312,7 @@ def test_without_memory_for_a_batch_its_halves_are_answered(monkeypatch):
         return enough(engine, rows, prompts, owners, **more)
 
     monkeypatch.setattr(generation, "decoding", scarce)
-    assert generate_all(lora_engine, request) == expected
+    assert generate_all(lora_engine.served, request) == expected
 
 
 def test_without_memory_for_one_prompt_the_error_says_so(monkeypatch):
@@ -319,4 +323,4 @@ def test_without_memory_for_one_prompt_the_error_says_so(monkeypatch):
 
     monkeypatch.setattr(generation, "decoding", none)
     with pytest.raises(ModelError, match="one prompt of 3 tokens"):
-        generate_all(lora_engine, {0: Generate([[5, 6, 7]])})
+        generate_all(lora_engine.served, {0: Generate([[5, 6, 7]])})

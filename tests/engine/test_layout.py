@@ -9,10 +9,12 @@ from peft import get_peft_model_state_dict
 from scipy.stats import ks_2samp, kstest
 from tiny_models import causal_lm, distance, llama, moved, plain_peft
 
-from fedloom.engine.layout import AdapterLayout, LoraSpec
+from fedloom import lora
+from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import ModelError, ShapeMismatch
 from fedloom.rng import key
 from fedloom.state import AdapterState
+from fedloom.steps import LoraSpec
 
 COLLIDE = (72540, 87852)  # names whose keys share their low 32 bits, all that seeds a torch generator
 GPT2 = transformers.GPT2Config(vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64)
@@ -82,7 +84,9 @@ def test_initial_a_is_distributed_as_peft_draws_it():
 def test_modules_whose_keys_share_their_low_32_bits_start_apart():
     one, other = (replace(layout().targets[0], name=f"layer.{i}") for i in COLLIDE)
     assert key(0, "adapter", one.name) % 2**32 == key(0, "adapter", other.name) % 2**32
-    first, second = (AdapterLayout(LoraSpec(rank=4), (t,)).initial(0)[t.a_key] for t in (one, other))
+    first, second = (
+        AdapterLayout(LoraSpec(rank=4), (t,)).initial(0)[lora.key(t.key, "A")] for t in (one, other)
+    )
     assert not torch.equal(first, second)
 
 

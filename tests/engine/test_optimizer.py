@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedloom.engine.optimizer import LocalTraining, RowOptimizer
+from fedloom.engine.optimizer import RowOptimizer
 from fedloom.errors import ConfigError
+from fedloom.steps import LocalTraining
 
 
 def both(local: LocalTraining, steps: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +32,7 @@ def both(local: LocalTraining, steps: int = 7) -> tuple[torch.Tensor, torch.Tens
         if local.clip:
             torch.nn.utils.clip_grad_norm_([theirs], local.clip)
         reference.step()
-        row.step(ours, grad, learning_rate=local.learning_rate)
+        row.step(ours, grad)
     return ours, theirs.detach()
 
 
@@ -52,14 +53,14 @@ def test_a_row_moves_as_under_torchs_own_optimizer(local):
 
 def test_constant_rate_is_the_same_in_every_round():
     local = LocalTraining(learning_rate=0.1)
-    assert local.learning_rate_at(0) == local.learning_rate_at(1000) == 0.1
+    assert local.at(0).learning_rate == local.at(1000).learning_rate == 0.1
 
 
 def test_cosine_runs_across_rounds_and_stays_at_its_end():
     local = LocalTraining(learning_rate=1.0, schedule="cosine", rounds=10, min_learning_rate=0.2)
-    assert local.learning_rate_at(0) == 1.0
-    assert local.learning_rate_at(5) == pytest.approx(0.6)  # 0.2 + (1 - 0.2) * (1 + cos(pi/2)) / 2
-    assert local.learning_rate_at(10) == local.learning_rate_at(99) == pytest.approx(0.2)
+    assert local.at(0).learning_rate == 1.0
+    assert local.at(5).learning_rate == pytest.approx(0.6)  # 0.2 + (1 - 0.2) * (1 + cos(pi/2)) / 2
+    assert local.at(10).learning_rate == local.at(99).learning_rate == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

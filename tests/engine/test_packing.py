@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, engine, example, examples, llama, moved, norms_in_double
+from tiny_models import LOCAL, VOCABULARY, engine, example, examples, llama, moved, norms_in_double
 
 from fedloom.engine.attention import Blocks
-from fedloom.engine.bank import AdapterBank
+from fedloom.engine.bank import AdapterBank, Tuning
 from fedloom.engine.forward import PackedModel
 from fedloom.engine.layers import ActivePass, inject
-from fedloom.engine.layout import AdapterLayout, LoraSpec
+from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.packing import Encoded, Encoder, Item, pack, split
 from fedloom.engine.planner import Plan
 from fedloom.errors import DataError
-from fedloom.steps import Fit, Tokens
+from fedloom.steps import Fit, LoraSpec, Tokens
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def setup(dtype=torch.float64, rows: int = 2):
     active = ActivePass()
     inject(model, layout, active)
     adapters = [moved(layout, dtype, seed) for seed in range(rows)]
-    bank = AdapterBank(layout, adapters, dtype=dtype, device=CPU, training=True)
+    bank = AdapterBank(layout, [Tuning(a) for a in adapters], dtype=dtype, device=CPU, training=True)
     return PackedModel(model, active, Plan(4096, 8, "highest"), checkpointing=False), bank
 
 
@@ -140,7 +140,9 @@ def test_each_example_is_encoded_once_in_the_life_of_the_engine():
 
     trained = engine(llama(), encode=encode)
     for _ in range(3):
-        trained.answer({0: Fit(moved(trained.layout), texts), 1: Fit(moved(trained.layout), texts[:2])})
+        trained.answer(
+            {0: Fit(moved(trained.layout), texts, LOCAL), 1: Fit(moved(trained.layout), texts[:2], LOCAL)}
+        )
     assert sorted(calls) == [0, 1, 2, 3, 4]
 
 
@@ -162,7 +164,9 @@ def test_tokens_that_cannot_be_used_are_refused(tokens, message):
 
 def test_examples_of_the_longest_length_train():
     trained = engine(llama(max_position_embeddings=64))
-    assert trained.answer({0: Fit(moved(trained.layout), [*examples(1), example(65, 0)])})[0].steps == 1
+    assert (
+        trained.answer({0: Fit(moved(trained.layout), [*examples(1), example(65, 0)], LOCAL)})[0].steps == 1
+    )
 
 
 def test_examples_are_encoded_once_while_in_use_and_the_others_forgotten(

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, engine, llama, moved, shape
 from tokenizers import Tokenizer, models
 
-from fedloom.engine.layout import AdapterLayout, LoraSpec
+from fedloom.engine.bank import Tuning
+from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.peft_format import CONFIG, WEIGHTS, export_merged, load_adapter, save_adapter
 from fedloom.errors import ModelError
 from fedloom.state import AdapterState
+from fedloom.steps import LoraSpec
 
 # PEFT asks transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -42,7 +44,7 @@ def _build(kind):
 
 def answers(lora_engine, adapter) -> torch.Tensor:
     """Logits of the engine's model under an adapter."""
-    with lora_engine.rows({"a": adapter}) as rows, rows.tokens(torch.zeros_like(IDS)):
+    with lora_engine.served.rows({"a": Tuning(adapter)}) as rows, rows.tokens(torch.zeros_like(IDS)):
         return lora_engine.model(input_ids=IDS).logits
 
 

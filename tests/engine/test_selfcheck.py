@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny_models import causal_lm, engine, examples, llama, moved, shape
+from tiny_models import LOCAL, causal_lm, engine, examples, llama, moved, shape
 
 from fedloom.engine import attention, decoding, head, packing, selfcheck
 from fedloom.engine.bank import RowGroup
-from fedloom.engine.layout import LoraSpec
 from fedloom.errors import ModelError
-from fedloom.steps import Fit, Generate
+from fedloom.steps import Fit, Generate, LoraSpec
 
 
 def test_a_sound_model_takes_the_fast_path_and_gives_no_reason():
@@ -99,7 +98,7 @@ def test_a_broken_fast_path_is_refused_where_it_was_demanded(monkeypatch):
 
 def test_after_falling_back_jobs_are_trained_right(monkeypatch):
     expected = engine(llama(), path="reference")
-    job = {0: Fit(moved(expected.layout), examples(5))}
+    job = {0: Fit(moved(expected.layout), examples(5), LOCAL)}
     with monkeypatch.context() as broken:
         logits = head.LabelHead.logits
         broken.setattr(head.LabelHead, "logits", lambda self, hidden: logits(self, hidden) * 1.01)

@@ -119,5 +119,5 @@ def test_tokens_a_model_rules_out_weigh_nothing() -> None:
         linear.weight.zero_()
         linear.bias.copy_(torch.tensor([0.0, 0.0, -math.inf]))
     head = LabelHead(linear, scale=1.0, softcap=None, chunk=64)
-    [found] = head.surprise(torch.ones(1, 1), torch.tensor([0]), torch.tensor([1])).tolist()
+    [found] = head.token_statistics(torch.ones(1, 1), torch.tensor([0]), torch.tensor([1])).tolist()
     assert found == pytest.approx([-math.log(2), -math.log(2), 0.0], abs=1e-6)

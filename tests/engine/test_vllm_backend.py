@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from tiny_models import engine, examples, llama, moved
+from tiny_models import LOCAL, engine, examples, llama, moved
 
 from fedloom.engine.peft_format import load_adapter
 from fedloom.engine.vllm_backend import VllmGeneration
@@ -116,7 +116,9 @@ def test_what_vllm_understands_otherwise_is_refused(backend):
 def test_an_engine_asks_it_for_answers_and_trains_by_itself(vllm, backend):
     served = engine(llama(), generation=backend)
     adapter = moved(served.layout)
-    answers = served.answer({"asked": Generate([[3, 4]], adapter, 4), "fit": Fit(adapter, examples(2))})
+    answers = served.answer(
+        {"asked": Generate([[3, 4]], adapter, 4), "fit": Fit(adapter, examples(2), LOCAL)}
+    )
     assert answers["asked"] == [[101, -1, 3, 4]]
     assert answers["fit"].steps == 1
 

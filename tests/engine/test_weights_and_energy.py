@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.engine.fitting import LocalTraining
 from fedloom.errors import ConfigError
-from fedloom.steps import Fit, Generate, Score, Tokens
+from fedloom.steps import Fit, Generate, LocalTraining, Score, Tokens
 from tests.engine.tiny_models import (
+    LOCAL,
     distance,
     engine,
     example,
@@ -34,7 +34,7 @@ def one(trained: Any, request: Any) -> Any:
 @pytest.mark.parametrize("path", PATHS)
 def test_weights_of_one_change_no_bit(path: Any) -> None:
     trained = engine(llama(), path=path)
-    fit = Fit(moved(trained.layout), examples(6))
+    fit = Fit(moved(trained.layout), examples(6), LOCAL)
     plain, weighted = one(trained, fit), one(trained, replace(fit, weights=[1.0] * 6))
     assert plain.adapter.sha256() == weighted.adapter.sha256()
     assert plain.loss == weighted.loss
@@ -43,7 +43,7 @@ def test_weights_of_one_change_no_bit(path: Any) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_step_follows_the_weighted_gradient_of_plain_peft(path: Any) -> None:
     model, mine, weights = llama(), examples(5), [0.0, 0.5, 1.0, 2.0, 3.5]
-    trained = engine(model, local=SGD, path=path)
+    trained = engine(model, path=path)
     start = moved(trained.layout)
     peft = plain_peft(model, trained.layout.spec)
     factors = peft_factors(peft)
@@ -53,7 +53,7 @@ def test_a_step_follows_the_weighted_gradient_of_plain_peft(path: Any) -> None:
     loss = sum(w * _losses(peft, tokens).sum() for w, tokens in zip(weights, mine, strict=True))
     loss = loss / sum(tokens.targets for tokens in mine)
     loss.backward()
-    fitted = one(trained, Fit(start, mine, weights=weights))
+    fitted = one(trained, Fit(start, mine, SGD, weights=weights))
     assert fitted.loss == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, factor in factors.items():
         expected = factor.detach() - 0.1 * factor.grad
@@ -63,14 +63,14 @@ def test_a_step_follows_the_weighted_gradient_of_plain_peft(path: Any) -> None:
 def test_both_paths_weigh_alike_over_several_steps() -> None:
     model, weights = llama(), [0.2, 3.0, 1.0, 0.0, 2.0, 0.7, 1.1]
     fast, slow = (engine(model, path=path) for path in PATHS)
-    fit = Fit(moved(fast.layout), examples(7), weights=weights, stream=("a",))
+    fit = Fit(moved(fast.layout), examples(7), LOCAL, weights=weights, stream=("a",))
     assert distance(one(fast, fit).adapter, one(slow, fit).adapter) < 1e-4
 
 
 def test_a_jobs_weights_are_its_own() -> None:
     trained = engine(llama(), path="fast")
-    plain = Fit(moved(trained.layout), examples(4), stream=("a",))
-    heavy = Fit(moved(trained.layout, seed=1), examples(4, 1), stream=("b",), weights=[9.0] * 4)
+    plain = Fit(moved(trained.layout), examples(4), LOCAL, stream=("a",))
+    heavy = Fit(moved(trained.layout, seed=1), examples(4, 1), LOCAL, stream=("b",), weights=[9.0] * 4)
     together = trained.answer({"a": plain, "b": heavy})
     assert distance(together["a"].adapter, one(trained, plain).adapter) < 1e-4
 
@@ -82,7 +82,7 @@ def test_a_jobs_weights_are_its_own() -> None:
 def test_weights_that_do_not_fit_are_refused(path: Any, weights: list[float]) -> None:
     trained = engine(llama(), path=path)
     with pytest.raises(ConfigError, match="Expected 3 weights"):
-        one(trained, Fit(trained.initial_adapter(), examples(3), weights=weights))
+        one(trained, Fit(trained.initial_adapter(0), examples(3), LOCAL, weights=weights))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -143,7 +143,7 @@ def test_ready_tokens_are_taken_as_they_are() -> None:
     adapter = moved(trained.layout)
     mixture = one(trained, Score([1, example(8, 1), 2], adapter))
     assert mixture[0].nll == pytest.approx(mixture[1].nll, rel=1e-5)
-    assert one(trained, Fit(adapter, [3, example(8, 4)])).examples == 2
+    assert one(trained, Fit(adapter, [3, example(8, 4)], LOCAL)).examples == 2
 
 
 def test_a_penalty_of_one_changes_no_answer() -> None:

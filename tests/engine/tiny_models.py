@@ -14,13 +14,14 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fedloom.engine.fitting import LocalTraining, batches
-from fedloom.engine.layout import AdapterLayout, LoraSpec
+from fedloom.engine.fitting import batches
+from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.state import AdapterState
-from fedloom.steps import Fit, Tokens
+from fedloom.steps import Fit, LocalTraining, LoraSpec, Tokens
 
 VOCABULARY = 120
+LOCAL = LocalTraining(batch_size=4, learning_rate=3e-3)
 _SHAPE = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -63,7 +64,6 @@ def engine(
     model: Any,
     *,
     lora: LoraSpec | None = None,
-    local: LocalTraining | None = None,
     encode: Callable[[Any], Tokens] = lambda tokens: tokens,
     **options: Any,
 ) -> LoraEngine:
@@ -72,7 +72,6 @@ def engine(
         copy.deepcopy(model),
         encode,
         lora=lora or LoraSpec(rank=4, alpha=8.0),
-        local=local or LocalTraining(batch_size=4, learning_rate=3e-3),
         **options,
     )
 
@@ -107,18 +106,22 @@ def peft_factors(peft: Any) -> dict[str, torch.nn.Parameter]:
     return {n.replace(".default", ""): p for n, p in peft.named_parameters() if p.requires_grad}
 
 
-def train_by_hand(peft: Any, fit: Fit, local: LocalTraining, seed: int = 0) -> AdapterState:
-    """One client after the textbook: padded batches, cross-entropy over their labels, torch's AdamW or SGD."""
+def train_by_hand(peft: Any, fit: Fit) -> AdapterState:
+    """One client after the textbook: padded batches, cross-entropy over their labels, torch's AdamW or SGD.
+
+    Of the request it takes the examples and their order, `local`, `train` and an anchor; the rest is up to `peft`.
+    """
     factors = peft_factors(peft)
     with torch.no_grad():
         for name, factor in factors.items():
             factor.copy_(fit.adapter[name])
-    rate = local.learning_rate_at(fit.round)
-    params = list(factors.values())
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(params, lr=rate)
+    local = fit.local
+    params = [factor for name, factor in factors.items() if any(f"lora_{side}" in name for side in fit.train)]
+    anchor, mu = fit.correction.anchor, fit.correction.mu
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(params, lr=local.learning_rate)
     if local.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(params, lr=rate, weight_decay=local.weight_decay)
-    for places in batches(fit, local, seed):
+        optimizer = torch.optim.AdamW(params, lr=local.learning_rate, weight_decay=local.weight_decay)
+    for places in batches(fit):
         batch = [fit.examples[index] for index, _ in places]
         longest = max(len(tokens.ids) for tokens in batch)
         ids, mask, labels = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(3))
@@ -130,6 +133,9 @@ def train_by_hand(peft: Any, fit: Fit, local: LocalTraining, seed: int = 0) -> A
         optimizer.zero_grad()
         logits = peft(input_ids=ids, attention_mask=mask).logits[:, :-1]  # .loss would round to float32
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+        if anchor is not None:
+            for name, factor in factors.items():
+                factor.grad.add_(factor.detach() - anchor[name], alpha=mu)
         torch.nn.utils.clip_grad_norm_(params, local.clip or math.inf)
         optimizer.step()
     return AdapterState({name: p.detach().clone() for name, p in factors.items()})

@@ -272,16 +272,13 @@ def test_a_judge_reads_the_turns_before_a_question_and_judges_each_conversation(
 
 def test_the_embedded_model_mostly_prefers_the_reference_to_another_questions_answer():
     from fedloom.data.template import Template
-    from fedloom.engine.fitting import LocalTraining
-    from fedloom.engine.layout import LoraSpec
     from fedloom.engine.lora_engine import LoraEngine
     from fedloom.engine.models import load_base
+    from fedloom.steps import LoraSpec
 
     model, tokenizer = load_base("embedded", device="cpu")
     template = Template(tokenizer, format="plain", max_length=256)
-    engine = LoraEngine.build(
-        model, template.encode, lora=LoraSpec(), local=LocalTraining(), seed=0, tokens_per_pass=1024
-    )
+    engine = LoraEngine.build(model, template.encode, lora=LoraSpec(), tokens_per_pass=1024)
     questions = microworld.corpus(examples=64, seed=1)  # eight of each category, one category after the other
     right = [e.response for e in questions]
     others = [

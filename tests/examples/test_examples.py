@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
 from fedloom.data.template import Template
-from fedloom.engine.layout import LoraSpec
 from fedloom.engine.lora_engine import LoraEngine
-from fedloom.engine.optimizer import LocalTraining
 from fedloom.federation import Federation
 from fedloom.selection import Fixed
 from fedloom.state import AdapterState
+from fedloom.steps import LocalTraining, LoraSpec
 from fedloom.transport.in_process import Simulation
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -43,16 +42,15 @@ def with_the_library(script: dict[str, Any], dtype: torch.dtype) -> AdapterState
         model,
         template.encode,
         lora=LoraSpec(rank=settings.rank, alpha=2 * settings.rank),
-        local=LocalTraining(
-            epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate
-        ),
-        seed=settings.seed,
     )
-    clients = {c: Client(c, own) for c, own in script["clients"].items()}
+    local = LocalTraining(
+        epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate
+    )
+    clients = {c: Client(c, own, local=local, seed=settings.seed) for c, own in script["clients"].items()}
     algorithm = FedAvg()
     select = Fixed(sorted(clients), settings.seed, count=settings.cohort)
     federation = Federation(algorithm, Simulation(algorithm, engine, clients), select)
-    start = algorithm.init(engine.initial_adapter().to(dtype))
+    start = algorithm.init(engine.initial_adapter(settings.seed).to(dtype))
     return federation.run(start, settings.rounds).adapter
 
 

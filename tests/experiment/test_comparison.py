@@ -41,7 +41,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
 
     for module in (commands, comparison):
         monkeypatch.setattr(module, "load_data", lambda *_, **__: dataset(FOUR))
-        monkeypatch.setattr(module, "load_machine", lambda e: machine(ToyEngine(seed=e.seed)), raising=False)
+        monkeypatch.setattr(module, "load_machine", lambda e: machine(ToyEngine()), raising=False)
     monkeypatch.setattr(commands, "all_seeds", in_turn)
     monkeypatch.setattr(page, "write", lambda folder: None)
     monkeypatch.setattr(card, "model_card", lambda summary: "a card")

@@ -35,9 +35,9 @@ def world() -> tuple[Any, Dataset, Machine]:
 @pytest.fixture(scope="module")
 def found(world: tuple[Any, Dataset, Machine]) -> dict[str, dict[str, float]]:
     experiment, data, machine = world
-    start = machine.engine.initial_adapter()
+    start = machine.engine.initial_adapter(0)
     everything = [e for own in data.clients.values() for e in own]
-    fitted = machine.engine.answer({0: Fit(start, everything)})[0]
+    fitted = machine.engine.answer({0: Fit(start, everything, experiment.local)})[0]
     return leakage(experiment, data, machine, {"fresh": start, "by heart": fitted.adapter})
 
 

@@ -459,7 +459,7 @@ def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
     changes = ["model.base=random:llama", "data.examples=64", "data.hold_out=1", "rounds=3"]
     experiment = load("quickstart", changes).with_(transport={"codec": codec})
     made = codecs(experiment)
-    planned, adapter = plan(experiment), load_machine(experiment).engine.initial_adapter()
+    planned, adapter = plan(experiment), load_machine(experiment).engine.initial_adapter(0)
     link, sizes = Downlink(made), []
     for r in range(3):  # everybody in each round
         link.publish(adapter + r * noise(adapter))

@@ -176,7 +176,7 @@ def test_under_fp32_every_broadcast_is_what_it_was() -> None:
 class Wide(ToyEngine):
     """An adapter large enough for headers not to matter."""
 
-    def initial_adapter(self) -> AdapterState:
+    def initial_adapter(self, seed: int = 0) -> AdapterState:
         return state(*[0.0] * N)
 
 
@@ -187,7 +187,7 @@ def test_a_round_costs_a_step_down_where_everybody_takes_part() -> None:
     federation = Federation(
         FedAvg(), transport, lambda _: sorted(clients), after_round=lambda _, r: seen.append(r)
     )
-    federation.run(FedAvg().init(Wide().initial_adapter()), 3)
+    federation.run(FedAvg().init(Wide().initial_adapter(0)), 3)
     assert [r.bytes_down > 4 * 4 * N for r in seen] == [True, False, False]
 
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedloom.engine import layers, runs
-from fedloom.engine.bank import AdapterBank, RowGroup
+from fedloom.engine import layers, segments
+from fedloom.engine.bank import AdapterBank, RowGroup, Tuning
 from fedloom.engine.dropout import Dropout
 from fedloom.engine.layers import ActivePass, inject
-from fedloom.engine.layout import AdapterLayout, LoraSpec
+from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.packing import Pass
-from fedloom.engine.runs import Runs
+from fedloom.engine.segments import Segments
+from fedloom.steps import LoraSpec
 
 INPUTS, OUTPUTS = 24, 40
 SORTED = torch.tensor([0] * 5 + [1] * 2 + [3] * 7 + [-1] * 2)  # nothing belongs to row 2
@@ -24,10 +25,10 @@ def randn(*shape, seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("kernel", ["loop", "grouped"])
 def test_products_take_each_token_to_its_own_row(owner, kernel, monkeypatch):
     if kernel == "grouped":
-        if runs._GROUPED is None:
+        if segments._GROUPED is None:
             pytest.skip("this torch has no grouped_mm")
-        monkeypatch.setattr(runs, "_one_kernel", lambda x, y: True)  # torch's own loop, on a CPU
-    mine = Runs.of(owner, 4)
+        monkeypatch.setattr(segments, "_one_kernel", lambda x, y: True)  # torch's own loop, on a CPU
+    mine = Segments.of(owner, 4)
     assert (mine.order is None) == (owner is SORTED)
     x, into, matrices = randn(16, 8).float(), randn(16, 16).float(), randn(4, 8, 16).float()
     owned = owner >= 0
@@ -47,7 +48,7 @@ def layer(rank, rows, dropout=0.0):
     layout = AdapterLayout.of(model, LoraSpec(rank=rank, alpha=4.0, dropout=dropout))
     bank = AdapterBank(
         layout,
-        [layout.to_state(randn(layout.size, seed=row)) for row in range(rows)],
+        [Tuning(layout.to_state(randn(layout.size, seed=row))) for row in range(rows)],
         dtype=torch.float64,
         device=torch.device("cpu"),
         training=True,
@@ -63,17 +64,17 @@ def by_the_book(model, bank, owner, x, keep=None, gain=1.0):
     params = bank.params.clone().requires_grad_()
     z = x if keep is None else x * keep * gain
     extra = [
-        target.b(params[o]) @ (target.a(params[o]) @ z[t]) * target.scale * (o >= 0)
+        target.b(params[o]) @ (target.a(params[o]) @ z[t]) * bank.layout.spec.scale * (o >= 0)
         for t, o in enumerate(owner.tolist())
     ]
     return torch.nn.functional.linear(x, model[0].weight, model[0].bias) + torch.stack(extra), params
 
 
 @pytest.mark.parametrize("owner", [SORTED, MIXED], ids=["sorted", "mixed"])
-@pytest.mark.parametrize("how", ["masked", "runs though narrow", "too wide for a mask"])
+@pytest.mark.parametrize("how", ["masked", "segments though narrow", "too wide for a mask"])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_every_way_to_multiply_gives_the_same_outputs_and_gradients(owner, how, rate, monkeypatch):
-    monkeypatch.setattr(layers, "WORTH", 0 if how == "runs though narrow" else 1 << 60)
+    monkeypatch.setattr(layers, "WORTH", 0 if how == "segments though narrow" else 1 << 60)
     model, bank, active = layer(48 if how == "too wide for a mask" else 3, 4, rate)
     [target] = bank.layout
     dropout = Dropout(rate, 0, torch.arange(16)) if rate else None
@@ -95,8 +96,8 @@ def test_a_pass_is_sorted_once_for_all_its_layers(monkeypatch):
     model, bank, active = layer(48, 4)
     lora = Pass.of(RowGroup(bank, range(4)), MIXED, dtype=torch.float64)
     times = []
-    of = Runs.of
-    monkeypatch.setattr(Runs, "of", lambda *args: times.append(1) or of(*args))
+    of = Segments.of
+    monkeypatch.setattr(Segments, "of", lambda *args: times.append(1) or of(*args))
     for _ in range(3):
         with active.using(lora):
             model(randn(1, 16, INPUTS).requires_grad_()).sum().backward()
@@ -107,7 +108,7 @@ def test_a_pass_is_sorted_once_for_all_its_layers(monkeypatch):
 @pytest.mark.parametrize("rank", [8, 32])
 @pytest.mark.parametrize("owner", [SORTED, MIXED], ids=["sorted", "mixed"])
 def test_the_grouped_kernel_agrees_with_the_loop(owner, rank):
-    mine = Runs.of(owner.cuda(), 4)
+    mine = Segments.of(owner.cuda(), 4)
     x = randn(len(owner), 64).to("cuda", torch.bfloat16)
     matrices = randn(64, 4, rank).to("cuda", torch.bfloat16).transpose(0, 1).mT.mT  # (4, 64, rank), strided
     own = mine.gather(x)

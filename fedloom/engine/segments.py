@@ -1,4 +1,4 @@
-"""Tokens row by row, and their products with one matrix a row: one grouped kernel where there is one, else a loop."""
+"""Tokens sorted by row, multiplied by one matrix a row: in one grouped kernel where torch has one, else in a loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from fedloom.engine.planner import ragged_sizes
 
 _GROUPED = getattr(F, "grouped_mm", None)  # since torch 2.10
-_ALIGNED = 8  # bfloat16 numbers in the 16 bytes that the kernel wants every line to begin at a multiple of
+_ALIGNED = 8  # bfloat16 numbers in 16 bytes: the kernel wants every line to begin at a multiple of that
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Which tokens of a pass are whose. Matrices come a row each: (rows, ., .)."""
+class Segments:
+    """Which tokens of a pass belong to which row. Matrices come one a row: (rows, ., .)."""
 
     # (n,) int64, the tokens that belong to a row, row by row; None: the first n, as they lie
     order: Tensor | None
@@ -25,9 +25,9 @@ class Runs:
     offsets: Tensor  # (rows,) int32, `ends` where the tokens are
 
     @classmethod
-    def of(cls, owner: Tensor, rows: int) -> Runs:
-        """From each token's row in 0 ... rows - 1, or -1 where it has none: (T,) int64."""
-        key = torch.where(owner < 0, rows, owner)  # nobody's tokens last
+    def of(cls, owner: Tensor, rows: int) -> Segments:
+        """`owner` (T,) int64 holds each token's row in 0 ... rows - 1, or -1 for none."""
+        key = torch.where(owner < 0, rows, owner)  # tokens without a row last
         offsets = torch.bincount(key, minlength=rows + 1)[:rows].cumsum(0)
         orderly = (key[1:] >= key[:-1]).all()
         *ends, as_they_lie = torch.cat([offsets, orderly[None]]).tolist()  # the one wait for the device
@@ -70,7 +70,7 @@ class Runs:
         return sums
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """The rows that have tokens, and where those are in order."""
+        """The rows that have tokens, and where these lie in `order`."""
         start = 0
         for row, end in enumerate(self.ends):
             if end > start:
@@ -79,7 +79,7 @@ class Runs:
 
 
 def _one_kernel(x: Tensor, y: Tensor) -> bool:
-    """Whether torch has more than a loop of its own for these: bfloat16 on Hopper and data-centre Blackwell."""
+    """Whether torch has a real kernel for these, not a loop: bfloat16 on Hopper and data-centre Blackwell."""
     if _GROUPED is None or not x.is_cuda or x.dtype != torch.bfloat16:
         return False
     return _aligned(x, y) and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
