@@ -27,7 +27,7 @@ import torch
 
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_machine
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.messages import Update
 from fedloom.state import AdapterState
 from fedloom.steps import Fit

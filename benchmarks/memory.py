@@ -30,9 +30,9 @@ def settings(clients: int, rounds: int) -> list[str]:
         'data.partition={kind="iid"}',
         "data.hold_out=4",
         "data.private_facts=0",
-        'cohort={kind="fixed", count=10}',
+        'cohort={kind="uniform", count=10}',
         "examples_per_round=8",
-        "model.tokens_per_pass=1024",
+        "machine.tokens_per_pass=1024",
         "evaluation.answers=0",
         f"evaluation.every={rounds}",
     ]
@@ -56,7 +56,7 @@ def peak_of(clients: int, rounds: int) -> float:
 
 def one(clients: int, rounds: int, folder: Path) -> None:
     from fedloom.experiment.commands import run
-    from fedloom.experiment.settings import load
+    from fedloom.experiment.toml import load
 
     run(load("quickstart", settings(clients, rounds)), folder)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,7 +15,7 @@ from fedloom.evaluation.cache import Cache
 from fedloom.experiment.commands import adapter_of, compare, run
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_machine
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 
 
 def main(folder: Path, overrides: list[str]) -> None:

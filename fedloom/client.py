@@ -1,14 +1,76 @@
-"""One data owner: its examples, and a memory that stays with it between rounds."""
+"""One data owner: its examples, the tools of its site, and a memory that stays with it between rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
+from fedloom.errors import ConfigError
 from fedloom.messages import ClientId
+from fedloom.rng import Name
 from fedloom.state import AdapterState
-from fedloom.steps import Fit, Fitted, LocalTraining, Steps
+from fedloom.steps import Fit, Fitted, LocalTraining, Steps, Tokens
+
+
+class Words(Protocol):
+    """Text and tokens, as a site's base model reads and writes them."""
+
+    @property
+    def stop(self) -> frozenset[int]: ...  # tokens that end a text
+    @property
+    def positions(self) -> int: ...  # tokens that the model reads
+    def document_ids(self, text: str) -> list[int]: ...  # text to continue, from its beginning, in no format
+    def text(self, ids: Sequence[int]) -> str: ...  # as it was written, blanks and newlines included
+    def prompt_ids(self, example: Any, *, room: int = 0) -> list[int]: ...  # what a model is given to answer
+    def decode(self, ids: Sequence[int]) -> str: ...  # an answer, up to its end
+
+
+class Synthesis(Protocol):
+    """Examples that a site has generated, and what became of all the others."""
+
+    @property
+    def examples(self) -> Sequence[Any]: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+    def samples(self) -> Mapping[str, Any]: ...
+
+
+class Synthesizer(Protocol):
+    def __call__(
+        self,
+        examples: Sequence[Any],
+        adapter: AdapterState | None,
+        words: Any,
+        *,
+        seed: int,
+        stream: tuple[Name, ...],
+    ) -> Steps[Synthesis]:
+        """New examples like a client's own, by the model with this adapter.
+
+        A function of its arguments alone: not of other clients, of batch width, or of how often a run was resumed.
+        """
+        ...
+
+
+# an example -> its response after its instruction, and the same response alone, as an engine scores them
+Contrast = Callable[[Any], tuple[Tokens, Tokens]]
+
+
+def _missing(*_: Any, **__: Any) -> NoReturn:
+    raise ConfigError(
+        "This client's site lacks a tool that the algorithm needs. Expected the `Tools` that its `needs` name."
+    )
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a site's own machine lends its client: all that an algorithm does with text. None of it is ever sent."""
+
+    words: Words | None = None
+    synthesize: Synthesizer = _missing
+    contrast: Contrast = _missing
+    relabel: Synthesizer = _missing  # a client's own instructions, answered by the received model
 
 
 @dataclass
@@ -21,6 +83,7 @@ class Client:
     limit: int | None = None  # examples a round; None: `local.epochs` times its examples
     local: LocalTraining = LocalTraining()  # with its schedule across rounds
     seed: int = 0  # of the run
+    tools: Tools = Tools()
 
     def fit(
         self,

@@ -1,15 +1,15 @@
 """Who takes part in a round.
 
-A selector is called with a round number and returns the cohort, sorted by client id. It keeps nothing
-between calls: the cohort is a function of (seed, round) alone, so a resumed run selects as the
+A selector is called with all clients, the run's seed and a round, and returns the cohort, sorted by client id.
+It keeps nothing between calls: the cohort is a function of these alone, so a resumed run selects as the
 undisturbed one would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -17,59 +17,47 @@ from fedloom import rng
 from fedloom.errors import ConfigError
 from fedloom.messages import ClientId
 
-Selector = Callable[[int], Sequence[ClientId]]  # round -> cohort
+
+class Selector(Protocol):
+    def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
+        """The cohort. Raises: ConfigError, where there are too few clients or one is listed twice."""
+        ...
 
 
 @dataclass(frozen=True)
 class All:
-    """Every client, every round. `seed` is not used; it is here so that all selectors are built alike."""
+    """Every client, every round."""
 
-    clients: Sequence[ClientId]
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_clients(self.clients)
-
-    def __call__(self, round: int) -> list[ClientId]:
-        return sorted(self.clients)
+    def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
+        return _checked(clients)
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Uniform:
     """`count` clients, uniformly, without replacement."""
 
-    clients: Sequence[ClientId]
-    seed: int = 0
     count: int = 1
 
-    def __post_init__(self) -> None:
-        _check_clients(self.clients)
-        _check_count(self.count, self.clients)
-
-    def __call__(self, round: int) -> list[ClientId]:
-        return _draw(self.clients, self.count, self.seed, round)
+    def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
+        return _draw(_checked(clients, self.count), self.count, seed, round)
 
 
 @dataclass(frozen=True)
 class Fraction:
     """This fraction of the clients, rounded down but at least one: FedIT's max(int(fraction * N), 1)."""
 
-    clients: Sequence[ClientId]
-    seed: int = 0
     fraction: float = 0.1  # C in the FedAvg paper
 
     def __post_init__(self) -> None:
-        _check_clients(self.clients)
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"Expected fraction in (0, 1], got fraction={self.fraction}.")
 
-    @property
-    def count(self) -> int:
+    def count(self, clients: int) -> int:
         # 0.29 * 100 is 28.999999999999996: without the nudge the cohort would lose a client.
-        return max(1, int(self.fraction * len(self.clients) + 1e-9))
+        return max(1, int(self.fraction * clients + 1e-9))
 
-    def __call__(self, round: int) -> list[ClientId]:
-        return _draw(self.clients, self.count, self.seed, round)
+    def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
+        return _draw(_checked(clients), self.count(len(clients)), seed, round)
 
 
 @dataclass(frozen=True)
@@ -79,16 +67,11 @@ class RoundRobin:
     After N rounds each of the N clients has taken part exactly `count` times.
     """
 
-    clients: Sequence[ClientId]
-    seed: int = 0
     count: int = 1
 
-    def __post_init__(self) -> None:
-        _check_clients(self.clients)
-        _check_count(self.count, self.clients)
-
-    def __call__(self, round: int) -> list[ClientId]:
-        circle = rng.numpy_stream(self.seed, "select", "circle").permutation(sorted(self.clients)).tolist()
+    def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
+        among = _checked(clients, self.count)
+        circle = rng.numpy_stream(seed, "select", "circle").permutation(among).tolist()
         start = round * self.count
         return sorted(circle[(start + i) % len(circle)] for i in range(self.count))
 
@@ -100,45 +83,39 @@ class Poisson:
     The sampling that central differential privacy accounts for.
     """
 
-    clients: Sequence[ClientId]
-    seed: int = 0
     rate: float = 0.1  # q in the privacy literature
 
     def __post_init__(self) -> None:
-        _check_clients(self.clients)
         if not 0 < self.rate <= 1:
             raise ConfigError(f"Expected rate in (0, 1], got rate={self.rate}.")
 
-    def __call__(self, round: int) -> list[ClientId]:
-        clients = sorted(self.clients)
-        taken = rng.numpy_stream(self.seed, "select", round).random(len(clients)) < self.rate
-        return [client for client, take in zip(clients, taken, strict=True) if take]
+    def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
+        among = _checked(clients)
+        taken = rng.numpy_stream(seed, "select", round).random(len(among)) < self.rate
+        return [client for client, take in zip(among, taken, strict=True) if take]
 
 
-SELECTORS: dict[str, Callable[..., Any]] = {
+SELECTORS: dict[str, type[Selector]] = {
     "all": All,
-    "fixed": Fixed,
+    "uniform": Uniform,
     "fraction": Fraction,
     "round_robin": RoundRobin,
     "poisson": Poisson,
 }
 
 
-def _draw(clients: Sequence[ClientId], count: int, seed: int, round: int) -> list[ClientId]:
-    # Sorted first: a cohort must not depend on the order in which clients happened to be listed.
-    clients = sorted(clients)
-    drawn = rng.numpy_stream(seed, "select", round).choice(len(clients), count, replace=False)
-    return [clients[i] for i in np.sort(drawn)]
+def _draw(among: Sequence[ClientId], count: int, seed: int, round: int) -> list[ClientId]:
+    drawn = rng.numpy_stream(seed, "select", round).choice(len(among), count, replace=False)
+    return [among[i] for i in np.sort(drawn)]
 
 
-def _check_clients(clients: Sequence[ClientId]) -> None:
+def _checked(clients: Sequence[ClientId], count: int = 1) -> list[ClientId]:
+    """The clients, sorted: a cohort must not depend on the order in which they happened to be listed."""
     if not clients:
         raise ConfigError("Expected at least one client to select from, got none.")
     if len(set(clients)) < len(clients):
         twice = next(c for i, c in enumerate(clients) if c in clients[:i])
         raise ConfigError(f"Client ids must be unique; {twice!r} is listed twice.")
-
-
-def _check_count(count: int, clients: Sequence[ClientId]) -> None:
     if not 1 <= count <= len(clients):
         raise ConfigError(f"Expected count between 1 and the {len(clients)} clients there are, got {count=}.")
+    return sorted(clients)

@@ -35,8 +35,9 @@ from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.leakage import Targets
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, load_machine
-from fedloom.experiment.settings import Experiment, parse
+from fedloom.experiment.settings import Experiment
 from fedloom.experiment.simulation import federated
+from fedloom.experiment.toml import parse
 from fedloom.experiment.training import Training
 from fedloom.rng import numpy_stream
 from fedloom.state import AdapterState
@@ -57,7 +58,7 @@ def settings(base: Path, rounds: int) -> Experiment:
             "name=acceptance",
             f"rounds={rounds}",
             f"model.base={base}",
-            "model.device=cpu",
+            "machine.device=cpu",
             "prompt.format=plain",
             "adapter.rank=32",
             "adapter.alpha=64.0",

@@ -17,7 +17,7 @@ import typer
 
 from fedloom.cli.main import app
 from fedloom.cli.recipes import about
-from fedloom.experiment.settings import recipes
+from fedloom.experiment.toml import recipes
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """# Commands

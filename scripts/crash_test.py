@@ -31,7 +31,7 @@ os.environ.update(
 import fedloom.cli.display
 import fedloom.experiment.commands
 from fedloom.cli.main import main as fedloom
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 
 TINY = [
     "quickstart",
@@ -44,7 +44,7 @@ TINY = [
     "local.epochs=1",
     "local.batch_size=4",
     "examples_per_round=8",
-    "cohort.kind=fixed",
+    "cohort.kind=uniform",
     "cohort.count=3",
     "evaluation.answers=0",
 ]

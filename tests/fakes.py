@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ from fedloom.experiment.machine import Machine, Skeleton, load_skeleton
 from fedloom.experiment.settings import Experiment
 from fedloom.experiment.simulation import Simulated, simulated
 from fedloom.messages import ClientId, Update
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Fitted, Score, Scored, Steps, drive
 from fedloom.transport.base import Arrival
@@ -38,6 +37,11 @@ def state(*values: float, dtype: torch.dtype = torch.float32) -> AdapterState:
 
 def numbers(adapter: AdapterState) -> list[float]:
     return adapter[A].flatten().tolist()
+
+
+def everybody(clients: Iterable[str]) -> Callable[[int], list[str]]:
+    """Round -> all of them, every time."""
+    return lambda round: sorted(clients)
 
 
 def run_alone(steps: Steps[Any], engine: Any) -> Any:
@@ -139,6 +143,11 @@ class NoFiles:
 class ToyTemplate:
     format = "plain"
     end_text = "</s>"
+    stop = frozenset({2})
+    positions = 2048
+
+    def contrast(self, example: Example) -> Any:
+        raise NotImplementedError
 
     def sha256(self) -> str:
         return "0" * 64
@@ -159,7 +168,6 @@ def training(
     data, e = dataset(FOUR), experiment(**changes)
     limits = {"a": 2, "d": 3}
     clients = {c: Client(c, examples, limit=limits.get(c)) for c, examples in data.clients.items()}
-    select = All(sorted(clients))
     return simulated(
-        e, data, machine(engine), folder, algorithm or FedAvg(), clients, select, e.fingerprint()
+        e, data, machine(engine), folder, algorithm or FedAvg(), clients, everybody(clients), e.fingerprint()
     )

@@ -18,14 +18,14 @@ import pytest
 from fedloom.errors import RunError
 from fedloom.experiment import commands, preflight, summary
 from fedloom.experiment.listener import Listener
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.report import card, page
 from fedloom.storage import checkpoint, durable
 from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton, training
 from tests.faulty_disk import FaultyDisk, Killed, Mode
 
 TOY = experiment(
-    adapter={"rank": 1}, data={"clients": 4}, cohort={"kind": "fixed", "count": 3}, examples_per_round=2
+    adapter={"rank": 1}, data={"clients": 4}, cohort={"kind": "uniform", "count": 3}, examples_per_round=2
 )
 
 

@@ -32,13 +32,24 @@ from fedloom.federation import Federation, Round
 from fedloom.gate import Gate
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.report import card, page
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.transport import wire
 from fedloom.transport.base import Arrival
 from fedloom.transport.codec import Codec, Fp32, Int4, Int8
 from fedloom.transport.in_process import InProcess, Simulation
-from tests.fakes import FOUR, A, B, NoFiles, ToyEngine, dataset, experiment, machine, skeleton, state
+from tests.fakes import (
+    FOUR,
+    A,
+    B,
+    NoFiles,
+    ToyEngine,
+    dataset,
+    everybody,
+    experiment,
+    machine,
+    skeleton,
+    state,
+)
 
 FIVE = {**FOUR, "m": (2.0, 3.0)}  # m is dishonest
 ROUNDS = 3
@@ -351,7 +362,7 @@ def federate(cohort: str, forge: Forge | None, codec: Codec = Fp32()) -> tuple[s
     if forge is not None:
         transport.server.channel = Dishonest(transport.server.channel, forge)  # type: ignore[arg-type]
     seen: list[Round] = []
-    federation = Federation(FedAvg(), transport, All(sorted(cohort)), lambda _, r: seen.append(r))
+    federation = Federation(FedAvg(), transport, everybody(sorted(cohort)), lambda _, r: seen.append(r))
     end = federation.run(ServerState(state(0.0, 0.0)), ROUNDS)
     return end.adapter.sha256(), seen, transport
 

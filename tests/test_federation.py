@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -18,11 +19,11 @@ from fedloom.errors import EmptyCohort
 from fedloom.federation import WINDOW, Federation, Round
 from fedloom.gate import Gate
 from fedloom.messages import Broadcast, ClientId, Update
-from fedloom.selection import All, Poisson
+from fedloom.selection import Poisson
 from fedloom.state import AdapterState
 from fedloom.transport.base import Arrival, Snapshot
 from fedloom.transport.in_process import Simulation
-from tests.fakes import ToyEngine, arrival, numbers, state
+from tests.fakes import ToyEngine, arrival, everybody, numbers, state
 
 
 def federation(
@@ -33,7 +34,7 @@ def federation(
     return Federation(
         algorithm,
         transport,
-        select or All(sorted(clients)),
+        select or everybody(clients),
         after_round=lambda state, round: seen.append(round),  # type: ignore[arg-type]
     )
 
@@ -68,9 +69,9 @@ def run(*arrivals: Arrival, gate: Gate = Gate()) -> tuple[ServerState, Round]:
     """One round of FedAvg over whoever answers."""
     seen: list[Round] = []
     cohort = sorted({a.client for a in arrivals})
-    end = Federation(FedAvg(), Scripted(*arrivals), All(cohort), lambda _, r: seen.append(r), gate=gate).run(
-        START, 1
-    )
+    end = Federation(
+        FedAvg(), Scripted(*arrivals), everybody(cohort), lambda _, r: seen.append(r), gate=gate
+    ).run(START, 1)
     return end, seen[0]
 
 
@@ -100,7 +101,7 @@ def test_weight_zero_is_honest_and_does_not_count() -> None:
 
 def test_only_those_whose_updates_were_used_are_settled() -> None:
     transport = Scripted(answer("a", 1.0), answer("b", math.nan), answer("c", 1.0), answer("d", 500.0))
-    Federation(FedAvg(), transport, All(["a", "b", "c", "d"])).run(START, 1)
+    Federation(FedAvg(), transport, everybody(["a", "b", "c", "d"])).run(START, 1)
     assert transport.settled[0] == (0, ["a", "c"])
 
 
@@ -128,7 +129,7 @@ def test_no_more_updates_are_held_at_a_time_than_the_window_has_room_for() -> No
 def test_an_algorithm_that_looks_at_no_update_has_its_clients_work_all_the_same() -> None:
     engine, clients = ToyEngine(), {c: Client(c, [1.0]) for c in "ab"}
     transport = Simulation(LocalOnly(), engine, clients, clients_per_batch=1)
-    Federation(LocalOnly(), transport, All(["a", "b"])).run(START, 1)
+    Federation(LocalOnly(), transport, everybody(["a", "b"])).run(START, 1)
     assert [sorted(c.memory) for c in clients.values()] == [["adapter", "seen/local"]] * 2
 
 
@@ -152,13 +153,13 @@ def test_when_everybody_is_refused_the_message_counts_and_advises() -> None:
 
 def test_when_nobody_answers_the_message_says_so() -> None:
     with pytest.raises(EmptyCohort, match=r"none of 1 .* \(none arrived\)"):
-        Federation(FedAvg(), Scripted(), All(["a"])).run(START, 1)
+        Federation(FedAvg(), Scripted(), everybody(["a"])).run(START, 1)
 
 
 def test_a_second_answer_of_one_client_does_not_count() -> None:
     twice = Scripted(*(arrival(Update("a", {"delta": state(x, x)}, 1)) for x in (1.0, 100.0)))
     seen: list[Round] = []
-    end = Federation(FedAvg(), twice, All(["a"]), lambda _, round: seen.append(round)).run(START, 1)
+    end = Federation(FedAvg(), twice, everybody(["a"]), lambda _, round: seen.append(round)).run(START, 1)
     assert numbers(end.adapter) == [1.0, 1.0]
     assert seen[0].refused == {"a": "duplicate"}
     assert (seen[0].bytes_up, seen[0].bytes_down) == (20, 40)  # it travelled all the same
@@ -175,7 +176,7 @@ def test_a_round_in_which_nobody_was_drawn_changes_nothing_but_its_number() -> N
 def test_poisson_cohorts_of_every_size_run_through() -> None:
     clients = {c: [float(i)] for i, c in enumerate("abcd")}
     seen: list[Round] = []
-    federation(ToyEngine(), clients, seen, Poisson(sorted(clients), seed=1, rate=0.3)).run(START, 20)
+    federation(ToyEngine(), clients, seen, partial(Poisson(rate=0.3), sorted(clients), 1)).run(START, 20)
     sizes = [len(r.updates) for r in seen]
     assert sizes == [len(r.cohort) for r in seen]
     assert min(sizes) == 0 < max(sizes)
@@ -194,7 +195,7 @@ def test_progress_is_told_after_every_client() -> None:
     Federation(
         algorithm,
         Simulation(algorithm, ToyEngine(), clients),
-        All(["a", "b"]),
+        everybody(["a", "b"]),
         on_update=lambda round, client: told.append((client, len(round.updates))),
     ).run(START, 1)
     assert told == [("a", 1), ("b", 2)]

@@ -21,7 +21,7 @@ from fedloom.experiment import commands, comparison, preflight
 from fedloom.experiment.commands import adapter_of, evaluate, export, run
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import Machine, load_machine, load_skeleton
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.steps import Generate
 from tests.cli.test_cli import TINY, refused, type_in
 
@@ -181,12 +181,12 @@ def test_what_an_experiment_may_have_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        (["cohort.kind=fixed", "cohort.count=9"], "count=9"),
+        (["cohort.kind=uniform", "cohort.count=9"], "count=9"),
         (["algorithm=fewfedpit", "synthesis.response_tokens=1024"], "no room"),
         (["compare.methods.A=fewfedpit", "synthesis.response_tokens=1024"], "no room"),
-        (["algorithm=fewfedpit", "synthesis=spare"], "data.pool"),
+        (["algorithm=fewfedpit", "synthesis=held_back"], "data.pool"),
         (["algorithm=fewfedpit", "prompt.max_length=4096"], "prompt.max_length"),
-        (["model.vllm.python=/no/such/python"], "model.vllm.python"),
+        (["machine.vllm.python=/no/such/python"], "machine.vllm.python"),
     ],
 )
 def test_what_a_late_stage_could_not_do_is_refused_at_the_start(settings: list[str], what: str) -> None:
@@ -290,8 +290,8 @@ def test_a_finished_run_is_measured_again_with_other_settings_and_not_trained_ag
         "--out",
         folder,
         "evaluation.answers=1",
-        "transport.width=1",
-        "model.tokens_per_pass=512",
+        "machine.clients_per_batch=1",
+        "machine.tokens_per_pass=512",
         "name=other",
     )
     assert done.code == 0, done
@@ -327,13 +327,13 @@ def test_the_length_of_answers_decides_a_training_that_generates() -> None:
     [
         "name=x",
         "evaluation.every=3",
-        "audit.every=2",
+        "leakage.every=2",
         "compare.seeds=9",
         "compare.leakage=true",
-        "model.device=cpu",
-        "model.tokens_per_pass=9",
-        "model.path=reference",
-        "transport.width=3",
+        "machine.device=cpu",
+        "machine.tokens_per_pass=9",
+        "machine.kernels=reference",
+        "machine.clients_per_batch=3",
         "model.base=elsewhere",
         "data.path=elsewhere",
     ],

@@ -14,7 +14,7 @@ from fedloom.cli import arguments
 from fedloom.cli.progress import CompareDisplay, Screen
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment import commands, comparison
-from fedloom.experiment.settings import load, parse, recipes
+from fedloom.experiment.toml import load, parse, recipes
 from fedloom.storage import folders
 from tests.cli.test_cli import TINY, refused, type_in
 

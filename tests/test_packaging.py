@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.algorithms.names import ALGORITHMS
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -78,17 +80,38 @@ def test_the_help_page_needs_no_torch():
 HEAVY = {"torch", "transformers", "peft", "scipy", "sklearn", "plotly"}
 
 
-@pytest.mark.parametrize("module", ["fedloom.experiment.settings", "fedloom.experiment.build"])
+@pytest.mark.parametrize("module", ["fedloom.experiment.toml", "fedloom.experiment.build"])
 def test_settings_and_data_are_read_without_torch(module):
     code = f"""
         import sys
         from {module} import *
-        from fedloom.experiment import settings
-        from fedloom.experiment import build, datasets
-        its = settings.load("fedpit-microworld")
+        from fedloom.experiment import build, datasets, toml
+        its = toml.load("fedpit-microworld")
         its.with_(adapter={{"rank": 2}}, transport={{"codec": "int4"}}).fingerprint()
         datasets.load_data(its)
         assert not {HEAVY} & set(sys.modules), set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_server_half_of_an_algorithm_needs_no_tokenizer_and_no_base_model(name):
+    code = f"""
+        import sys
+        import torch
+        from fedloom.experiment.toml import parse
+        from fedloom.messages import Update
+        from fedloom.state import AdapterState
+        algorithm = parse("", "x", ["algorithm={name}"]).algorithm
+        def adapter(x):
+            return AdapterState({{"q.lora_A.weight": torch.full((1, 3), x), "q.lora_B.weight": torch.full((2, 1), x)}})
+        state = algorithm.init(adapter(0.5))
+        sent = algorithm.broadcast(state, "a")
+        states = {{"delta": adapter(0.1)}} if algorithm.shared else {{}}
+        state = algorithm.server(state, [Update(c, states, 2.0, {{"own_loss": 1.0}}) for c in "ab"])
+        assert state.round == 1
+        odd = [m for m in sys.modules if m.split(".")[0] in {HEAVY - {"torch"}} or m.startswith("fedloom.engine")]
+        assert not odd, odd
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.data.microworld import corpus
+from fedloom.data.partition import Dirichlet
 from fedloom.errors import DataError
 from fedloom.experiment.datasets import load_data
-from fedloom.experiment.settings import PARTS, load, parse, recipes
+from fedloom.experiment.toml import load, parse, recipes
+from fedloom.selection import All, Selector, Uniform
+from fedloom.synthesis.self_instruct import SelfInstruct
+from tests.fakes import state
 
 NAMES = sorted(recipes())
 
@@ -38,46 +43,46 @@ def test_a_recipe_survives_being_written(name: str) -> None:
 def test_a_recipe_builds_its_parts(name: str) -> None:
     experiment = load(name)
     clients = [f"client-{i:03d}" for i in range(experiment.data.clients or 9)]
-    cohort = experiment.cohort.build(clients=clients, seed=experiment.seed)(0)
-    assert set(cohort) <= set(clients)
-    for chosen in (experiment.algorithm, *experiment.compare.methods.values()):
-        assert chosen.build(**{part: None for part in PARTS if chosen.takes(part)}) is not None
+    assert set(experiment.cohort(clients, experiment.seed, 0)) <= set(clients)
+    for algorithm in experiment.algorithms:
+        assert algorithm.init(state(0.0)).round == 0
 
 
 def test_fedit_on_dolly_has_the_papers_confirmed_numbers() -> None:
     experiment = load("fedit-dolly")
     assert (experiment.data.clients, experiment.rounds, experiment.adapter.rank) == (100, 20, 8)
-    assert experiment.cohort.plain() == {"kind": "fixed", "count": 5}
+    assert experiment.cohort == Uniform(count=5)
     assert experiment.data.hold_out * 8 == 80
 
 
 def test_the_quickstart_needs_no_file() -> None:
     data = load("quickstart").data
     assert (data.source, data.path) == ("microworld", None)
-    parts = data.partition.build()(corpus(examples=data.examples or 640), data.clients, 0)
+    parts = data.partition(corpus(examples=data.examples or 640), data.clients, 0)
     assert len(parts) == data.clients
 
 
 @pytest.mark.parametrize(
     ("name", "rounds", "clients", "per_cluster", "cohort"),
     [
-        ("ppfedit-alpaca", 30, 50, 10, {"kind": "fixed", "count": 2}),
-        ("ppfedit-medinstruct", 10, 10, 5, {"kind": "all"}),
+        ("ppfedit-alpaca", 30, 50, 10, Uniform(count=2)),
+        ("ppfedit-medinstruct", 10, 10, 5, All()),
     ],
 )
 def test_ppfedit_has_the_papers_confirmed_numbers(
-    name: str, rounds: int, clients: int, per_cluster: int, cohort: dict[str, object]
+    name: str, rounds: int, clients: int, per_cluster: int, cohort: Selector
 ) -> None:
     experiment = load(name)
     data, local, algorithm = experiment.data, experiment.local, experiment.algorithm
-    assert (experiment.rounds, data.clients, experiment.cohort.plain()) == (rounds, clients, cohort)
+    assert (experiment.rounds, data.clients, experiment.cohort) == (rounds, clients, cohort)
     assert data.clusters is not None
     assert (data.clusters.count, data.pool) == (100, 100 * per_cluster)
-    assert data.partition.plain() == {"kind": "dirichlet", "alpha": 1.0, "by": "category"}
+    assert data.partition == Dirichlet(alpha=1.0)
     assert (experiment.adapter.rank, local.epochs, local.batch_size, local.schedule) == (16, 1, 8, "cosine")
-    assert (algorithm.options["private_share"], algorithm.options["keep"]) == (0.5, 16)
-    options = experiment.synthesis.options
-    assert (options["shown"], options["trials"], options["temperature"]) == (8, 3, 0)
+    assert algorithm == FewFedPIT(private_share=0.5, keep=16)
+    synthesis = experiment.synthesis
+    assert isinstance(synthesis, SelfInstruct)
+    assert (synthesis.shown, synthesis.trials, synthesis.temperature) == (8, 3, 0)
 
 
 def test_few_shot_medquad_shares_160_questions_of_every_kind_among_ten(shared: Path) -> None:
@@ -102,7 +107,7 @@ def test_clusters_become_the_labels_that_a_recipe_splits_along(name: str, tmp_pa
 def test_fedpit_on_alpacare_shares_as_many_tasks_as_there_are_seeds_among_three() -> None:
     data = load("fedpit-alpacare").data
     assert (data.clients, data.pool) == (3, 167)
-    assert data.partition.plain() == {"kind": "dirichlet", "alpha": 1.0, "by": "category"}
+    assert data.partition == Dirichlet(alpha=1.0)
 
 
 @pytest.mark.parametrize("name", ["fedpit-alpacare", "ppfedit-medinstruct"])

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.steps import Generate, Score, Steps, Tokens, drive, generate, score
-from tests.fakes import state
+from fedloom.steps import Steps, Tokens, drive
 
 
 class Echo:
@@ -91,12 +90,6 @@ def test_an_answer_for_nobody_is_not_passed_over() -> None:
 
     with pytest.raises(KeyError):
         list(drive({"a": ask(1)}, Forgetful()))
-
-
-def test_the_verbs_yield_what_they_are_called() -> None:
-    assert next(generate([[1, 2]], max_new_tokens=3)) == Generate([[1, 2]], max_new_tokens=3)
-    adapter = state(1.0)
-    assert next(score(["x"], adapter)) == Score(["x"], adapter)
 
 
 def test_targets_counts_the_labelled_tokens() -> None:

@@ -22,8 +22,11 @@ PERSONAL = "personal"  # in a client's memory: an adapter of its own
 class Averaging(ABC):
     """Server half of FedOpt (Reddi et al. 2021): average the deltas, take one optimizer step."""
 
+    title: ClassVar[str]
+    paper: ClassVar[str]
     shared: ClassVar[bool] = True
     reports: ClassVar[frozenset[str]] = TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     server_optimizer: ServerOptimizer = SGD(lr=1.0)
     aggregate: Aggregator = weighted_mean

@@ -30,8 +30,11 @@ class ServerState:
 class Algorithm(Protocol):
     """One paper, both halves. The server half never sees a `Client`, only what it sent."""
 
+    title: ClassVar[str]  # its name on pages and in tables
+    paper: ClassVar[str]  # where it comes from, as a model card cites it
     shared: ClassVar[bool]  # is the server's adapter trained, so that it is a result
     reports: ClassVar[frozenset[str]]  # the metrics that travel; all others stay with the client
+    needs: ClassVar[frozenset[str]]  # the `Tools` of its clients that it uses
 
     def init(self, adapter: AdapterState) -> ServerState: ...
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast: ...
@@ -75,4 +78,9 @@ def answer(
 Aggregator = Callable[
     [Iterable[Update], AdapterState], Mapping[str, AdapterState]
 ]  # (updates, zero) -> means
-ServerOptimizer = Callable[[ServerState, AdapterState], ServerState]  # (state, mean delta) -> next state
+
+
+class ServerOptimizer(Protocol):
+    def __call__(self, state: ServerState, delta: AdapterState) -> ServerState:
+        """The next state, one step along the mean delta of a cohort."""
+        ...

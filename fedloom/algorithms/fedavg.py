@@ -7,6 +7,7 @@ https://arxiv.org/abs/2305.05644). With one client that owns everything it is ce
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom.algorithms.averaging import Averaging
 from fedloom.algorithms.base import answer
@@ -17,6 +18,9 @@ from fedloom.steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Averaging):
+    title: ClassVar[str] = "FedIT"
+    paper: ClassVar[str] = "arXiv 2305.05644"
+
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         fitted = yield from client.fit(message.adapter, round=message.round)
         delta = fitted.adapter - message.adapter

@@ -7,13 +7,12 @@ local examples together, and uploaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom.algorithms.averaging import Averaging
 from fedloom.algorithms.base import answer
 from fedloom.algorithms.synthetic import (
-    Contrast,
     Rule,
-    Synthesizer,
     fit_anew,
     select,
     synthesis_metrics,
@@ -26,8 +25,10 @@ from fedloom.steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class FedMIT(Averaging):
-    synthesize: Synthesizer
-    contrast: Contrast
+    title: ClassVar[str] = "FedMIT"
+    paper: ClassVar[str] = "an ablation in arXiv 2403.06131v3"
+    needs: ClassVar[frozenset[str]] = frozenset({"synthesize", "contrast"})
+
     keep: int = 16  # synthetic examples trained on in a round
     rule: Rule = "ifs"
     drop_unhelpful: bool = False
@@ -36,11 +37,11 @@ class FedMIT(Averaging):
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter
         scorer = yield from client.fit(start, round=message.round)
-        candidates = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
+        candidates = yield from synthetic_examples(client, start, message, every=self.every)
         chosen = yield from select(
             candidates,
             scorer.adapter,
-            self.contrast,
+            client.tools.contrast,
             keep=self.keep,
             rule=self.rule,
             drop_unhelpful=self.drop_unhelpful,

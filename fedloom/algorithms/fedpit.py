@@ -18,10 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import ClassVar
 
 from fedloom.algorithms.averaging import PERSONAL, Averaging
 from fedloom.algorithms.base import ServerState, answer
-from fedloom.algorithms.synthetic import Synthesizer, fit_anew, synthesis_metrics, synthetic_examples
+from fedloom.algorithms.synthetic import fit_anew, synthesis_metrics, synthetic_examples
 from fedloom.client import Client
 from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
@@ -30,12 +31,15 @@ from fedloom.steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class FedPIT(Averaging):
-    synthesize: Synthesizer
+    title: ClassVar[str] = "FedPIT"
+    paper: ClassVar[str] = "arXiv 2403.06131v1"
+    needs: ClassVar[frozenset[str]] = frozenset({"synthesize"})
+
     every: int = 1  # rounds between generations; 0: only once
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter
-        synthetic = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
+        synthetic = yield from synthetic_examples(client, start, message, every=self.every)
 
         own: AdapterState = client.memory.get(PERSONAL, start)
         private = yield from fit_anew(

@@ -14,14 +14,13 @@ weight, are sent in the clear.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom import lora
 from fedloom.algorithms.averaging import Averaging
 from fedloom.algorithms.base import answer
 from fedloom.algorithms.synthetic import (
-    Contrast,
     Rule,
-    Synthesizer,
     fit_anew,
     select,
     synthesis_metrics,
@@ -36,8 +35,10 @@ from fedloom.steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class FewFedPIT(Averaging):
-    synthesize: Synthesizer
-    contrast: Contrast
+    title: ClassVar[str] = "FewFedPIT"
+    paper: ClassVar[str] = "arXiv 2403.06131v3"
+    needs: ClassVar[frozenset[str]] = frozenset({"synthesize", "contrast"})
+
     private_share: float = 0.5  # beta
     keep: int = 16  # M: synthetic examples trained on in a round
     rule: Rule = "ifs"  # which ones
@@ -53,11 +54,11 @@ class FewFedPIT(Averaging):
         # First, though Algorithm 1 has it second (neither needs the other): so all clients of a cohort train
         # in the same batches as under FedAvg, however long each takes to generate.
         private = yield from client.fit(start, round=message.round)
-        candidates = yield from synthetic_examples(client, start, message, self.synthesize, every=self.every)
+        candidates = yield from synthetic_examples(client, start, message, every=self.every)
         chosen = yield from select(
             candidates,
             private.adapter,
-            self.contrast,
+            client.tools.contrast,
             keep=self.keep,
             rule=self.rule,
             drop_unhelpful=self.drop_unhelpful,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedloom.algorithms.aggregators import weighted_mean
 from fedloom.algorithms.base import TRAINING, Aggregator, ServerOptimizer, ServerState, answer
 from fedloom.algorithms.server_optimizers import SGD
-from fedloom.algorithms.synthetic import Synthesizer, fit_anew, synthesis_metrics, synthetic_examples
+from fedloom.algorithms.synthetic import fit_anew, synthesis_metrics, synthetic_examples
 from fedloom.client import Client
 from fedloom.errors import ConfigError
 from fedloom.messages import Broadcast, ClientId, Update
@@ -39,10 +39,12 @@ OWN_LOSS = "own_loss"  # v_k
 
 @dataclass(frozen=True, kw_only=True)
 class FewFedWeight:
+    title: ClassVar[str] = "FewFedWeight"
+    paper: ClassVar[str] = "arXiv 2212.08354, reconstructed"
     shared: ClassVar[bool] = True
     reports: ClassVar[frozenset[str]] = TRAINING | {OWN_LOSS}
+    needs: ClassVar[frozenset[str]] = frozenset({"relabel"})
 
-    relabel: Synthesizer  # a client's own instructions, answered by the received model
     gamma: float = 1.0
     tau: float = 1.0
     eta: float = 1.0
@@ -64,7 +66,7 @@ class FewFedWeight:
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter
-        pseudo = yield from synthetic_examples(client, start, message, self.relabel)
+        pseudo = yield from synthetic_examples(client, start, message, tool=client.tools.relabel)
         judged: list[Scored] = yield Score(pseudo, client.memory.get("local", start), energy=True)
         weights = [1.0] * len(client.examples)
         energies = [math.nan if s.energy is None else s.energy for s in judged]

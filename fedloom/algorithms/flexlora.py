@@ -24,8 +24,11 @@ FEDIT = FedAvg()  # the client half
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLoRA:
+    title: ClassVar[str] = "FlexLoRA"
+    paper: ClassVar[str] = "arXiv 2402.11505"
     shared: ClassVar[bool] = True
     reports: ClassVar[frozenset[str]] = TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, adapter: AdapterState) -> ServerState:
         return ServerState(adapter)

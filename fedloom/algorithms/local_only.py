@@ -19,8 +19,11 @@ from fedloom.steps import Steps
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOnly:
+    title: ClassVar[str] = "LocIT"
+    paper: ClassVar[str] = "every client alone, a baseline in arXiv 2403.06131"
     shared: ClassVar[bool] = False
     reports: ClassVar[frozenset[str]] = TRAINING
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, adapter: AdapterState) -> ServerState:
         return ServerState(adapter)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from fedloom.algorithms.base import TRAINING, ServerState, answer
 from fedloom.algorithms.local_only import LocalOnly
-from fedloom.algorithms.synthetic import Synthesizer, synthesis_metrics, synthetic_examples
+from fedloom.algorithms.synthetic import synthesis_metrics, synthetic_examples
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
@@ -23,10 +23,11 @@ TUNING = LocalOnly()
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAugmented:
+    title: ClassVar[str] = "LocIT+SA"
+    paper: ClassVar[str] = "every client alone, on synthetic examples too, a baseline in arXiv 2403.06131"
     shared: ClassVar[bool] = False
     reports: ClassVar[frozenset[str]] = TRAINING
-
-    synthesize: Synthesizer
+    needs: ClassVar[frozenset[str]] = frozenset({"synthesize"})
 
     def init(self, adapter: AdapterState) -> ServerState:
         return TUNING.init(adapter)
@@ -38,7 +39,7 @@ class SelfAugmented:
         return TUNING.expects(message)
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
-        synthetic = yield from synthetic_examples(client, message.adapter, message, self.synthesize, every=0)
+        synthetic = yield from synthetic_examples(client, message.adapter, message, every=0)
         # The copy shares this client's memory, so the adapter and the place in the order stay with it.
         augmented = replace(client, examples=[*client.examples, *synthetic])
         update = yield from TUNING.client(message, augmented)

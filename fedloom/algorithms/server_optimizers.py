@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedloom.algorithms.base import ServerState
+from fedloom.algorithms.base import ServerOptimizer, ServerState
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
 
@@ -21,3 +21,6 @@ class SGD:
 
     def __call__(self, state: ServerState, delta: AdapterState) -> ServerState:
         return state.next(state.adapter + self.lr * delta)
+
+
+SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {"sgd": SGD}

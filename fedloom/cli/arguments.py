@@ -24,7 +24,7 @@ def complete_what(incomplete: str) -> Iterator[str]:
 
 
 def complete_recipe(incomplete: str) -> Iterator[str]:
-    from fedloom.experiment.settings import recipes
+    from fedloom.experiment.toml import recipes
 
     yield from (name for name in recipes() if name.startswith(incomplete))
 
@@ -73,29 +73,29 @@ RunFolder = Annotated[
 
 def load_what(what: str, overrides: list[str] | None) -> Experiment:
     """The experiment of a recipe, a file or a run, with its settings changed."""
-    from fedloom.experiment import settings
+    from fedloom.experiment import toml
     from fedloom.storage import folders
 
     what, overrides = first_is_override(what, overrides)
-    if what not in settings.recipes() and os.path.isdir(what):
+    if what not in toml.recipes() and os.path.isdir(what):
         folders.expect_run(Path(what))
-    return settings.load(what, overrides)
+    return toml.load(what, overrides)
 
 
 def load_finished(run: Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment of a run whose training has ended, with its settings changed."""
-    from fedloom.experiment import settings
+    from fedloom.experiment import toml
     from fedloom.storage import folders
 
     folders.expect_finished(run)
-    return settings.load(run / folders.EXPERIMENT, overrides or [])
+    return toml.load(run, overrides or [])
 
 
 def experiment_and_folder(
     what: str, overrides: list[str] | None, out: Path | None, resume: bool, *, kind: Kind
 ) -> tuple[Experiment, Path]:
     """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
-    from fedloom.experiment import settings
+    from fedloom.experiment import toml
     from fedloom.storage import folders
 
     if not resume:
@@ -115,7 +115,7 @@ def experiment_and_folder(
     except RunError as why:
         raise RunError(f"Nothing to resume. {why}") from why
     folders.expect_kind(folder, kind)
-    return settings.load(folder / folders.EXPERIMENT, overrides), folder
+    return toml.load(folder, overrides), folder
 
 
 def look_at_data(experiment: Experiment) -> None:

@@ -94,9 +94,7 @@ def _whose(experiment: Experiment, run: Path, *, base: bool) -> str:
     clients = f" of {counted(experiment.data.clients, 'client')}" if experiment.data.clients else ""
     several = experiment.compare.seeds if any(run.glob("seed-*/")) else 1
     seed = f"seed {experiment.seed}" + (f", the first of {several}" if several > 1 else "")
-    return (
-        f"{run}: the adapter{clients} tuned by {experiment.algorithm.name} on {experiment.model.base}, {seed}"
-    )
+    return f"{run}: the adapter{clients} tuned by {experiment.algorithm.title} on {experiment.model.base}, {seed}"
 
 
 def _instructions() -> Iterator[str]:

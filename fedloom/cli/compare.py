@@ -40,7 +40,9 @@ def command(
 
         if jobs is None:
             jobs = (
-                1 if _on_gpu(experiment.model.device) else min(os.cpu_count() or 1, experiment.compare.seeds)
+                1
+                if _on_gpu(experiment.machine.device)
+                else min(os.cpu_count() or 1, experiment.compare.seeds)
             )
         summary = compare(
             experiment, folder, jobs=jobs, resume=resume, on_progress=display.show, on_notes=notes

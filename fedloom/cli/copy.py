@@ -18,7 +18,8 @@ def command(
     to: Annotated[Path | None, typer.Argument(help="Where to put it. Default: RECIPE.toml here.")] = None,
 ) -> None:
     """Copy a recipe into a file to edit; then: fedloom run FILE."""
-    from fedloom.experiment.settings import did_you_mean, recipes
+    from fedloom.experiment.choices import did_you_mean
+    from fedloom.experiment.toml import recipes
 
     shipped = recipes()
     if recipe not in shipped:

@@ -64,7 +64,7 @@ def _headline(experiment: Experiment, p: Plan) -> str:
     clients = experiment.data.clients
     who = counted(clients, "client") if clients else "the clients"
     return (
-        f"{experiment.name}: {who} tune {experiment.model.base} by {experiment.algorithm.name}, "
+        f"{experiment.name}: {who} tune {experiment.model.base} by {experiment.algorithm.title}, "
         f"in {counted(experiment.rounds, 'round')} of {p.cohort:g}; seed {experiment.seed}"
     )
 
@@ -90,7 +90,7 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
         "a round",
         f"{much} with each client, in batches of {local.batch_size}, {local.optimizer} at {local.learning_rate:g} ({local.schedule})",
     )
-    yield "split", f"{data.source}, {_named(data.partition.plain())}"
+    yield "split", f"{data.source}, {_named(experiment.plain()['data']['partition'])}"
     for line in p.data or ["could not be read"]:
         yield "data", line
     yield (
@@ -101,7 +101,7 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
         yield "disk", f"up to {size(p.disk)} for the rounds that are kept, and the adapter"
     yield (
         "memory",
-        f"about {size(p.memory)}, with {counted(p.width, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass",
+        f"about {size(p.memory)}, with {counted(p.clients_per_batch, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass",
     )
     questions = (
         "all held-out questions"

@@ -13,7 +13,7 @@ from rich.markup import escape
 from fedloom.cli.arguments import Overrides, RunFolder, load_finished
 from fedloom.cli.console import note, out, say
 from fedloom.errors import ConfigError, RunError
-from fedloom.experiment.settings import Judge
+from fedloom.experiment.settings import JUDGED_BY, Judge
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,11 +203,9 @@ def judge_and_print(folder: Path, experiment: Experiment, yes: bool) -> None:
 
 def print_judged(judged: Mapping[str, Any], experiment: Experiment) -> None:
     """The paper's table, as the page has it."""
-    from fedloom.report.findings import ALGORITHMS
     from fedloom.report.judged import tables
 
-    own = ALGORITHMS.get(experiment.algorithm.name, experiment.algorithm.name)
-    for found in tables(judged, own):
+    for found in tables(judged, experiment.algorithm.title):
         out.print(rich_table(found))
         for line in found.notes:
             say(line)
@@ -287,7 +285,7 @@ def _judge_run(
     found = compare(the_judge, test, said["run"], theirs, cache=kept, **how(settings))
     identity = {name: value for name, value in the_judge.identity.items() if name != "prompt"}
     write_json(run / "judge.json", {"against": against, "judge": identity, **found.plain()})
-    out.print(_table(found, f"run against {against}, judged by {by.kind}"))
+    out.print(_table(found, f"run against {against}, judged by {JUDGED_BY.name(by)}"))
     for line in _notes(found):
         say(line)
     say(f"Wrote {run / 'judge.json'}")

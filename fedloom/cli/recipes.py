@@ -9,7 +9,7 @@ from fedloom.cli.console import say
 
 def command() -> None:
     """List the recipes: what each shows, how long it takes and what it needs."""
-    from fedloom.experiment.settings import recipes
+    from fedloom.experiment.toml import recipes
 
     for name, text in recipes().items():
         shows, takes, needs = about(text)

@@ -9,9 +9,9 @@ never train, and would only blur averages over clients.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -21,8 +21,14 @@ from fedloom.errors import ConfigError
 from fedloom.messages import ClientId
 
 Parts = dict[ClientId, list[int]]
-Partitioner = Callable[[Sequence[Example], int | None, int], Parts]  # examples, clients, seed
 Label = Literal["category", "owner"]  # what a split by label looks at
+
+
+class Partitioner(Protocol):
+    @property
+    def by(self) -> Label | None: ...  # None: it looks at no label
+    def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts: ...
+
 
 WAYS_OUT = {
     "category": 'Name the column that holds it, data.columns = { category = "..." }; or let groups of alike texts be '
@@ -35,6 +41,8 @@ WAYS_OUT = {
 @dataclass(frozen=True)
 class IID:
     """Shuffle and deal: sizes differ by at most one."""
+
+    by: ClassVar[Label | None] = None
 
     def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts:
         count = _check_clients(clients, examples)
@@ -208,6 +216,8 @@ class ByOwner:
     `clients` may be left out; a number that is not the number of owners is refused.
     """
 
+    by: ClassVar[Label | None] = None
+
     def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts:
         parts: Parts = {}
         for i, example in enumerate(examples):
@@ -234,6 +244,7 @@ class BySize:
     sizes: tuple[float, ...] = ()
     log_normal: float | None = None
     power_law: float | None = None
+    by: ClassVar[Label | None] = None
 
     def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts:
         if (len(self.sizes) > 0) + (self.log_normal is not None) + (self.power_law is not None) != 1:
@@ -262,7 +273,7 @@ class BySize:
         return _numbered(np.split(order, sizes.cumsum()[:-1]))
 
 
-PARTITIONS: dict[str, Callable[..., Any]] = {
+PARTITIONS: dict[str, type[Partitioner]] = {
     "iid": IID,
     "by_label": ByLabel,
     "shards": Shards,

@@ -160,6 +160,10 @@ class Template:
         """Text that a base model is to continue, from its beginning, in no format; all of it plain text."""
         return [*self._text.opening, *self._text.ids(text, after=None)]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What a base model has written, blanks and newlines as they are."""
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def truncation(self, example: Example) -> Cut:
         """What `encode` cuts off this example."""
         return self._encode(example)[1]

@@ -32,9 +32,10 @@ from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.inputs import other_inputs
 from fedloom.experiment.leakage import Targets, targets
 from fedloom.experiment.machine import Machine, load_machine
-from fedloom.experiment.settings import Experiment, load
+from fedloom.experiment.settings import ALGORITHM, Experiment
 from fedloom.experiment.simulation import Simulated, federated
 from fedloom.experiment.summary import write_json
+from fedloom.experiment.toml import load
 from fedloom.experiment.training import INPUTS
 from fedloom.rng import numpy_stream
 from fedloom.state import AdapterState
@@ -50,7 +51,13 @@ NEAR = 0.7  # ROUGE-L above which a synthetic example is a near-copy: FedPIT's f
 DELTA = 1e-5  # of the bound on epsilon
 SHORTEST = 5  # words of a field that is looked for in samples
 ATTACKERS = 2
-CHANGEABLE = ("audit", "evaluation", "model")  # sections: how is measured, not what was trained
+CHANGEABLE = (
+    "audit",
+    "evaluation",
+    "leakage",
+    "machine",
+    "model",
+)  # sections: how things are measured, not what was trained
 NO_CANARIES = "no canaries were planted: set data.canaries and train anew"
 
 
@@ -65,7 +72,7 @@ def audit(
 ) -> dict[str, Any]:
     """Attack a finished run or comparison from every position; returns what audit.json then holds.
 
-    `overrides` may change how is measured (audit.*, evaluation.*, model.*), never what was trained on. `say`
+    `overrides` may change how is measured (audit.*, evaluation.*, machine.*), never what was trained on. `say`
     hears what begins. Raises: FedloomError; a failed gate is no error, see "passed".
     """
     saved = load(run)
@@ -73,7 +80,7 @@ def audit(
     limits.check(references=experiment.audit.references, canaries=experiment.data.canaries is not None)
     if not experiment.algorithm.shared:
         raise RunError(
-            f'algorithm = "{experiment.algorithm.name}" shares no model: nothing of this run is released.'
+            f'algorithm = "{ALGORITHM.name(experiment.algorithm)}" shares no model: nothing of this run is released.'
         )
     home = run if (run / "state").exists() else run / f"seed-{saved.seed}" / "federated"
     say("data and model")

@@ -1,88 +1,82 @@
-"""From settings to algorithms and clients."""
+"""From settings to what a training is made of: cohorts, clients, and the tools of their sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.client import Client
+from fedloom.client import Client, Synthesizer, Tools
 from fedloom.data import microworld
 from fedloom.data.example import Example
+from fedloom.data.template import Template
 from fedloom.errors import ConfigError
 from fedloom.experiment.datasets import MICROWORLD, Dataset
-from fedloom.experiment.machine import CONTEXT_LENGTH, Machine, Skeleton
-from fedloom.experiment.settings import PARTS, Choice, Experiment
+from fedloom.experiment.settings import SYNTHESIS, Experiment
 from fedloom.messages import ClientId
 from fedloom.synthesis.pool import FromPool
 from fedloom.synthesis.pseudo_labels import PseudoLabels
-
-if TYPE_CHECKING:  # settings and data are read without waiting for torch
-    pass
+from fedloom.synthesis.self_instruct import SelfInstruct
 
 
-def build_algorithm(
-    chosen: Choice, experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton
-) -> Algorithm:
-    """An algorithm with the parts it needs, which are made from the experiment's other sections."""
-    template = machine.template
-    parts: Mapping[str, Callable[[], Any]] = {
-        "synthesize": lambda: _synthesizer(experiment, dataset, machine),
-        "contrast": lambda: template.contrast,
-        "relabel": lambda: PseudoLabels(
-            prompt=lambda e: template.prompt_ids(e, room=experiment.evaluation.max_new_tokens),
-            decode=template.decode,
-            stop=template.stop,
-            response_tokens=experiment.evaluation.max_new_tokens,
-        ),
-    }
-    built: Algorithm = chosen.build(**{name: parts[name]() for name in PARTS if chosen.takes(name)})
-    return built
+def cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> Callable[[int], list[ClientId]]:
+    """Round -> who takes part in it."""
+    return partial(experiment.cohort, sorted(clients), experiment.seed)
 
 
-def _synthesizer(experiment: Experiment, dataset: Dataset, machine: Machine | Skeleton) -> Any:
-    chosen, seed = experiment.synthesis, experiment.seed
-    if chosen.make is FromPool:
-        pool = dataset.spare if chosen.name == "spare" else _restyled(experiment, dataset)
+def tools(algorithm: Algorithm, experiment: Experiment, dataset: Dataset, words: Template) -> Tools:
+    """What a client's site lends this algorithm. Raises: ConfigError, where it needs what these data cannot give."""
+    lent = Tools(
+        words,
+        contrast=words.contrast,
+        relabel=PseudoLabels(response_tokens=experiment.evaluation.max_new_tokens),
+    )
+    if "synthesize" in algorithm.needs:
+        lent = replace(lent, synthesize=_synthesizer(experiment, dataset, words))
+    return lent
+
+
+def _synthesizer(experiment: Experiment, dataset: Dataset, words: Template) -> Synthesizer:
+    chosen = experiment.synthesis
+    kind = SYNTHESIS.name(chosen)
+    if not isinstance(chosen, SelfInstruct):
+        pool = dataset.spare if kind == "held_back" else _other_style(experiment, dataset)
         if not pool:
             raise ConfigError(
-                f'synthesis.kind = "{chosen.name}" trains on examples that nobody holds, and there are none: '
+                f'synthesis.kind = "{kind}" trains on examples that nobody holds, and there are none: '
                 "set data.pool, so that some are left over."
             )
-        return chosen.build(pool=pool, seed=seed)
+        return FromPool(pool=pool, candidates=chosen.candidates)
     if any(e.turns for own in dataset.clients.values() for e in own):
         raise ConfigError(
-            f'synthesis.kind = "{chosen.name}" writes single questions, and these data are conversations, whose last question '
-            'makes no sense alone. Choose an algorithm without synthesis, or synthesis.kind = "spare".'
+            f'synthesis.kind = "{kind}" writes single questions, and these data are conversations, whose last question '
+            'makes no sense alone. Choose an algorithm without synthesis, or synthesis.kind = "held_back".'
         )
-    tokenizer = machine.tokenizer
-    return chosen.build(
-        encode=machine.template.document_ids,
-        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        stop=machine.template.stop,
-        seed=seed,
-        context_length=min(machine.positions, CONTEXT_LENGTH),
-    )
+    chosen.check(words)
+    return chosen
 
 
-def _restyled(experiment: Experiment, dataset: Dataset) -> list[Example]:
-    """The spare examples with right answers in another style than the federation's."""
+def _other_style(experiment: Experiment, dataset: Dataset) -> list[Example]:
+    """The examples that nobody holds, with right answers in another style than the federation's."""
     if experiment.data.source != "microworld":
-        raise ConfigError('synthesis.kind = "restyled" exists only for data.source = "microworld".')
+        raise ConfigError('synthesis.kind = "other_style" exists only for data.source = "microworld".')
     other = microworld.corpus(examples=experiment.data.examples or MICROWORLD, seed=experiment.seed, style=1)
     wanted = {e.id for e in dataset.spare}
     return [e for e in other if e.id in wanted]
 
 
-def federated_clients(experiment: Experiment, dataset: Dataset) -> dict[ClientId, Client]:
-    return {c: client_of(experiment, c, examples) for c, examples in dataset.clients.items()}
+def federated_clients(experiment: Experiment, dataset: Dataset, lent: Tools) -> dict[ClientId, Client]:
+    return {c: client_of(experiment, c, examples, lent) for c, examples in dataset.clients.items()}
 
 
-def client_of(experiment: Experiment, name: ClientId, examples: Sequence[Example]) -> Client:
+def client_of(
+    experiment: Experiment, name: ClientId, examples: Sequence[Example], lent: Tools = Tools()
+) -> Client:
     limit = _limit(experiment, len(examples))
-    return Client(name, examples, limit=limit, local=experiment.local, seed=experiment.seed)
+    return Client(name, examples, limit=limit, local=experiment.local, seed=experiment.seed, tools=lent)
 
 
 def specialist_client(experiment: Experiment, dataset: Dataset, label: str) -> Client:

@@ -1,6 +1,6 @@
 """The two things one does with an experiment, as functions: `run` it, or `compare` its rows.
 
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.experiment.commands import run
 
 summary = run(load("quickstart", ["rounds=4"]), Path("runs/mine"))
@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import tomli_w
 
 from fedloom.data.prompt_form import chat_template
 from fedloom.engine.export_files import ExportFiles, recorded_base
@@ -37,9 +35,10 @@ from fedloom.experiment.comparison import (
 from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, Skeleton, load_machine, load_skeleton
-from fedloom.experiment.settings import UNTRAINED, Experiment, changed, load, parse
+from fedloom.experiment.settings import ALGORITHM, UNTRAINED, Experiment, changed
 from fedloom.experiment.simulation import federated
 from fedloom.experiment.summary import ANSWERS, measure, read_summary, summarise, write_json
+from fedloom.experiment.toml import load, recorded
 from fedloom.experiment.training import INPUTS
 from fedloom.report import card, endings, page
 from fedloom.state import AdapterState
@@ -116,7 +115,7 @@ def compare(
     """
     if not experiment.algorithm.shared:
         raise ConfigError(
-            f'algorithm = "{experiment.algorithm.name}" trains no shared model to compare with others. '
+            f'algorithm = "{ALGORITHM.name(experiment.algorithm)}" trains no shared model to compare with others. '
             "Choose one that does, and give this one a row: compare.methods."
         )
     if jobs < 1:
@@ -286,8 +285,7 @@ def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     summary = read_summary(folder)
     if (
         summary is None
-        or parse(tomli_w.dumps(summary["experiment"]), "summary.json").anchored().plain()
-        != experiment.plain()
+        or recorded(summary["experiment"], "summary.json").anchored().plain() != experiment.plain()
     ):
         return None
     if not (folder / "report.html").exists():
@@ -318,7 +316,7 @@ def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[
     with checkpoint.lock(folder):
         try:
             if resume:
-                _same_training(load(saved), experiment, saved)
+                _same_training(load(folder), experiment, saved)
             else:
                 folders.expect_room(folder)  # a run that ended before its first round may be started over
                 durable.write(saved, experiment.to_toml().encode())

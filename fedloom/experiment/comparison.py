@@ -24,9 +24,10 @@ from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.leakage import leakage
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, load_machine
-from fedloom.experiment.settings import Experiment, parse
+from fedloom.experiment.settings import Experiment
 from fedloom.experiment.simulation import trainings
 from fedloom.experiment.summary import ANSWERS, measure, shared, write_json
+from fedloom.experiment.toml import parse
 from fedloom.federation import Round
 from fedloom.messages import ClientId
 from fedloom.state import AdapterState

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fedloom.data import held_out, microworld, partition, sources
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError
-from fedloom.experiment.settings import Clusters, Data, Experiment
+from fedloom.experiment.settings import PARTITION, Clusters, Data, Experiment
 from fedloom.messages import ClientId
 from fedloom.rng import numpy_stream
+from fedloom.synthesis.pool import OtherStyle
 
 if TYPE_CHECKING:  # settings and data are read without waiting for torch
     pass
@@ -75,7 +76,7 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     data, seed = experiment.data, experiment.seed
     examples, test, read = _read(experiment, quarantine)
     notes = list(read.pop("notes", ()))
-    owners = {e.owner for e in examples} if data.partition.make is partition.ByOwner else set[str]()
+    owners = {e.owner for e in examples} if isinstance(data.partition, partition.ByOwner) else set[str]()
 
     def tell_lost(kept: Sequence[Example], by: str) -> None:
         """Who takes examples away says whose last ones these were."""
@@ -96,8 +97,8 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
         examples = _clustered(
             experiment, examples, data.clusters
         )  # a test set of one's own has no say in them
-    if (along := data.partition.options.get("by")) is not None:
-        partition.check_labels(examples, along, f'data.partition.kind = "{data.partition.name}"')
+    if (along := data.partition.by) is not None:
+        partition.check_labels(examples, along, f'data.partition.kind = "{PARTITION.name(data.partition)}"')
     if data.test_path is None:
         train, held = held_out.hold_out(
             examples, per_category=data.hold_out, seed=seed, by=data.hold_out_by, keep_owners=bool(owners)
@@ -125,7 +126,7 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
         chosen, rest = partition.draw_evenly(pool, data.pool, seed=seed)
         pool, spare = [pool[i] for i in chosen], [pool[i] for i in rest]
         tell_lost(pool, f"data.pool = {data.pool}")
-    parts = data.partition.build()(pool, data.clients, seed)
+    parts = data.partition(pool, data.clients, seed)
     clients = {client: [pool[i] for i in part] for client, part in parts.items()}
     table = partition.partition_table(pool, parts, by=data.hold_out_by)
     if data.private_facts:
@@ -211,18 +212,18 @@ def _misplaced(experiment: Experiment) -> Iterator[str]:
             )
     if not generated and data.private_facts:
         yield f"data.private_facts = {data.private_facts}: only the microworld has such facts; set it to 0"
-    if not generated and experiment.synthesis.name == "restyled":
-        yield 'synthesis.kind = "restyled": only the microworld has another style; take "spare" or "self_instruct"'
-    if data.source == "alpaca" and data.clusters is None and data.partition.options.get("by") == "category":
+    if not generated and isinstance(experiment.synthesis, OtherStyle):
+        yield 'synthesis.kind = "other_style": only the microworld has another style; take "held_back" or "self_instruct"'
+    if data.source == "alpaca" and data.clusters is None and data.partition.by == "category":
         yield (
-            f'data.partition.kind = "{data.partition.name}": splits by category, and Alpaca\'s format has none. '
+            f'data.partition.kind = "{PARTITION.name(data.partition)}": splits by category, and Alpaca\'s format has none. '
             + partition.WAYS_OUT["category"]
         )
     if (
         data.owner == "file"
-        and "owner" not in (data.partition.options.get("by"), data.hold_out_by)
-        and data.partition.make is not partition.ByOwner
+        and "owner" not in (data.partition.by, data.hold_out_by)
+        and not isinstance(data.partition, partition.ByOwner)
     ):
-        yield f'data.owner = "file": no use is made of owners; for a client of each file set data.partition.kind = "by_owner" (now "{data.partition.name}")'
+        yield f'data.owner = "file": no use is made of owners; for a client of each file set data.partition.kind = "by_owner" (now "{PARTITION.name(data.partition)}")'
     if data.test_columns is not None and data.test_path is None:
         yield "data.test_columns: there is no data.test_path"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
 from fedloom.evaluation import questions as question_files
@@ -316,8 +317,7 @@ def _leaks(folder: Path) -> dict[str, dict[str, Any]]:
 def _private_share(row: str, experiment: Experiment) -> float | None:
     """beta of FewFedPIT; None of other rows."""
     chosen = experiment.algorithm if row == "federated" else experiment.compare.methods.get(row)
-    share = None if chosen is None else chosen.plain().get("private_share")
-    return None if share is None else float(share)
+    return chosen.private_share if isinstance(chosen, FewFedPIT) else None
 
 
 def _orders(every: Sequence[Comparison]) -> dict[str, Any]:

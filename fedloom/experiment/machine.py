@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom.data.template import Template
 from fedloom.errors import ConfigError
-from fedloom.experiment.settings import Experiment, Model
+from fedloom.experiment.settings import Experiment
+from fedloom.experiment.settings import Machine as Settings
 
 if TYPE_CHECKING:  # settings and data are read without waiting for torch
     from fedloom.engine.lora_engine import Generation, LoraEngine
-
-CONTEXT_LENGTH = 2048  # tokens of a prompt for synthesis and its answer, at most
 
 
 def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Template:
@@ -97,7 +96,7 @@ def load_machine(experiment: Experiment) -> Machine:
     from fedloom.engine.head import reachable
     from fedloom.engine.lora_engine import LoraEngine
 
-    m = experiment.model
+    m, machine = experiment.model, experiment.machine
     model, tokenizer = load_base(experiment)
     template = load_template(experiment, model, tokenizer)
     base_hash, base_sha256 = models.base_hash(model), models.identity(m.base, allow_download=m.allow_download)
@@ -106,25 +105,25 @@ def load_machine(experiment: Experiment) -> Machine:
         model,
         template.encode,
         lora=experiment.adapter,
-        tokens_per_pass=m.tokens_per_pass,
-        path=m.path,
-        checkpointing=m.checkpointing,
-        generation=_generation(m),
+        tokens_per_pass=machine.tokens_per_pass,
+        path=machine.kernels,
+        checkpointing=machine.checkpointing,
+        generation=_generation(machine, base=m.base, allow_download=m.allow_download),
     )
     return Machine(engine, template, tokenizer, base_hash, base_sha256, end_reachable)
 
 
-def _generation(model: Model) -> Generation:
+def _generation(machine: Settings, *, base: str, allow_download: bool) -> Generation:
     from fedloom.engine import models
     from fedloom.engine.generation import generate_all
     from fedloom.engine.vllm_backend import VllmGeneration
 
-    if model.vllm is None:
+    if machine.vllm is None:
         return generate_all
-    folder = models.base_folder(model.base, allow_download=model.allow_download)
+    folder = models.base_folder(base, allow_download=allow_download)
     if folder is None:
-        raise ConfigError(f"model.vllm needs a model that is on disk; got model.base={model.base!r}.")
-    return VllmGeneration(folder, **model.vllm.model_dump(exclude_none=True))
+        raise ConfigError(f"machine.vllm needs a model that is on disk; got model.base={base!r}.")
+    return VllmGeneration(folder, **machine.vllm.model_dump(exclude_none=True))
 
 
 def load_base(experiment: Experiment) -> tuple[Any, Any]:
@@ -134,7 +133,7 @@ def load_base(experiment: Experiment) -> tuple[Any, Any]:
     return models.load_base(
         m.base,
         dtype=m.dtype,
-        device=m.device,
+        device=experiment.machine.device,
         quantize=None if m.quantize == "none" else m.quantize,
         allow_download=m.allow_download,
     )

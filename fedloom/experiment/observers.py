@@ -53,7 +53,7 @@ def held_out(
 
 def leaked(experiment: Experiment, dataset: Dataset, machine: Machine, algorithm: Algorithm) -> Observer:
     """What the server's adapter gives away, in the rounds in which the experiment wants to know it."""
-    every = experiment.audit.every
+    every = experiment.leakage.every
 
     def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
         due = every is not None and (not state.round % every or state.round == experiment.rounds)

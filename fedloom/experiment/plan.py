@@ -14,6 +14,7 @@ from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.experiment import judging, preflight
+from fedloom.experiment.build import cohorts
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_skeleton
 from fedloom.experiment.settings import Experiment
@@ -33,7 +34,7 @@ class Plan:
     bytes_down: int
     rounds: int
     cohort: float  # clients in a round, on average
-    width: int
+    clients_per_batch: int
     tokens_per_pass: int
     memory: float  # bytes, an estimate
     disk: int  # bytes of a run's rounds and adapter at most, roughly; 0: the data could not be read
@@ -47,7 +48,7 @@ def plan(experiment: Experiment) -> Plan:
     model, template = skeleton.model, skeleton.template
     layout = AdapterLayout.of(model, experiment.adapter)
     adapter = layout.initial(experiment.seed)
-    codec: Codec = experiment.transport.codec.build()
+    codec = experiment.transport.codec
     noise = rng.numpy_stream(experiment.seed, "plan")
     delta = adapter.map(lambda t: 1e-3 * torch.from_numpy(noise.standard_normal(t.shape)).to(t.dtype))
     up = len(
@@ -90,7 +91,7 @@ def plan(experiment: Experiment) -> Plan:
         problem = str(found)
     cohorts = _cohorts(experiment, clients)
     cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
-    width = min(experiment.transport.width, max(1, round(cohort)))
+    together = min(experiment.machine.clients_per_batch, max(1, round(cohort)))
     return Plan(
         base,
         layout.size,
@@ -99,9 +100,9 @@ def plan(experiment: Experiment) -> Plan:
         down,
         experiment.rounds,
         cohort,
-        width,
-        experiment.model.tokens_per_pass,
-        _memory(experiment, model, base, layout.size, width),
+        together,
+        experiment.machine.tokens_per_pass,
+        _memory(experiment, model, base, layout.size, together),
         disk,
         data,
         notes,
@@ -111,7 +112,7 @@ def plan(experiment: Experiment) -> Plan:
 
 def _cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> list[Sequence[ClientId]]:
     try:
-        select = experiment.cohort.build(clients=clients, seed=experiment.seed)
+        select = cohorts(experiment, clients)
         return [select(r) for r in range(experiment.rounds)]
     except ConfigError:  # more than there are, which is a problem of its own: counted with all
         return [clients] * experiment.rounds
@@ -139,7 +140,7 @@ def _bytes_down(
     return round(fmean(sizes)) if sizes else whole
 
 
-def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int) -> float:
+def _memory(experiment: Experiment, model: Any, base: int, adapter: int, together: int) -> float:
     """The runtime, weights, for each client parameters with gradient and moments, activations;
     for examples of full length, within a factor of 2.
 
@@ -148,7 +149,7 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: 
     quarter of that with checkpointing. Half as much again for what the allocator cannot reuse, which is what
     a run of examples up to 512 tokens on the embedded model was measured to take.
     """
-    m, config = experiment.model, model.config.get_text_config()
+    m, machine, config = experiment.model, experiment.machine, model.config.get_text_config()
     weight = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes
     number = 2 if m.dtype == "bfloat16" else 4
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -156,9 +157,14 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: 
         24 * config.hidden_size + 6 * wide + 2 * config.num_attention_heads * experiment.prompt.max_length
     )
     activations = (
-        1.5 * m.tokens_per_pass * config.num_hidden_layers * a_token * number / (4 if m.checkpointing else 1)
+        1.5
+        * machine.tokens_per_pass
+        * config.num_hidden_layers
+        * a_token
+        * number
+        / (4 if machine.checkpointing else 1)
     )
-    return RUNTIME + base * weight + width * adapter * 16 + activations
+    return RUNTIME + base * weight + together * adapter * 16 + activations
 
 
 RUNTIME = 0.5e9  # Python, torch and transformers, before any model

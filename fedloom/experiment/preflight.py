@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, DataError, RunError
-from fedloom.experiment.build import build_algorithm, specialist_client
+from fedloom.experiment.build import cohorts, specialist_client, tools
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.machine import Skeleton
 from fedloom.experiment.settings import Experiment
@@ -24,21 +24,22 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
     Every example fits what the base reads and embeds, every question leaves room for its answer, and every
     algorithm, its synthesis and the cohorts can be made.
     """
-    if experiment.model.vllm is not None and shutil.which(experiment.model.vllm.python) is None:
+    vllm = experiment.machine.vllm
+    if vllm is not None and shutil.which(vllm.python) is None:
         raise ConfigError(
-            f"model.vllm.python = {experiment.model.vllm.python!r} cannot be started. "
+            f"machine.vllm.python = {vllm.python!r} cannot be started. "
             "Expected the python of an environment that has vLLM."
         )
-    algorithms = [experiment.algorithm, *experiment.compare.methods.values()]
+    algorithms = experiment.algorithms
     for dataset in datasets:
-        select = experiment.cohort.build(clients=sorted(dataset.clients), seed=experiment.seed)
+        select = cohorts(experiment, sorted(dataset.clients))
         for round in range(experiment.rounds):
             select(round)
         for algorithm in algorithms:
-            build_algorithm(algorithm, experiment, dataset, base)
+            tools(algorithm, experiment, dataset, base.template)
         for label in experiment.compare.local_labels:
             specialist_client(experiment, dataset, label)
-    if any(a.takes("synthesize") for a in algorithms) and experiment.prompt.max_length > base.positions:
+    if any("synthesize" in a.needs for a in algorithms) and experiment.prompt.max_length > base.positions:
         raise ConfigError(
             f"Generated examples may have prompt.max_length = {experiment.prompt.max_length} tokens, and the base model "
             f"reads {base.positions}. Set prompt.max_length={base.positions}."
@@ -47,7 +48,7 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
     train = dict.fromkeys(e for d in datasets for own in d.clients.values() for e in own)
     held = dict.fromkeys(e for d in datasets for e in d.test)
     questions = dict.fromkeys(e for d in datasets for e in asked(experiment, d))
-    relabelled = list(train) if any(a.takes("relabel") for a in algorithms) else []
+    relabelled = list(train) if any("relabel" in a.needs for a in algorithms) else []
     check_examples(
         experiment, base, [*train, *(e for e in held if e not in train)], [*questions, *relabelled]
     )
@@ -121,7 +122,7 @@ def disk(experiment: Experiment, dataset: Dataset, numbers: int, *, compared: bo
     states = checkpoint.KEPT + 1  # one more while it is written
     remembered = (
         2 * clients
-        if compared or not experiment.algorithm.shared or experiment.algorithm.takes("synthesize")
+        if compared or not experiment.algorithm.shared or "synthesize" in experiment.algorithm.needs
         else 2
     )
     one_seed = rows * states * (2 + remembered) * numbers * NUMBER

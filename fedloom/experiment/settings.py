@@ -1,84 +1,63 @@
-"""One typed experiment: a TOML file and `key=value` overrides in, one frozen tree out.
+"""One typed experiment: the tree of its settings, every default in its place.
 
-Hyper-parameters live once. Where a section is the constructor of a library class (`[adapter]`,
-`[local]`, `partition`, `cohort`, `algorithm`), that class is the schema; no class ever sees a config.
+Hyper-parameters live once. Where a section is the constructor of a library class (`[adapter]`, `[local]`,
+`partition`, `cohort`, `algorithm`), that class is the schema and the setting is an instance of it; no class
+ever sees a config. `toml.py` reads files and overrides.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
 import re
-import tomllib
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tomli_w
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    create_model,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.fedmit import FedMIT
-from fedloom.algorithms.fedpit import FedPIT
-from fedloom.algorithms.fewfedpit import FewFedPIT
-from fedloom.algorithms.fewfedweight import FewFedWeight
-from fedloom.algorithms.flexlora import FlexLoRA
-from fedloom.algorithms.local_only import LocalOnly
-from fedloom.algorithms.self_augmented import SelfAugmented
-from fedloom.algorithms.server_optimizers import SGD
-from fedloom.data import partition
+from fedloom.algorithms.names import ALGORITHMS, ALIASES
+from fedloom.algorithms.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from fedloom.data.canaries import Canaries
+from fedloom.data.partition import IID, PARTITIONS, Partitioner
 from fedloom.errors import ConfigError
+from fedloom.experiment.choices import STRICT, OneOf, did_you_mean, keys
 from fedloom.gate import Gate
-from fedloom.selection import All, Fixed, Fraction, Poisson, RoundRobin
+from fedloom.selection import SELECTORS, All, Selector
 from fedloom.steps import LocalTraining, LoraSpec
-from fedloom.synthesis.pool import FromPool
-from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording, Wording
-from fedloom.transport.codec import Bf16, Fp32, Int4, Int8
+from fedloom.synthesis.pool import HeldBack, OtherStyle
+from fedloom.synthesis.self_instruct import WORDINGS, SelfInstruct, Wording
+from fedloom.transport.codec import CODECS, Codec, Fp32
 
-# Settings that change no adapter, but by rounding: names, what is measured, where and how fast things are computed.
-# Where the base and the data lie is among them, since what they are is checked by their hashes (run.INPUTS).
+# Settings that change no adapter, except by rounding: names, what is measured, where and how fast things are computed.
+# Where the base and the data lie is among them, since what they are is checked by their hashes (training.INPUTS).
 UNTRAINED = (
     "name",
+    "machine",
     "evaluation",
     "audit",
+    "leakage",
     "judge",
     "compare.seeds",
     "compare.local",
     "compare.methods",
     "compare.leakage",
     "model.base",
-    "model.device",
     "model.allow_download",
-    "model.checkpointing",
-    "model.tokens_per_pass",
-    "model.path",
-    "model.vllm",
     "data.path",
     "data.test_path",
-    "transport.width",
 )
-# ... unless training generates text: so long, and by what.
-GENERATING = ("evaluation.max_new_tokens", "model.vllm")
-# Settings that name files, and are written into a run's folder in full: a run may be read from another place.
+# ... unless training generates text: then these decide how long it is, and what writes it.
+GENERATING = ("evaluation.max_new_tokens", "machine.vllm")
+# Settings that name files. A run's folder holds them as absolute paths, since a run may be read from another place.
 PATHS = (
     "model.base",
-    "model.vllm.python",
+    "machine.vllm.python",
     "data.path",
     "data.test_path",
     "evaluation.questions",
@@ -87,136 +66,25 @@ PATHS = (
     "judge.by.prompt",
 )
 
-STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
+Synthesis: TypeAlias = SelfInstruct | HeldBack | OtherStyle
+
+ALGORITHM = OneOf(
+    "name",
+    ALGORITHMS,
+    aliases=ALIASES,
+    nested={"server_optimizer": Annotated[ServerOptimizer, OneOf("name", SERVER_OPTIMIZERS)]},
+)
+SYNTHESIS = OneOf(
+    "kind",
+    {"self_instruct": SelfInstruct, "held_back": HeldBack, "other_style": OtherStyle},
+    nested={"wording": Annotated[Wording, OneOf("style", WORDINGS)]},
+)
+COHORT = OneOf("kind", SELECTORS)
+PARTITION = OneOf("kind", PARTITIONS)
+CODEC = OneOf("name", CODECS)
 
 
-# --- a named choice among classes ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A class picked by name, with its options checked against its constructor; `build` calls it."""
-
-    tag: str  # the key that names it: "name", "kind"
-    name: str
-    make: Callable[..., Any]
-    options: Mapping[str, Any]
-
-    def build(self, **given: Any) -> Any:
-        made = {
-            key: value.build() if isinstance(value, Choice) else value for key, value in self.options.items()
-        }
-        return self.make(**made, **given)
-
-    @property
-    def shared(self) -> bool:
-        """Of an algorithm: does it train a model that all clients share?"""
-        return bool(self.make.shared)  # type: ignore[attr-defined]
-
-    def takes(self, parameter: str) -> bool:
-        return any(f.name == parameter for f in fields(self.make))  # type: ignore[arg-type]
-
-    def plain(self) -> dict[str, Any]:
-        return {
-            self.tag: self.name,
-            **{k: v.plain() if isinstance(v, Choice) else v for k, v in self.options.items()},
-        }
-
-
-def choice(
-    tag: str,
-    table: Mapping[str, Any],
-    *,
-    given: Sequence[str] = (),
-    stand_ins: Mapping[str, Any] | None = None,
-    nested: Mapping[str, Any] = {},
-) -> Any:
-    """A field type: `{tag: name, options...}` or just the name; the first of the table where it is not said.
-
-    `given` parameters are not the user's to set; with `stand_ins` for them the class is tried on the spot, for
-    the checks of its own. `nested` parameters are choices themselves.
-    """
-
-    def check(raw: Any) -> Choice:
-        if isinstance(raw, Choice):
-            return raw
-        options = {tag: raw} if isinstance(raw, str) else dict(raw) if isinstance(raw, Mapping) else {}
-        name = options.pop(tag, next(iter(table)))
-        if name not in table:
-            raise ValueError(
-                f"expected {tag} = one of {', '.join(table)}; got {name!r}{did_you_mean(str(name), table)}"
-            )
-        known = {f.name: f for f in fields(table[name]) if f.name not in given}
-        hints = typing.get_type_hints(table[name])
-        schema = create_model(
-            name,
-            __config__=STRICT,
-            **{
-                key: (nested[key], {}) if key in nested else (hints[key], _default(f))
-                for key, f in known.items()
-                if key in nested or not _is_callable_type(hints[key])
-            },
-        )  # type: ignore[call-overload]
-        checked = schema.model_validate(options)
-        made = Choice(tag, name, table[name], {key: getattr(checked, key) for key in schema.model_fields})
-        if stand_ins is not None or not given:
-            made.build(**{key: value for key, value in (stand_ins or {}).items() if made.takes(key)})
-        return made
-
-    return Annotated[Choice, BeforeValidator(check), PlainSerializer(Choice.plain)]
-
-
-def _default(f: Any) -> Any:
-    if f.default_factory is not MISSING:
-        return f.default_factory()
-    return ... if f.default is MISSING else f.default
-
-
-def _is_callable_type(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.get_origin(Callable[..., Any])
-
-
-SERVER_OPTIMIZERS = {"sgd": SGD}
-ALGORITHMS = {
-    "fedavg": FedAvg,
-    "flexlora": FlexLoRA,
-    "fewfedpit": FewFedPIT,
-    "ppfedit": FewFedPIT,  # the name of its journal version
-    "fedpit": FedPIT,
-    "fedmit": FedMIT,
-    "fewfedweight": FewFedWeight,
-    "local_only": LocalOnly,
-    "self_augmented": SelfAugmented,
-}
-PARTS = ("synthesize", "contrast", "relabel")  # of an algorithm, made from the other sections
-SYNTHESES = {"self_instruct": SelfInstruct, "spare": FromPool, "restyled": FromPool}
-WORDINGS = {"embedded": Wording, "self_instruct": SelfInstructWording}
-CODECS = {"fp32": Fp32, "bf16": Bf16, "int8": Int8, "int4": Int4}
-COHORTS = {"all": All, "fixed": Fixed, "fraction": Fraction, "round_robin": RoundRobin, "poisson": Poisson}
-
-if TYPE_CHECKING:  # made at run time, of which a type checker sees nothing
-    AlgorithmChoice: TypeAlias = Any
-    CodecChoice: TypeAlias = Any
-    CohortChoice: TypeAlias = Any
-    PartitionChoice: TypeAlias = Any
-    SynthesisChoice: TypeAlias = Any
-else:
-    AlgorithmChoice = choice(
-        "name",
-        ALGORITHMS,
-        given=PARTS,
-        stand_ins=dict.fromkeys(PARTS),
-        nested={"server_optimizer": choice("name", SERVER_OPTIMIZERS)},
-    )
-    SynthesisChoice = choice(
-        "kind",
-        SYNTHESES,
-        given=("encode", "decode", "stop", "seed", "context_length", "pool"),
-        nested={"wording": choice("style", WORDINGS)},
-    )
-    CodecChoice = choice("name", CODECS)
-    CohortChoice = choice("kind", COHORTS, given=("clients", "seed"))
-    PartitionChoice = choice("kind", partition.PARTITIONS)
+# --- names -----------------------------------------------------------------------------------------------
 
 
 def _name(text: str) -> str:
@@ -267,14 +135,21 @@ class Vllm(Section):
 class Model(Section):
     base: str = "embedded"  # "embedded", "random:llama", a folder, or a Hugging Face id
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     quantize: Literal["none", "8bit", "4bit", "fp8"] = "none"  # 8bit, 4bit: with the extra "quant"
     allow_download: bool = False  # a Hugging Face id that is not in the local cache
+
+
+class Machine(Section):
+    """How and how fast things are computed: nothing here changes a result, except by rounding."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    kernels: Literal["auto", "fast", "reference"] = "auto"  # auto: fast where the self-check agrees
+    tokens_per_pass: int = Field(4096, gt=0)  # how many tokens run together
     checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
-    tokens_per_pass: int = Field(
-        4096, gt=0
-    )  # how many tokens run together; changes no result but by rounding
-    path: Literal["auto", "fast", "reference"] = "auto"  # auto: fast where the self-check agrees
+    clients_per_batch: int = Field(8, gt=0)  # clients that train together
+    workers: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # processes that compute
+    threads: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"  # of a worker
+    ray: str | None = None  # "auto" or an address: workers on a Ray cluster; None: on this machine
     vllm: Vllm | None = None  # answers are generated by vLLM, in a process of its own
 
 
@@ -318,7 +193,7 @@ class Data(Section):
     private_facts: int = Field(0, ge=0)  # microworld: access codes that only one client knows, each
     canaries: Canaries | None = None  # secrets planted in each client's data, for an audit to look for
     clients: int | None = Field(None, gt=0)  # None: what the partition says (by_owner)
-    partition: PartitionChoice = {}
+    partition: Annotated[Partitioner, PARTITION] = IID()
     hold_out: int = Field(10, ge=1)  # test examples of each category
     hold_out_by: Literal["category", "owner"] = "category"
 
@@ -333,8 +208,7 @@ class Prompt(Section):
 
 
 class Transport(Section):
-    width: int = Field(8, gt=0)  # clients in one engine batch
-    codec: CodecChoice = {}  # what messages lose on their way, in simulation too
+    codec: Annotated[Codec, CODEC] = Fp32()  # what messages lose on their way, in simulation too
 
 
 class Evaluation(Section):
@@ -354,9 +228,12 @@ class Evaluation(Section):
 class Audit(Section):
     examples: int = Field(100, gt=0)  # training examples attacked, drawn over all clients
     references: int = Field(2048, gt=1)  # secrets that were never planted, to rank a canary among
-    every: int | None = Field(
-        None, gt=0
-    )  # rounds between measurements of leakage while a run goes on; None: never
+
+
+class Leakage(Section):
+    """Measured while a run goes on, on the targets that `[audit]` describes."""
+
+    every: int | None = Field(None, gt=0)  # rounds between measurements; None: never
 
 
 class Compare(Section):
@@ -365,7 +242,7 @@ class Compare(Section):
         Annotated[list[str], Field(min_length=1)]
     ] = []  # FedIT's rows Local-1, Local-2, ...: the categories of each
     methods: Annotated[
-        dict[Label, AlgorithmChoice], AfterValidator(_apart)
+        dict[Label, Annotated[Algorithm, ALGORITHM]], AfterValidator(_apart)
     ] = {}  # further rows: label -> algorithm, on the same data and settings
     leakage: bool = False  # attack every shared model, too
     budget: Literal["epochs", "steps"] = "epochs"  # what centralised tuning shares with the federation
@@ -377,63 +254,63 @@ class Compare(Section):
         return [f"Local-{number}" for number in range(1, len(self.local) + 1)]
 
 
-class ByRule(Section):
+@dataclass(frozen=True, kw_only=True)
+class ByRule:
     """The microworld's own check."""
 
-    kind: Literal["rule"] = "rule"
 
-
-class ByLikelihood(Section):
+@dataclass(frozen=True, kw_only=True)
+class ByLikelihood:
     """How likely an answer makes the reference, under a model."""
 
-    kind: Literal["likelihood"] = "likelihood"
     model: str | None = None  # a folder or a Hugging Face id; None: the experiment's base
-    max_length: int = Field(2048, ge=32)  # tokens of question, answer and reference
+    max_length: Annotated[int, Field(ge=32)] = 2048  # tokens of question, answer and reference
 
 
-class InWords(Section):
+@dataclass(frozen=True, kw_only=True)
+class InWords:
     """Of a judge that is asked in words."""
 
-    rubric: Literal["aspects", "total"] = (
-        "aspects"  # FedPIT's four aspects from 1 to 5, or FedIT's total from 1 to 10
-    )
+    # FedPIT's four aspects from 1 to 5, or FedIT's total from 1 to 10
+    rubric: Literal["aspects", "total"] = "aspects"
     prompt: str | None = None  # a text file with words of your own; None: ours
-    repeats: int = Field(1, ge=1)  # ratings of each pair in each order
-    retries: int = Field(2, ge=0)  # how often a malformed reply is asked for again
-    temperature: float = Field(0.0, ge=0)
-    max_tokens: int = Field(400, ge=1)  # of a reply
+    repeats: Annotated[int, Field(ge=1)] = 1  # ratings of each pair in each order
+    retries: Annotated[int, Field(ge=0)] = 2  # how often a malformed reply is asked for again
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1)] = 400  # of a reply
 
 
+@dataclass(frozen=True, kw_only=True)
 class ByModel(InWords):
     """A model on this machine."""
 
-    kind: Literal["local"] = "local"
     model: str  # a folder or a Hugging Face id
-    max_length: int = Field(2048, ge=32)  # tokens it reads and writes
+    max_length: Annotated[int, Field(ge=32)] = 2048  # tokens it reads and writes
 
 
+@dataclass(frozen=True, kw_only=True)
 class ByEndpoint(InWords):
     """An OpenAI-compatible endpoint. Nothing is sent before its cost was told and agreed to."""
 
-    kind: Literal["endpoint"] = "endpoint"
     url: str
     model: str
     key_variable: str | None = None  # the environment variable that holds the key
-    timeout: float = Field(60.0, gt=0)  # seconds
-    concurrency: int = Field(4, ge=1)  # requests at a time
-    per_minute: float | None = Field(None, gt=0)  # requests at most
-    price_in: float | None = Field(None, ge=0)  # of a million prompt tokens
-    price_out: float | None = Field(None, ge=0)  # of a million reply tokens
+    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds
+    concurrency: Annotated[int, Field(ge=1)] = 4  # requests at a time
+    per_minute: Annotated[float, Field(gt=0)] | None = None  # requests at most
+    price_in: Annotated[float, Field(ge=0)] | None = None  # of a million prompt tokens
+    price_out: Annotated[float, Field(ge=0)] | None = None  # of a million reply tokens
 
 
-JudgedBy = Annotated[ByRule | ByLikelihood | ByModel | ByEndpoint, Field(discriminator="kind")]
+JudgedBy: TypeAlias = ByRule | ByLikelihood | ByModel | ByEndpoint
+JUDGED_BY = OneOf(
+    "kind", {"rule": ByRule, "likelihood": ByLikelihood, "local": ByModel, "endpoint": ByEndpoint}
+)
 
 
 class Judge(Section):
     # Who judges; None: the rule where every question has one, else the likelihood.
-    by: Annotated[
-        JudgedBy | None, BeforeValidator(lambda raw: {"kind": raw} if isinstance(raw, str) else raw)
-    ] = None
+    by: Annotated[JudgedBy, JUDGED_BY] | None = None
     table: Literal["relative", "wins"] = (
         "relative"  # FedIT's: every row's summed scores beside the federated row's; or FedPIT's: win, tie, lose
     )
@@ -449,24 +326,31 @@ class Experiment(Section):
     rounds: int = Field(10, ge=1)
     seed: int = Field(0, ge=0)
     model: Model = Model()
+    machine: Machine = Machine()
     adapter: LoraSpec = LoraSpec()
     data: Data = Data()
     prompt: Prompt = Prompt()
-    algorithm: AlgorithmChoice = {}
-    synthesis: SynthesisChoice = {}
+    algorithm: Annotated[Algorithm, ALGORITHM] = FedAvg()
+    synthesis: Annotated[Synthesis, SYNTHESIS] = SelfInstruct()
     local: LocalTraining = LocalTraining()
     examples_per_round: int | None = Field(None, gt=0)  # of a client, in its own order; None: local.epochs
-    cohort: CohortChoice = {}
+    cohort: Annotated[Selector, COHORT] = All()
     transport: Transport = Transport()
     gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
     audit: Audit = Audit()
+    leakage: Leakage = Leakage()
     compare: Compare = Compare()
     judge: Judge | None = None  # compare's models judged in pairs, too
 
+    @property
+    def algorithms(self) -> list[Algorithm]:
+        """Its own, and those of `compare.methods`."""
+        return [self.algorithm, *self.compare.methods.values()]
+
     def plain(self) -> dict[str, Any]:
         """Nested dicts of TOML values, every default written out, nothing that is None."""
-        tree = _without_none(self.model_dump(mode="json"))
+        tree: dict[str, Any] = _without_none(self.model_dump(mode="json"))
         del tree["local"]["rounds"]  # the run's own
         return tree
 
@@ -476,8 +360,7 @@ class Experiment(Section):
     def trained(self) -> dict[str, Any]:
         """The settings that decide what is trained; others may be changed for a training that has begun."""
         tree = self.plain()
-        algorithms = (self.algorithm, *self.compare.methods.values())
-        generating = any(a.takes("synthesize") or a.takes("relabel") for a in algorithms)
+        generating = any(a.needs & {"synthesize", "relabel"} for a in self.algorithms)
         kept = {path: found for path in GENERATING if generating and (found := _at(tree, path)) is not None}
         for path in UNTRAINED:
             *parents, leaf = path.split(".")
@@ -511,10 +394,10 @@ class Experiment(Section):
             table[leaf] = (
                 [_whole(p, always) for p in found] if isinstance(found, list) else _whole(found, always)
             )
-        return _validate(tree, "this experiment")
+        return checked(tree, "this experiment")
 
     def with_(self, **changes: Any) -> Experiment:
-        return _validate({**self.plain(), **changes}, "this experiment")
+        return checked({**self.plain(), **changes}, "this experiment")
 
 
 def changed(one: Mapping[str, Any], other: Mapping[str, Any], within: str = "") -> list[str]:
@@ -547,91 +430,11 @@ def _without_none(value: Any) -> Any:
     return [_without_none(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-# --- reading it ------------------------------------------------------------------------------------------
+# --- checking it -----------------------------------------------------------------------------------------
 
 
-def recipes() -> dict[str, str]:
-    """Shipped recipes: name -> TOML text."""
-    folder = resources.files("fedloom") / "recipes"
-    return {
-        f.name.removesuffix(".toml"): f.read_text("utf-8")
-        for f in sorted(folder.iterdir(), key=lambda f: f.name)
-        if f.name.endswith(".toml")
-    }
-
-
-def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """A recipe's name or a TOML file, then `section.key=value` overrides. Raises ConfigError."""
-    name, text = _read(str(what))
-    return parse(text, name, overrides)
-
-
-def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Experiment:
-    """The text of a TOML file; `name` is what errors call it. Raises ConfigError."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as bad:
-        raise ConfigError(f"{name} is not valid TOML: {bad}") from bad
-    for item in overrides:
-        _override(tree, item)
-    return _validate(tree, name)
-
-
-DATA = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}  # what people give where a recipe is expected
-
-
-def _read(what: str) -> tuple[str, str]:
-    shipped = recipes()
-    if what in shipped:
-        return f"recipe {what}", shipped[what]
-    path = Path(what)
-    if DATA & set(path.suffixes) and os.path.isfile(path):
-        raise ConfigError(
-            f"{path} is data. Expected a recipe ({', '.join(shipped)}) or a TOML file, and there data.path={path}."
-        )
-    try:
-        if path.is_dir():
-            path = path / "experiment.toml"
-        return str(path), path.read_text("utf-8")
-    except (FileNotFoundError, NotADirectoryError) as missing:
-        hint = did_you_mean(what, shipped)
-        raise ConfigError(
-            f"Expected a recipe ({', '.join(shipped)}) or a TOML file; there is no {str(path)!r}{hint}"
-        ) from missing
-    except UnicodeDecodeError as foreign:
-        line = foreign.object.count(b"\n", 0, foreign.start) + 1
-        raise ConfigError(
-            f"{path}:{line} is not UTF-8. Expected a TOML file, which always is: save it as UTF-8."
-        ) from foreign
-    except OSError as failed:
-        raise ConfigError(f"Could not read {path}: {failed.strerror or failed}.") from failed
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    path, equals, text = item.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"Expected an override like rounds=5 or data.path=FILE, got {item!r}.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: no quotes needed on the command line
-    *parents, leaf = path.split(".")
-    table = tree
-    for parent in parents:
-        below = table.setdefault(parent, {})
-        if isinstance(below, str):  # `cohort = "all"` is short for `cohort = { kind = "all" }`
-            below = table[parent] = {
-                "name" if parent in ("algorithm", "server_optimizer", "codec") else "kind": below
-            }
-        if not isinstance(below, dict):
-            raise ConfigError(f"Cannot set {path}: {parent} is a value, not a section.")
-        table = below
-    if leaf in ("name", "kind") and parents and table.get(leaf) != value:
-        table.clear()  # another class: the options of the old one do not apply to it
-    table[leaf] = value
-
-
-def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
+def checked(tree: Mapping[str, Any], name: str) -> Experiment:
+    """The experiment that a tree of values describes; `name` is what errors call it. Raises: ConfigError."""
     if "rounds" in tree.get("local", {}):
         raise ConfigError(f"{name}: local.rounds is not a setting; rounds belongs at the top of the file.")
     for where, value in _leaves(tree):
@@ -644,9 +447,8 @@ def _validate(tree: Mapping[str, Any], name: str) -> Experiment:
         local = {**tree.get("local", {}), "rounds": experiment.rounds}
         return Experiment.model_validate({**tree, "local": local})
     except ValidationError as bad:
-        raise ConfigError(
-            "\n".join([f"{name} cannot be used:", *(f"  {_explain(e)}" for e in bad.errors())])
-        ) from bad
+        lines = [f"  {_explain(error, tree)}" for error in bad.errors()]
+        raise ConfigError("\n".join([f"{name} cannot be used:", *lines])) from bad
 
 
 def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
@@ -661,39 +463,27 @@ def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def _explain(error: Any) -> str:
-    where = (
-        ".".join(
-            str(part) for part in error["loc"] if not str(part).startswith(("function-", "str", "tuple["))
-        )
-        or "file"
-    )
+def _explain(error: Any, tree: Any) -> str:
+    """A mistake in words, after its dotted key."""
+    path = [str(part) for part in error["loc"] if not BRANCH.fullmatch(str(part))]
+    where = ".".join(path) or "file"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        *section, key = [str(p) for p in error["loc"]]
-        return f"{where}: there is no such key{did_you_mean(key, _keys(section))}"
-    got = error.get("input")
-    shown = "" if isinstance(got, dict | Choice) or error["type"] == "value_error" else f", got {got!r}"
+        return f"{where}: there is no such key{did_you_mean(path[-1], _known(path[:-1], tree))}"
+    shown = (
+        ""
+        if error["type"] == "value_error" or isinstance(error.get("input"), Mapping)
+        else f", got {error.get('input')!r}"
+    )
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 
-def _keys(section: Sequence[str]) -> list[str]:
-    schema: Any = Experiment
-    for part in section:
-        schema = (
-            schema.model_fields[part].annotation
-            if isinstance(schema, type) and issubclass(schema, BaseModel) and part in schema.model_fields
-            else None
-        )
-        schema = (
-            next((s for s in typing.get_args(schema) if s is not type(None)), schema)
-            if type(None) in typing.get_args(schema)
-            else schema
-        )
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return list(schema.model_fields)
-    return [f.name for f in fields(schema)] if is_dataclass(schema) and schema is not Choice else []
+# How pydantic names the members of a union and what surrounds a check; neither is a key.
+BRANCH = re.compile(r"function-.*|constrained-.*|str|int|float|(literal|list|tuple)\[.*")
 
 
-def did_you_mean(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def _known(section: Sequence[str], tree: Any) -> dict[str, Any]:
+    """The keys that a section has."""
+    hint: Any = Experiment
+    for key in section:
+        hint, tree = keys(hint, tree).get(key), tree.get(key) if isinstance(tree, Mapping) else None
+    return keys(hint, tree)

@@ -21,7 +21,7 @@ from fedloom.algorithms.base import Algorithm, ServerState
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.synthetic import FATES
 from fedloom.client import Client
-from fedloom.experiment.build import build_algorithm, federated_clients, pooled_client, specialist_client
+from fedloom.experiment.build import cohorts, federated_clients, pooled_client, specialist_client, tools
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.inputs import inputs_of
 from fedloom.experiment.listener import Listener
@@ -103,9 +103,9 @@ def trainings(experiment: Experiment) -> dict[str, tuple[str, Maker]]:
 
 def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
     """The experiment's own algorithm."""
-    clients = federated_clients(experiment, dataset)
-    select = experiment.cohort.build(clients=sorted(clients), seed=experiment.seed)
-    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
+    algorithm = experiment.algorithm
+    clients = federated_clients(experiment, dataset, tools(algorithm, experiment, dataset, machine.template))
+    select = cohorts(experiment, sorted(clients))
     return simulated(
         experiment, dataset, machine, folder, algorithm, clients, select, experiment.fingerprint()
     )
@@ -113,7 +113,7 @@ def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder
 
 def method(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
     """The algorithm that `compare.methods` names so, in all else like the experiment's own."""
-    other = experiment.with_(algorithm=experiment.compare.methods[label].plain())
+    other = experiment.with_(algorithm=experiment.compare.methods[label])
     made = federated if other.algorithm.shared else alone
     return made(other, dataset, machine, folder)
 
@@ -124,23 +124,39 @@ def local_only(experiment: Experiment, dataset: Dataset, machine: Machine, folde
 
 def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
     """An algorithm that shares no model: every client trains in every round, or those `compare.local_clients` draws."""
-    clients = federated_clients(experiment, dataset)
+    algorithm = experiment.algorithm
+    clients = federated_clients(experiment, dataset, tools(algorithm, experiment, dataset, machine.template))
     wanted = experiment.compare.local_clients
     if wanted is not None and wanted < len(clients):
         order = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))
         clients = {str(c): clients[str(c)] for c in sorted(order[:wanted])}
     quiet = experiment.with_(evaluation={**experiment.plain()["evaluation"], "every": experiment.rounds})
-    algorithm = build_algorithm(experiment.algorithm, experiment, dataset, machine)
     fingerprint = "alone " + experiment.fingerprint()
-    return simulated(quiet, dataset, machine, folder, algorithm, clients, All(sorted(clients)), fingerprint)
+    return simulated(
+        quiet,
+        dataset,
+        machine,
+        folder,
+        algorithm,
+        clients,
+        partial(All(), sorted(clients), experiment.seed),
+        fingerprint,
+    )
 
 
 def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
-    select = experiment.cohort.build(clients=sorted(dataset.clients), seed=experiment.seed)
+    select = cohorts(experiment, sorted(dataset.clients))
     clients = pooled_client(experiment, dataset, fmean(len(select(r)) for r in range(experiment.rounds)))
     fingerprint = "centralised " + experiment.fingerprint()
     return simulated(
-        experiment, dataset, machine, folder, FedAvg(), clients, All(sorted(clients)), fingerprint
+        experiment,
+        dataset,
+        machine,
+        folder,
+        FedAvg(),
+        clients,
+        partial(All(), sorted(clients), experiment.seed),
+        fingerprint,
     )
 
 
@@ -152,7 +168,14 @@ def specialist(
     clients = {label: specialist_client(experiment, dataset, label)}
     fingerprint = f"{label} {json.dumps(categories)} {experiment.fingerprint()}"
     return simulated(
-        experiment, dataset, machine, folder, FedAvg(), clients, All(sorted(clients)), fingerprint
+        experiment,
+        dataset,
+        machine,
+        folder,
+        FedAvg(),
+        clients,
+        partial(All(), sorted(clients), experiment.seed),
+        fingerprint,
     )
 
 
@@ -171,8 +194,8 @@ def simulated(
         algorithm,
         machine.engine,
         clients,
-        clients_per_batch=experiment.transport.width,
-        codec=experiment.transport.codec.build(),
+        clients_per_batch=experiment.machine.clients_per_batch,
+        codec=experiment.transport.codec,
         experiment=_identity(fingerprint, inputs),
     )
     training = Training(

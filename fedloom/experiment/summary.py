@@ -28,7 +28,7 @@ from fedloom.evaluation.loss import end_loss, held_out_loss
 from fedloom.evaluation.own_mix import outcomes
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.machine import Machine
-from fedloom.experiment.settings import Experiment
+from fedloom.experiment.settings import ALGORITHM, Experiment
 from fedloom.state import AdapterState
 from fedloom.statistics import estimate, paired
 from fedloom.storage import durable
@@ -154,12 +154,14 @@ def method_of(row: str, experiment: Experiment) -> str:
     """The algorithm that made it."""
     label = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
     if label in experiment.compare.methods:
-        return experiment.compare.methods[label].name
+        return ALGORITHM.name(experiment.compare.methods[label])
     if is_specialist(row):
         return "fedavg"
-    return {"federated": experiment.algorithm.name, "local": "local_only", "centralised": "fedavg"}.get(
-        label, label
-    )
+    return {
+        "federated": ALGORITHM.name(experiment.algorithm),
+        "local": "local_only",
+        "centralised": "fedavg",
+    }.get(label, label)
 
 
 def summarise(

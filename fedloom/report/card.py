@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fedloom.algorithms.names import cited
 from fedloom.experiment.settings import Experiment
 from fedloom.report import endings, findings
 
@@ -97,7 +98,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     cohort = {k: v for k, v in e["cohort"].items() if k != "kind"}
     return [
         ("Base model", f"{_public(e['model']['base'])}, sha256 {summary['engine']['base_sha256'][:16]}…"),
-        ("Algorithm", _algorithm(e)),
+        ("Algorithm", cited(e["algorithm"]["name"])),
         (
             "Clients",
             f"{len(summary['partition']['clients'])}, cohort: {e['cohort']['kind']}{_options(cohort)}",
@@ -122,18 +123,6 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Seed", str(e["seed"])),
         ("Adapter", f"sha256 {summary['adapter_sha256']}"),
     ]
-
-
-def _algorithm(experiment: Mapping[str, Any]) -> str:
-    name = experiment["algorithm"]["name"]
-    known = {
-        "fedavg": "FedAvg of LoRA adapters, weighted by examples (FedIT, arXiv 2305.05644)",
-        "flexlora": "FlexLoRA: the mean of the clients' products, at the adapter's rank (arXiv 2402.11505)",
-        "local_only": "local-only: every client alone",
-        "fedpit": "FedPIT, first version (arXiv 2403.06131v1)",
-        "fewfedpit": "FewFedPIT, the journal version of FedPIT (arXiv 2403.06131v3)",
-    }
-    return known.get(name, findings.ALGORITHMS.get(name, name))
 
 
 def _options(options: Mapping[str, Any]) -> str:

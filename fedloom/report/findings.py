@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedloom.algorithms import names
 from fedloom.evaluation.own_mix import OUTCOMES
 from fedloom.experiment.summary import COIN, LOCAL, LOWER, better, improves, is_single, model_of
-from fedloom.report.terms import ALGORITHMS, LEAKS, METRICS, SHORT, TITLES, Metric
+from fedloom.report.terms import LEAKS, METRICS, SHORT, TITLES, Metric
 from fedloom.report.terms import NOT_SEEN as NOT_SEEN
 
 Summary = Mapping[str, Any]
@@ -16,8 +17,7 @@ Interval = Sequence[float] | None
 
 def own(summary: Summary) -> str:
     """What the experiment's own algorithm is called."""
-    name = str(summary["experiment"]["algorithm"]["name"])
-    return ALGORITHMS.get(name, name)
+    return names.title(str(summary["experiment"]["algorithm"]["name"]))
 
 
 def title(row: str, own: str | None = None) -> str:

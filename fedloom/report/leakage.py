@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from fedloom.algorithms.names import canonical
 from fedloom.report import figures
 from fedloom.report.findings import (
     LEAKS,
@@ -115,7 +116,7 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
 def private_shares(summary: Summary) -> dict[str, float]:
     """row -> beta, of the rows that FewFedPIT made."""
     every = {"federated": summary["experiment"]["algorithm"], **methods(summary)}
-    return {row: float(its["private_share"]) for row, its in every.items() if its["name"] == SWEPT}
+    return {row: float(its["private_share"]) for row, its in every.items() if canonical(its["name"]) == SWEPT}
 
 
 def _both(

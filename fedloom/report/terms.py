@@ -1,4 +1,4 @@
-"""What metrics, rows and algorithms are called on a page."""
+"""What metrics and rows are called on a page."""
 
 from __future__ import annotations
 
@@ -82,14 +82,4 @@ SHORT = {
     "local best": "Best client",
     "federated": "Federated",
     "centralised": "Centralised",
-}
-ALGORITHMS = {
-    "fedavg": "FedIT",
-    "flexlora": "FlexLoRA",
-    "local_only": "LocIT",
-    "self_augmented": "LocIT+SA",
-    "fedpit": "FedPIT",
-    "fewfedpit": "FewFedPIT",
-    "fedmit": "FedMIT",
-    "fewfedweight": "FewFedWeight",
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedloom.errors import RunError
-from fedloom.experiment.settings import load, recipes
+from fedloom.experiment.toml import load, recipes
 from fedloom.storage import journal
 
 EXPERIMENT = "experiment.toml"  # what makes a folder a run

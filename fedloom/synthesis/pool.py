@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedloom.client import Words
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError
 from fedloom.rng import Name, numpy_stream
@@ -17,11 +18,24 @@ from fedloom.synthesis.candidates import Candidate, Synthesis
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldBack:
+    """Settings of a `FromPool` whose pool is the data that no client holds (`data.pool` leaves some over)."""
+
+    candidates: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherStyle:
+    """The same with answers in another style than the federation's; only the microworld has one."""
+
+    candidates: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
 class FromPool:
     """A synthesizer that asks no model: `candidates` of the pool without replacement, drawn by `stream`."""
 
     pool: Sequence[Example]
-    seed: int = 0
     candidates: int = 32
 
     def __post_init__(self) -> None:
@@ -31,8 +45,14 @@ class FromPool:
             )
 
     def __call__(
-        self, examples: Sequence[Example], adapter: AdapterState | None, *, stream: tuple[Name, ...]
+        self,
+        examples: Sequence[Example],
+        adapter: AdapterState | None,
+        words: Words | None,
+        *,
+        seed: int,
+        stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
         yield from ()
-        drawn = numpy_stream(self.seed, "synthesis", "pool", *stream).permutation(len(self.pool))
+        drawn = numpy_stream(seed, "synthesis", "pool", *stream).permutation(len(self.pool))
         return Synthesis(tuple(Candidate(self.pool[i]) for i in drawn[: self.candidates]))

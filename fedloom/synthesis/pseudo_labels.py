@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fedloom.client import Words
 from fedloom.data.example import Example
 from fedloom.rng import Name
 from fedloom.state import AdapterState
@@ -16,24 +17,27 @@ from fedloom.synthesis.candidates import KEPT, Candidate, Synthesis
 class PseudoLabels:
     """A synthesizer. Answers are greedy; an empty one is dropped ("failed/empty-output")."""
 
-    prompt: Callable[[Example], Sequence[int]]  # what a model is given to answer
-    decode: Callable[[Sequence[int]], str]
-    stop: frozenset[int]
     response_tokens: int = 64
 
     def __call__(
-        self, examples: Sequence[Example], adapter: AdapterState | None, *, stream: tuple[Name, ...]
+        self,
+        examples: Sequence[Example],
+        adapter: AdapterState | None,
+        words: Words,
+        *,
+        seed: int,
+        stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
         if not examples:
             return Synthesis()
         answers: list[list[int]] = yield Generate(
-            [self.prompt(e) for e in examples],
+            [words.prompt_ids(e, room=self.response_tokens) for e in examples],
             adapter,
             self.response_tokens,
-            self.stop,
+            words.stop,
             stream=("pseudo", *stream),
         )
         said = [
-            replace(e, response=self.decode(ids).strip()) for e, ids in zip(examples, answers, strict=True)
+            replace(e, response=words.decode(ids).strip()) for e, ids in zip(examples, answers, strict=True)
         ]
         return Synthesis(tuple(Candidate(e, KEPT if e.response else "failed/empty-output") for e in said))

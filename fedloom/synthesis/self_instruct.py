@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
+from fedloom.client import Words
 from fedloom.data.example import Example
 from fedloom.data.text import folded, length, words
 from fedloom.errors import ConfigError
@@ -29,6 +30,7 @@ from fedloom.steps import Generate, Steps
 from fedloom.synthesis.candidates import KEPT, Candidate, Synthesis
 from fedloom.synthesis.filters import Filters, LocalTexts
 
+LONGEST_CONTEXT = 2048  # tokens of a prompt and its answer, however many more the model reads
 NO_INPUT = ("<noinput>", "noinput", "none", "n/a")  # how models say that a task needs no input
 
 
@@ -78,18 +80,13 @@ class SelfInstructWording(Wording):
     item_end: str = "\n\nTask "
 
 
+WORDINGS: dict[str, type[Wording]] = {"embedded": Wording, "self_instruct": SelfInstructWording}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelfInstruct:
-    """A synthesizer: call it with a client's examples and the *global* adapter, which is the generator.
+    """A synthesizer: call it with a client's examples and the *global* adapter, which is the generator."""
 
-    What it generates is a function of (seed, stream, examples, adapter): not of other clients, of batch
-    width or of how often a run was resumed. `decode` must keep blanks and newlines.
-    """
-
-    encode: Callable[[str], Sequence[int]]  # a document as the model reads it, from its beginning
-    decode: Callable[[Sequence[int]], str]
-    stop: frozenset[int]  # tokens that end a text
-    seed: int = 0
     wording: Wording = Wording()
     filters: Filters = field(default_factory=Filters)
     candidates: int = 32  # instructions that go on to be answered
@@ -100,7 +97,6 @@ class SelfInstruct:
     instruction_tokens: int = 64
     response_tokens: int = 512
     context_words: int = 150  # of an input the model writes
-    context_length: int = 2048  # tokens the model reads; where they do not suffice, fewer examples are shown
     temperature: float = 0.0  # 0: greedy
     repetition_penalty: float = 1.0  # on responses; FedPIT's first version used one
     distinct: Literal["instruction", "sample"] = (
@@ -125,28 +121,41 @@ class SelfInstruct:
             raise ConfigError(f"Expected {low[0]} of at least 1, got {getattr(self, low[0])}.")
         if self.distinct not in ("instruction", "sample"):
             raise ConfigError(f'Expected distinct = "instruction" or "sample", got {self.distinct!r}.')
-        if self.context_length <= max(self.instruction_tokens, self.response_tokens):
+
+    def check(self, site: Words) -> None:
+        """Raises ConfigError where the model reads too little for a prompt beside an answer."""
+        longest = max(self.instruction_tokens, self.response_tokens)
+        if _context(site) <= longest:
             raise ConfigError(
-                f"A context of {self.context_length} tokens leaves no room for a prompt beside an answer of "
-                f"{max(self.instruction_tokens, self.response_tokens)}."
+                f"A context of {_context(site)} tokens leaves no room for a prompt beside an answer of {longest}. "
+                "Lower synthesis.instruction_tokens or synthesis.response_tokens."
             )
 
     def __call__(
-        self, examples: Sequence[Example], adapter: AdapterState | None, *, stream: tuple[Name, ...]
+        self,
+        examples: Sequence[Example],
+        adapter: AdapterState | None,
+        words: Words,
+        *,
+        seed: int,
+        stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
-        """Both phases and the filters. A client without examples gets an empty `Synthesis`."""
+        """Both phases and the filters. A client without examples gets an empty `Synthesis`. Raises: ConfigError."""
+        self.check(words)
         if not examples:
             return Synthesis()
         local = LocalTexts(examples, self.filters)
-        drawn = yield from self._instructions(examples, adapter, local, stream)
-        found = yield from self._responses(drawn.candidates, examples, adapter, stream)
+        drawn = yield from self._instructions(examples, adapter, words, local, seed, stream)
+        found = yield from self._responses(drawn.candidates, examples, adapter, words, seed, stream)
         return replace(drawn, candidates=self._filtered(found, local))
 
     def _instructions(
         self,
         examples: Sequence[Example],
         adapter: AdapterState | None,
+        site: Words,
         local: LocalTexts,
+        seed: int,
         stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
         """Phase 1: draw until enough instructions pass, or the attempts are used up."""
@@ -154,16 +163,16 @@ class SelfInstruct:
         asked: set[tuple[int, ...]] = set()
         passed: set[str] = set()
         good = draws = repeated = 0
-        stop = self._stop_at("\n")
+        stop = _stop_at(site, "\n")
         while good < self.candidates and draws < self.attempts:
             prompts: list[tuple[int, ...]] = []
             first = draws
             # Never less than half a batch: one prompt takes as long to continue as many.
             batch = max(self.candidates - good, self.candidates // 2)
             while len(prompts) < batch and draws < self.attempts:
-                shown = self._draw(examples, self.shown, *stream, "instruction", draws)
+                shown = _draw(seed, examples, self.shown, *stream, "instruction", draws)
                 draws += 1
-                prompt = self._fitting(self.wording.instruction_prompt, shown, self.instruction_tokens)
+                prompt = _fitting(site, self.wording.instruction_prompt, shown, self.instruction_tokens)
                 if self.temperature == 0 and prompt in asked:
                     repeated += 1
                     continue
@@ -178,10 +187,10 @@ class SelfInstruct:
                 stop,
                 self.temperature,
                 ("synthesis", *stream, "instruction", first),
-                seed=self.seed,
+                seed=seed,
             )
             for ids in answers:
-                text, ended = self._until("\n", ids, self.instruction_tokens)
+                text, ended = _until(site, "\n", ids, self.instruction_tokens)
                 fate = (
                     "failed/unfinished"
                     if not ended
@@ -206,20 +215,22 @@ class SelfInstruct:
         candidates: Sequence[Candidate],
         examples: Sequence[Example],
         adapter: AdapterState | None,
+        site: Words,
+        seed: int,
         stream: tuple[Name, ...],
     ) -> Steps[list[Candidate]]:
         """Phase 2: answer what passed, again with other examples where the answer has not the form."""
         found = list(candidates)
         asked: set[tuple[int, ...]] = set()
         waiting = [index for index, c in enumerate(found) if c.fate == KEPT]
-        stop = self._stop_at(self.wording.item_end)
+        stop = _stop_at(site, self.wording.item_end)
         for trial in range(self.trials):
             prompts: dict[int, tuple[int, ...]] = {}
             for index in waiting:
                 instruction = found[index].example.instruction
-                shown = self._draw(examples, self.worked, *stream, "response", index, trial)
+                shown = _draw(seed, examples, self.worked, *stream, "response", index, trial)
                 ask = partial(self.wording.response_prompt, instruction=instruction)
-                prompt = self._fitting(ask, shown, self.response_tokens)
+                prompt = _fitting(site, ask, shown, self.response_tokens)
                 if self.temperature > 0 or prompt not in asked:
                     prompts[index] = prompt
             if not prompts:
@@ -233,15 +244,15 @@ class SelfInstruct:
                 self.temperature,
                 ("synthesis", *stream, "response", trial),
                 self.repetition_penalty,
-                seed=self.seed,
+                seed=seed,
             )
             for index, ids in zip(prompts, answers, strict=True):
-                found[index] = self._answered(found[index].example, ids)
+                found[index] = self._answered(site, found[index].example, ids)
             waiting = [index for index in waiting if found[index].fate != KEPT]
         return found
 
-    def _answered(self, example: Example, ids: Sequence[int]) -> Candidate:
-        text, ended = self._until(self.wording.item_end, ids, self.response_tokens)
+    def _answered(self, site: Words, example: Example, ids: Sequence[int]) -> Candidate:
+        text, ended = _until(site, self.wording.item_end, ids, self.response_tokens)
         before, marker, response = text.partition(self.wording.output)
         context = before.strip()
         if not marker or (context and not context.startswith(self.wording.input)):
@@ -271,30 +282,38 @@ class SelfInstruct:
             out.append(c)
         return tuple(out)
 
-    def _draw(self, examples: Sequence[Example], count: int, *name: Name) -> list[Example]:
-        order = numpy_stream(self.seed, "synthesis", *name).permutation(len(examples))
-        return [examples[i] for i in order[:count]]
 
-    def _fitting(
-        self, render: Callable[[Sequence[Example]], str], shown: Sequence[Example], answer: int
-    ) -> tuple[int, ...]:
-        """The prompt with as many examples as fit beside an answer; the longest go first."""
-        few = list(shown)
-        while True:
-            prompt = tuple(self.encode(render(few)))
-            if len(prompt) + answer <= self.context_length or not few:
-                return prompt
-            few.remove(max(few, key=lambda e: len(e.instruction) + len(e.context) + len(e.response)))
+def _draw(seed: int, examples: Sequence[Example], count: int, *name: Name) -> list[Example]:
+    order = numpy_stream(seed, "synthesis", *name).permutation(len(examples))
+    return [examples[i] for i in order[:count]]
 
-    def _until(self, end: str, ids: Sequence[int], limit: int) -> tuple[str, bool]:
-        """The answer up to `end`, and whether it ended at all: there, or by a stop token."""
-        text, found, _ = self.decode(ids).lstrip().partition(end)
-        return text.strip(), bool(found) or len(ids) < limit
 
-    def _stop_at(self, end: str) -> frozenset[int]:
-        """Where one token spells `end`, generation need not go on to the limit."""
-        last = self.encode(f"a{end}")[-1]
-        return self.stop | {last} if self.decode([last]) == end else self.stop
+def _context(site: Words) -> int:
+    return min(site.positions, LONGEST_CONTEXT)
+
+
+def _fitting(
+    site: Words, render: Callable[[Sequence[Example]], str], shown: Sequence[Example], answer: int
+) -> tuple[int, ...]:
+    """The prompt with as many examples as fit beside an answer; the longest go first."""
+    few = list(shown)
+    while True:
+        prompt = tuple(site.document_ids(render(few)))
+        if len(prompt) + answer <= _context(site) or not few:
+            return prompt
+        few.remove(max(few, key=lambda e: len(e.instruction) + len(e.context) + len(e.response)))
+
+
+def _until(site: Words, end: str, ids: Sequence[int], limit: int) -> tuple[str, bool]:
+    """The answer up to `end`, and whether it ended at all: there, or by a stop token."""
+    text, found, _ = site.text(ids).lstrip().partition(end)
+    return text.strip(), bool(found) or len(ids) < limit
+
+
+def _stop_at(site: Words, end: str) -> frozenset[int]:
+    """Where one token spells `end`, generation need not go on to the limit."""
+    last = site.document_ids(f"a{end}")[-1]
+    return site.stop | {last} if site.text([last]) == end else site.stop
 
 
 def _fate(code: str | None) -> str:

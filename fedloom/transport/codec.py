@@ -209,6 +209,9 @@ def _bytes(part: Tensor, size: int, *, zstd: bool) -> blocks.Codes:
     return data
 
 
+CODECS: dict[str, type[Codec]] = {"fp32": Fp32, "bf16": Bf16, "int8": Int8, "int4": Int4}
+
+
 def _expect(parts: Parts, kinds: Mapping[str, torch.dtype]) -> None:
     if {name: t.dtype for name, t in parts.items()} != dict(kinds):
         raise _malformed(f"tensors other than {', '.join(kinds)}")

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedloom.algorithms.base import Algorithm, ServerState
-from fedloom.client import Client
+from fedloom.client import Client, Tools
 from fedloom.data.example import Example
 from fedloom.federation import Federation
 from fedloom.messages import Broadcast, Update
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Generate, Score, Scored, Steps
 from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport.in_process import Simulation
-from tests.fakes import ToyEngine, numbers, run_alone, say, state, value
+from tests.fakes import ToyEngine, everybody, numbers, run_alone, say, state, value
 
 ALONE = 50.0  # nats a token of every response alone
 
@@ -63,13 +62,29 @@ class Talking:
 
 
 @dataclass(frozen=True)
+class Equipped:
+    """An algorithm, and the tools that its clients have."""
+
+    algorithm: Algorithm
+    tools: Tools
+
+
+def equipped(algorithm: Algorithm, **tools: Any) -> Equipped:
+    return Equipped(algorithm, Tools(**{"contrast": contrast, **tools}))
+
+
+def _apart(given: Algorithm | Equipped) -> tuple[Algorithm, Tools]:
+    return (given.algorithm, given.tools) if isinstance(given, Equipped) else (given, Tools())
+
+
+@dataclass(frozen=True)
 class Making:
     """A synthesizer that asks as often as the client's name is long, then makes `examples` and fails once."""
 
     examples: Sequence[Any]
 
     def __call__(
-        self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+        self, local: Sequence[Any], adapter: AdapterState, words: Any, *, seed: int, stream: tuple[Any, ...]
     ) -> Steps[Synthesis]:
         for _ in str(stream[0]):
             yield Generate([[1]], adapter, max_new_tokens=2, stream=stream)
@@ -83,14 +98,14 @@ class Echoing:
     count: int = 1
 
     def __call__(
-        self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+        self, local: Sequence[Any], adapter: AdapterState, words: Any, *, seed: int, stream: tuple[Any, ...]
     ) -> Steps[Synthesis]:
         [[tenths]] = yield Generate([[1]], adapter, stream=stream)
         return Synthesis(tuple(Candidate(say(tenths / 10)) for _ in range(self.count)))
 
 
 def one_round(
-    algorithm: Algorithm,
+    given: Algorithm | Equipped,
     examples: Sequence[float],
     *,
     start: float = 0.0,
@@ -98,20 +113,21 @@ def one_round(
     round: int = 0,
 ) -> tuple[Update, Talking, Client]:
     """What client "a" answers to a broadcast of `start`, the engine that served it, and the client."""
-    client = Client("a", [say(x) for x in examples], {} if memory is None else memory)
+    algorithm, tools = _apart(given)
+    client = Client("a", [say(x) for x in examples], {} if memory is None else memory, tools=tools)
     engine = Talking()
     message = Broadcast(round, {"adapter": state(start, start)})
     return run_alone(algorithm.client(message, client), engine), engine, client
 
 
 def federate(
-    algorithm: Algorithm, clients: Mapping[str, Sequence[float]], *, rounds: int = 2, width: int = 8
+    given: Algorithm | Equipped, clients: Mapping[str, Sequence[float]], *, rounds: int = 2, width: int = 8
 ) -> tuple[ServerState, dict[str, Client]]:
-    engine = Talking()
-    made = {c: Client(c, [say(x) for x in xs]) for c, xs in clients.items()}
+    engine, (algorithm, tools) = Talking(), _apart(given)
+    made = {c: Client(c, [say(x) for x in xs], tools=tools) for c, xs in clients.items()}
     transport = Simulation(algorithm, engine, made, clients_per_batch=width)
     state_ = algorithm.init(engine.initial_adapter(0))
-    return Federation(algorithm, transport, All(sorted(made))).run(state_, rounds), made
+    return Federation(algorithm, transport, everybody(made)).run(state_, rounds), made
 
 
 def fits(engine: Talking) -> list[Fit]:

@@ -10,16 +10,15 @@ import pytest
 from fedloom.algorithms.base import UNSENT, Algorithm, ServerState, answer
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.local_only import LocalOnly
+from fedloom.algorithms.names import ALGORITHMS
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.client import Client
 from fedloom.errors import ConfigError
-from fedloom.experiment.settings import ALGORITHMS
 from fedloom.federation import Federation
 from fedloom.messages import ClientId
-from fedloom.selection import All
 from fedloom.transport import wire
 from fedloom.transport.in_process import Simulation
-from tests.fakes import FOUR, A, B, ToyEngine, numbers, run_alone, state
+from tests.fakes import FOUR, A, B, ToyEngine, everybody, numbers, run_alone, state
 
 
 def federate(
@@ -34,7 +33,7 @@ def federate(
     made = {c: xs if isinstance(xs, Client) else Client(c, xs) for c, xs in clients.items()}
     transport = Simulation(algorithm, engine, made, clients_per_batch=width)
     start = algorithm.init(engine.initial_adapter(0))
-    return Federation(algorithm, transport, All(sorted(made))).run(start, rounds), made
+    return Federation(algorithm, transport, everybody(made)).run(start, rounds), made
 
 
 def test_one_round_of_fedavg_by_hand() -> None:

@@ -66,9 +66,7 @@ def server_side(algorithm: Algorithm, codec: Codec) -> ServerState:
     return state
 
 
-@pytest.mark.parametrize(
-    "make", [FedAvg, LocalOnly, lambda: FewFedWeight(relabel=None)], ids=["fedavg", "local", "fewfedweight"]
-)  # type: ignore[arg-type]
+@pytest.mark.parametrize("make", [FedAvg, LocalOnly, FewFedWeight], ids=["fedavg", "local", "fewfedweight"])
 @pytest.mark.parametrize("codec", [Fp32(), Int4()], ids=["fp32", "int4"])
 def test_the_server_never_multiplies_the_factors(make: Callable[[], Algorithm], codec: Codec) -> None:
     with Largest() as seen:

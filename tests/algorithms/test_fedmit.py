@@ -10,12 +10,12 @@ from fedloom.algorithms.local_only import LocalOnly
 from fedloom.algorithms.self_augmented import SelfAugmented
 from fedloom.steps import Generate, Score
 from fedloom.transport import wire
-from tests.algorithms.talking import Echoing, Making, contrast, federate, fits, one_round
+from tests.algorithms.talking import Echoing, Equipped, Making, equipped, federate, fits, one_round
 from tests.fakes import A, numbers, say
 
 
-def fedmit(*made: float, **options: Any) -> FedMIT:
-    return FedMIT(**{"synthesize": Making([say(x) for x in made]), "contrast": contrast, **options})
+def fedmit(*made: float, **options: Any) -> Equipped:
+    return equipped(FedMIT(**options), synthesize=Making([say(x) for x in made]))
 
 
 def test_fedmit_trains_one_adapter_on_local_and_selected_examples_together() -> None:
@@ -29,8 +29,10 @@ def test_fedmit_trains_one_adapter_on_local_and_selected_examples_together() -> 
 
 
 def test_fedmit_generates_and_selects_as_fewfedpit_does() -> None:
-    options: dict[str, Any] = {"synthesize": Echoing(3), "contrast": contrast, "keep": 2}
-    ours, theirs = (one_round(make(**options), [8.0, 9.0], start=2.0)[1] for make in (FedMIT, FewFedPIT))
+    ours, theirs = (
+        one_round(equipped(made, synthesize=Echoing(3)), [8.0, 9.0], start=2.0)[1]
+        for made in (FedMIT(keep=2), FewFedPIT(keep=2))
+    )
     assert [numbers(r.adapter) for r in ours.of(Generate)] == [
         numbers(r.adapter) for r in theirs.of(Generate)
     ]
@@ -44,7 +46,7 @@ def test_fedmit_without_candidates_trains_on_local_examples() -> None:
 
 
 def test_self_augmentation_tunes_on_local_and_synthetic_examples() -> None:
-    update, engine, client = one_round(SelfAugmented(synthesize=Making([say(6.0)])), [8.0])
+    update, engine, client = one_round(equipped(SelfAugmented(), synthesize=Making([say(6.0)])), [8.0])
     [fit] = fits(engine)
     assert [e.response for e in fit.examples] == ["8.0", "6.0"]
     assert numbers(client.memory["adapter"])[0] in (5.0, 5.5)
@@ -52,13 +54,13 @@ def test_self_augmentation_tunes_on_local_and_synthetic_examples() -> None:
 
 
 def test_self_augmentation_lets_no_tensor_out() -> None:
-    update, _, client = one_round(SelfAugmented(synthesize=Making([say(6.0)])), [8.0])
+    update, _, client = one_round(equipped(SelfAugmented(), synthesize=Making([say(6.0)])), [8.0])
     assert client.memory["adapter"][A].numpy().tobytes() not in wire.pack_update(update)
 
 
 def test_self_augmentation_generates_once_and_goes_on_from_its_own_adapter() -> None:
     memory: dict[str, Any] = {}
-    algorithm = SelfAugmented(synthesize=Echoing())
+    algorithm = equipped(SelfAugmented(), synthesize=Echoing())
     one_round(algorithm, [8.0], start=2.0, memory=memory)
     after = memory["adapter"]
     _, engine, _ = one_round(algorithm, [8.0], start=2.0, memory=memory, round=1)
@@ -71,7 +73,7 @@ def test_self_augmentation_generates_once_and_goes_on_from_its_own_adapter() -> 
 
 def test_self_augmentation_with_nothing_made_is_local_only_to_the_bit() -> None:
     clients = {"a": [1.0, 2.0, 3.0], "b": [4.0]}
-    _, ours = federate(SelfAugmented(synthesize=Making([])), clients, rounds=3)
+    _, ours = federate(equipped(SelfAugmented(), synthesize=Making([])), clients, rounds=3)
     _, theirs = federate(LocalOnly(), clients, rounds=3)
     for c in clients:
         assert ours[c].memory["adapter"].sha256() == theirs[c].memory["adapter"].sha256()
@@ -79,7 +81,7 @@ def test_self_augmentation_with_nothing_made_is_local_only_to_the_bit() -> None:
 
 def test_self_augmented_clients_never_see_one_another() -> None:
     clients = {"a": [1.0, 2.0, 3.0], "b": [4.0]}
-    algorithm = SelfAugmented(synthesize=Echoing(2))
+    algorithm = equipped(SelfAugmented(), synthesize=Echoing(2))
     together = federate(algorithm, clients, rounds=2)[1]
     alone = federate(algorithm, {"a": clients["a"]}, rounds=2)[1]
     assert together["a"].memory["adapter"].sha256() == alone["a"].memory["adapter"].sha256()

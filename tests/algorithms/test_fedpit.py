@@ -12,18 +12,17 @@ import pytest
 from fedloom.algorithms.base import UNSENT
 from fedloom.algorithms.fedpit import FedPIT
 from fedloom.algorithms.fewfedpit import FewFedPIT
-from fedloom.client import Client
+from fedloom.client import Client, Tools
 from fedloom.federation import Federation
 from fedloom.messages import Broadcast
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Generate, Score, Steps
 from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport import wire
 from fedloom.transport.codec import Bf16, Fp32, Int4
 from fedloom.transport.in_process import Simulation
-from tests.algorithms.talking import Echoing, Making, Talking, contrast, federate, fits, one_round
-from tests.fakes import A, numbers, say, state, value
+from tests.algorithms.talking import Echoing, Equipped, Making, Talking, equipped, federate, fits, one_round
+from tests.fakes import A, everybody, numbers, say, state, value
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,16 @@ class Comparing:
     examples: Sequence[Any]
 
     def __call__(
-        self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+        self, local: Sequence[Any], adapter: AdapterState, words: Any, *, seed: int, stream: tuple[Any, ...]
     ) -> Steps[Synthesis]:
         yield Generate([[1]], adapter, stream=stream)
         dropped = [Candidate(e, "filtered/copy" if value(e) > 7 else "filtered/near-example") for e in local]
         return Synthesis((*dropped, *map(Candidate, self.examples)))
 
 
-def fedpit(*made: float, **options: Any) -> FedPIT:
-    return FedPIT(**{"synthesize": Making([say(x) for x in made]), **options})
+def fedpit(*made: float, **options: Any) -> Equipped:
+    synthesize = options.pop("synthesize", Making([say(x) for x in made]))
+    return equipped(FedPIT(**options), synthesize=synthesize)
 
 
 def test_one_round_by_hand() -> None:
@@ -78,10 +78,10 @@ def test_no_byte_that_clients_send_tells_how_many_private_examples_there_are_or_
 
         with monkeypatch.context() as patch:
             patch.setattr(wire, "pack_update", weighed)
-            algorithm = FedPIT(synthesize=Comparing([say(x) for x in made]))
-            clients = {c: Client(c, [say(x) for x in xs]) for c, xs in private.items()}
+            algorithm, tools = FedPIT(), Tools(synthesize=Comparing([say(x) for x in made]))
+            clients = {c: Client(c, [say(x) for x in xs], tools=tools) for c, xs in private.items()}
             transport = Simulation(algorithm, Talking(), clients, codec=codec)
-            Federation(algorithm, transport, All(sorted(clients))).run(algorithm.init(state(0.0, 0.0)), 3)
+            Federation(algorithm, transport, everybody(clients)).run(algorithm.init(state(0.0, 0.0)), 3)
         assert {c.memory[UNSENT]["synthetic/generated"] for c in clients.values()} == {
             len(made) + len(xs) for xs in private.values()
         }
@@ -104,17 +104,23 @@ def test_a_client_weighs_as_much_as_it_has_synthetic_examples() -> None:
     @dataclass(frozen=True)
     class Unequal:
         def __call__(
-            self, local: Sequence[Any], adapter: AdapterState, *, stream: tuple[Any, ...]
+            self,
+            local: Sequence[Any],
+            adapter: AdapterState,
+            words: Any,
+            *,
+            seed: int,
+            stream: tuple[Any, ...],
         ) -> Steps[Synthesis]:
             yield Generate([[1]], adapter, stream=stream)
             return Synthesis((Candidate(say(6.0)),) if stream[0] == "a" else ())
 
-    end, _ = federate(FedPIT(synthesize=Unequal()), {"a": [8.0], "bb": [1.0, 2.0, 3.0]}, rounds=1)
+    end, _ = federate(fedpit(synthesize=Unequal()), {"a": [8.0], "bb": [1.0, 2.0, 3.0]}, rounds=1)
     assert numbers(end.adapter) == [3.0, 3.0]
 
 
 def test_an_upload_of_fewfedpit_does_move() -> None:
-    algorithm = FewFedPIT(synthesize=Making([say(6.0), say(5.0)]), contrast=contrast)
+    algorithm = equipped(FewFedPIT(), synthesize=Making([say(6.0), say(5.0)]))
     one, other = (one_round(algorithm, [x, x])[0] for x in (8.0, 7.0))
     assert one.delta.sha256() != other.delta.sha256()
 
@@ -175,7 +181,7 @@ def test_a_client_that_was_resumed_goes_on_as_if_it_had_not_been() -> None:
 
 
 def test_a_broadcast_carries_the_adapter_alone() -> None:
-    algorithm = fedpit(6.0)
+    algorithm = FedPIT()
     message = algorithm.broadcast(algorithm.init(state(1.0)), "a")
     assert isinstance(message, Broadcast)
     assert list(message.states) == ["adapter"]

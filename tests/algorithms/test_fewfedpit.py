@@ -19,13 +19,23 @@ from fedloom.messages import Broadcast
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Generate, Score, drive
 from fedloom.transport import wire
-from tests.algorithms.talking import Echoing, Making, Talking, contrast, federate, fits, is_json, one_round
+from tests.algorithms.talking import (
+    Echoing,
+    Equipped,
+    Making,
+    Talking,
+    equipped,
+    federate,
+    fits,
+    is_json,
+    one_round,
+)
 from tests.fakes import A, B, numbers, say, state
 
 
-def fewfedpit(*made: float, **options: Any) -> FewFedPIT:
+def fewfedpit(*made: float, **options: Any) -> Equipped:
     synthesize = options.pop("synthesize", Making([say(x) for x in made]))
-    return FewFedPIT(synthesize=synthesize, contrast=contrast, **options)
+    return equipped(FewFedPIT(**options), synthesize=synthesize)
 
 
 def test_one_round_by_hand() -> None:
@@ -117,10 +127,13 @@ def test_the_private_fit_is_the_very_request_of_fedavg() -> None:
 
 def test_private_fits_of_a_cohort_are_answered_together_however_long_generation_takes() -> None:
     clients = {"a": [1.0], "bb": [2.0], "ccc": [3.0]}
-    algorithm, engine, message = fewfedpit(1.0), Talking(), Broadcast(0, {"adapter": state(0.0)})
+    given, engine, message = fewfedpit(1.0), Talking(), Broadcast(0, {"adapter": state(0.0)})
     list(
         drive(
-            {c: algorithm.client(message, Client(c, [say(x) for x in xs])) for c, xs in clients.items()},
+            {
+                c: given.algorithm.client(message, Client(c, [say(x) for x in xs], tools=given.tools))
+                for c, xs in clients.items()
+            },
             engine,
         )
     )
@@ -167,9 +180,7 @@ def test_how_many_candidates_met_which_fate_stays_with_the_client() -> None:
 
 
 def test_no_word_of_a_synthetic_example_leaves_the_client() -> None:
-    algorithm = FewFedPIT(
-        synthesize=Making([replace(say(5.0), instruction="Aardvark", context="Bandicoot")]), contrast=contrast
-    )
+    algorithm = fewfedpit(synthesize=Making([replace(say(5.0), instruction="Aardvark", context="Bandicoot")]))
     update, _, client = one_round(algorithm, [8.0])
     assert "Aardvark" in json.dumps(client.memory)
     assert b"Aardvark" not in wire.pack_update(update)

@@ -17,12 +17,13 @@ from fedloom.steps import Generate, Score
 from fedloom.storage import checkpoint
 from fedloom.storage.checkpoint import Checkpoint
 from fedloom.transport.base import Snapshot
-from tests.algorithms.talking import Echoing, Making, federate, fits, one_round
+from tests.algorithms.talking import Echoing, Equipped, Making, equipped, federate, fits, one_round
 from tests.fakes import numbers, say, state
 
 
-def fewfedweight(*labels: float, **options: Any) -> FewFedWeight:
-    return FewFedWeight(**{"relabel": Making([say(x) for x in labels]), **options})
+def fewfedweight(*labels: float, **options: Any) -> Equipped:
+    relabel = options.pop("relabel", Making([say(x) for x in labels]))
+    return equipped(FewFedWeight(**options), relabel=relabel)
 
 
 def update(client: str, delta: float, loss: float, weight: float = 1.0) -> Update:
@@ -94,7 +95,7 @@ def test_a_client_reports_its_loss_on_its_own_examples() -> None:
 
 def test_one_round_on_the_server_by_hand() -> None:
     # 3 and 1 examples, losses 0 and ln 2: raw 3 and 1/2, scaled to the sum 4: 24/7 and 4/7. Mean (24*1 + 4*8)/28.
-    server = served(fewfedweight(), update("a", 1.0, 0.0, 3), update("b", 8.0, math.log(2), 1))
+    server = served(FewFedWeight(), update("a", 1.0, 0.0, 3), update("b", 8.0, math.log(2), 1))
     assert trust(server) == pytest.approx({"a": 24 / 7, "b": 4 / 7})
     assert numbers(server.adapter) == pytest.approx([2.0])
     assert server.round == 1
@@ -102,12 +103,12 @@ def test_one_round_on_the_server_by_hand() -> None:
 
 def test_weights_go_on_from_round_to_round() -> None:
     # Without examples in play: 1 : 1 becomes 1 : 1/2, then 1 : 1/4, of 2 in all.
-    server = served(fewfedweight(), update("a", 1.0, 0.0), update("b", 8.0, math.log(2)), rounds=2)
+    server = served(FewFedWeight(), update("a", 1.0, 0.0), update("b", 8.0, math.log(2)), rounds=2)
     assert trust(server) == pytest.approx({"a": 1.6, "b": 0.4})
 
 
 def test_an_absent_client_keeps_its_weight_and_taking_part_costs_nothing() -> None:
-    algorithm = fewfedweight()
+    algorithm = FewFedWeight()
     server = served(algorithm, update("a", 1.0, 5.0, 2), update("b", 1.0, 5.0, 2), update("c", 1.0, 5.0, 2))
     for _ in range(3):
         server = algorithm.server(server, [update("a", 1.0, 5.0, 2), update("b", 1.0, 5.0, 2)])
@@ -117,27 +118,27 @@ def test_an_absent_client_keeps_its_weight_and_taking_part_costs_nothing() -> No
 def test_without_adaptation_the_server_is_that_of_fedavg() -> None:
     updates = [update("a", 1.0, 0.3, 3), update("b", 8.0, 2.0, 1)]
     plain = FedAvg().server(FedAvg().init(state(0.0)), updates)
-    assert numbers(served(fewfedweight(eta=0.0), *updates).adapter) == pytest.approx(numbers(plain.adapter))
+    assert numbers(served(FewFedWeight(eta=0.0), *updates).adapter) == pytest.approx(numbers(plain.adapter))
 
 
 def test_the_order_of_arrival_changes_no_bit() -> None:
     updates = [update("a", 0.1, 0.3, 3), update("b", 8.7, 2.0, 1), update("c", 3.3, 1.1, 7)]
-    ends = [served(fewfedweight(), *order, rounds=3) for order in itertools.permutations(updates)]
+    ends = [served(FewFedWeight(), *order, rounds=3) for order in itertools.permutations(updates)]
     assert len({(s.adapter.sha256(), s.slots["client_weights"].sha256()) for s in ends}) == 1
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_client_whose_loss_is_no_number_is_left_out_and_keeps_its_weight(loss: float) -> None:
-    server = served(fewfedweight(), update("a", 1.0, 0.5, 3), update("b", 8.0, loss, 2))
+    server = served(FewFedWeight(), update("a", 1.0, 0.5, 3), update("b", 8.0, loss, 2))
     assert numbers(server.adapter) == [1.0]
     assert trust(server) == pytest.approx({"a": 3, "b": 2})
 
 
 def test_nobody_with_a_loss_is_an_empty_cohort() -> None:
     with pytest.raises(EmptyCohort):
-        served(fewfedweight(), update("a", 1.0, math.nan))
+        served(FewFedWeight(), update("a", 1.0, math.nan))
     with pytest.raises(EmptyCohort):
-        served(fewfedweight(), replace(update("a", 1.0, 0.0), metrics={}))
+        served(FewFedWeight(), replace(update("a", 1.0, 0.0), metrics={}))
 
 
 def test_adapted_weights_keep_their_sum() -> None:
@@ -147,7 +148,7 @@ def test_adapted_weights_keep_their_sum() -> None:
 
 
 def test_the_servers_memory_survives_a_checkpoint(tmp_path: Any) -> None:
-    server = served(fewfedweight(), update("client/a", 1.0, 0.0, 3), update("b", 8.0, 1.0))
+    server = served(FewFedWeight(), update("client/a", 1.0, 0.0, 3), update("b", 8.0, 1.0))
     checkpoint.commit(tmp_path, Checkpoint(server, Snapshot(), {}), fingerprint="x")
     found = checkpoint.newest(tmp_path, fingerprint="x").checkpoint
     assert found is not None

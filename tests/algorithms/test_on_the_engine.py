@@ -15,17 +15,17 @@ from fedloom.algorithms.fedpit import FedPIT
 from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.algorithms.fewfedweight import FewFedWeight
 from fedloom.algorithms.flexlora import FlexLoRA
-from fedloom.client import Client
+from fedloom.client import Client, Tools
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.federation import Federation
 from fedloom.messages import Broadcast, Update
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.steps import Fit, Generate, LoraSpec, Score, Steps, Tokens, drive
 from fedloom.synthesis.candidates import Candidate, Synthesis
 from fedloom.transport import wire
 from fedloom.transport.in_process import Simulation
 from tests.engine.tiny_models import engine, example, examples, llama, moved
+from tests.fakes import everybody
 
 CLIENTS = {"a": examples(7, 1), "bb": examples(3, 2), "ccc": examples(5, 3)}
 
@@ -41,7 +41,9 @@ class Made:
 
     examples: Sequence[Tokens]
 
-    def __call__(self, local: Any, adapter: AdapterState, *, stream: tuple[Any, ...]) -> Steps[Synthesis]:
+    def __call__(
+        self, local: Any, adapter: AdapterState, words: Any, *, seed: int, stream: tuple[Any, ...]
+    ) -> Steps[Synthesis]:
         for _ in str(stream[0]):
             yield Generate([[1, 5, 7]], adapter, max_new_tokens=3)
         return Synthesis(tuple(map(Candidate, self.examples)))
@@ -52,16 +54,27 @@ def real() -> LoraEngine:
     return engine(llama(), path="fast", lora=LoraSpec(rank=4, alpha=8.0, dropout=0.1))
 
 
-def federated(algorithm: Algorithm, real: LoraEngine, *, width: int, rounds: int = 2) -> ServerState:
-    clients = {c: Client(c, own) for c, own in CLIENTS.items()}
+def tools(*made: Tokens) -> Tools:
+    return Tools(synthesize=Made(made), contrast=contrast, relabel=Made(made))
+
+
+SIX = tools(*examples(6, 9))
+
+
+def federated(
+    algorithm: Algorithm, real: LoraEngine, *, width: int, rounds: int = 2, tools: Tools = SIX
+) -> ServerState:
+    clients = {c: Client(c, own, tools=tools) for c, own in CLIENTS.items()}
     transport = Simulation(algorithm, real, clients, clients_per_batch=width)
-    return Federation(algorithm, transport, All(sorted(clients))).run(
+    return Federation(algorithm, transport, everybody(clients)).run(
         algorithm.init(real.initial_adapter(0)), rounds
     )
 
 
 def update(algorithm: Algorithm, real: LoraEngine, own: Sequence[Tokens], start: AdapterState) -> Update:
-    [(_, found)] = drive({"a": algorithm.client(Broadcast(1, {"adapter": start}), Client("a", own))}, real)
+    [(_, found)] = drive(
+        {"a": algorithm.client(Broadcast(1, {"adapter": start}), Client("a", own, tools=SIX))}, real
+    )
     return found
 
 
@@ -72,7 +85,7 @@ def relabelled(own: Sequence[Tokens]) -> list[Tokens]:
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_a_private_share_of_one_is_fedit_to_the_bit(real: LoraEngine, width: int) -> None:
-    pit = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=1.0, keep=4)
+    pit = FewFedPIT(private_share=1.0, keep=4)
     assert (
         federated(pit, real, width=width).adapter.sha256()
         == federated(FedAvg(), real, width=width).adapter.sha256()
@@ -81,7 +94,7 @@ def test_a_private_share_of_one_is_fedit_to_the_bit(real: LoraEngine, width: int
 
 def test_fedpits_upload_does_not_move_one_bit_when_private_responses_change(real: LoraEngine) -> None:
     start, own = moved(real.layout), CLIENTS["a"]
-    algorithm = FedPIT(synthesize=Made(examples(6, 9)))
+    algorithm = FedPIT()
     one, other = (update(algorithm, real, mine, start) for mine in (own, relabelled(own)[:-1]))
     assert one.delta.sha256() == other.delta.sha256()
     assert wire.pack_update(one) == wire.pack_update(other)
@@ -91,7 +104,7 @@ def test_fedpits_upload_does_not_move_one_bit_when_private_responses_change(real
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
 def test_fewfedpits_upload_does_move_above_a_share_of_zero(real: LoraEngine, share: float) -> None:
     start, own = moved(real.layout), CLIENTS["a"]
-    algorithm = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=share)
+    algorithm = FewFedPIT(private_share=share)
     one, other = (update(algorithm, real, mine, start) for mine in (own, relabelled(own)))
     assert one.delta.sha256() != other.delta.sha256()
 
@@ -111,7 +124,7 @@ def test_at_a_share_of_zero_the_upload_does_not_move_while_generation_and_scores
     real: LoraEngine,
 ) -> None:
     start, own = moved(real.layout), CLIENTS["a"]
-    algorithm = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, private_share=0.0, keep=3)
+    algorithm = FewFedPIT(private_share=0.0, keep=3)
     one, other = (update(algorithm, FixedScores(real), mine, start) for mine in (own, relabelled(own)))  # type: ignore[arg-type]
     assert one.delta.sha256() == other.delta.sha256()
     assert one.delta.norm() > 0
@@ -130,7 +143,7 @@ def test_the_generator_and_both_fits_get_the_received_adapter_and_the_scorer_the
             fitted.extend(a.adapter for k, a in answers.items() if isinstance(requests[k], Fit))
             return answers
 
-    update(FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast), Watched(), CLIENTS["a"], start)  # type: ignore[arg-type]
+    update(FewFedPIT(), Watched(), CLIENTS["a"], start)  # type: ignore[arg-type]
     for request in seen:
         expected = fitted[0] if isinstance(request, Score) else start
         assert request.adapter.sha256() == expected.sha256(), type(request).__name__
@@ -138,22 +151,22 @@ def test_the_generator_and_both_fits_get_the_received_adapter_and_the_scorer_the
 
 
 def test_batching_clients_changes_results_by_rounding_only(real: LoraEngine) -> None:
-    pit = FewFedPIT(synthesize=Made(examples(6, 9)), contrast=contrast, keep=6)
+    pit = FewFedPIT(keep=6)
     wide, narrow = (federated(pit, real, width=w, rounds=1).adapter for w in (3, 1))
     assert (wide - narrow).norm() < 1e-3 * (wide - real.initial_adapter(0)).norm()
 
 
 @pytest.mark.parametrize(
-    "algorithm",
+    ("algorithm", "made"),
     [
-        FedMIT(synthesize=Made([example(12, 5)]), contrast=contrast),
-        FewFedWeight(relabel=Made([example(12, 5), example(9, 6)])),
-        FewFedPIT(synthesize=Made([]), contrast=contrast),
-        FedPIT(synthesize=Made([])),
+        (FedMIT(), tools(example(12, 5))),
+        (FewFedWeight(), tools(example(12, 5), example(9, 6))),
+        (FewFedPIT(), tools()),
+        (FedPIT(), tools()),
     ],
 )
-def test_the_others_run_on_it_too(real: LoraEngine, algorithm: Algorithm) -> None:
-    end = federated(algorithm, real, width=2, rounds=2)
+def test_the_others_run_on_it_too(real: LoraEngine, algorithm: Algorithm, made: Tools) -> None:
+    end = federated(algorithm, real, width=2, rounds=2, tools=made)
     assert end.adapter.is_finite()
     assert end.round == 2
 

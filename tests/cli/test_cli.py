@@ -15,7 +15,7 @@ import pytest
 
 from fedloom.cli import console
 from fedloom.cli import main as cli
-from fedloom.experiment.settings import load, recipes
+from fedloom.experiment.toml import load, recipes
 from fedloom.storage import checkpoint
 
 TINY = [
@@ -162,7 +162,7 @@ def test_describe_tells_the_costs_and_trains_nothing(here: Path) -> None:
     assert all(
         word in done.out
         for word in (
-            "2 clients tune random:llama by fedavg, in 2 rounds of 2",
+            "2 clients tune random:llama by FedIT, in 2 rounds of 2",
             "parameters",
             "up, ",
             "memory",
@@ -253,7 +253,7 @@ def test_chat_says_whose_model_answers_and_switches_to_its_base(finished: Path) 
         "chat", finished, "--max-new-tokens", "2", stdin="One\n/base\nOne\n/what\n/help\n/quit\nNot asked\n"
     )
     assert done.code == 0
-    assert f"{finished}: the adapter of 2 clients tuned by fedavg on random:llama, seed 0" in done.err
+    assert f"{finished}: the adapter of 2 clients tuned by FedIT on random:llama, seed 0" in done.err
     assert "The base model random:llama, untuned" in done.err
     assert "There is no /what." in done.err
     assert len(done.out.splitlines()) == 2

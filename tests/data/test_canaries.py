@@ -11,7 +11,7 @@ import pytest
 from fedloom.data.canaries import Canaries, copies
 from fedloom.errors import ConfigError
 from fedloom.experiment.datasets import load_data
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 
 
 def test_each_secret_is_there_as_often_as_asked() -> None:

@@ -11,8 +11,8 @@ from fedloom.data.example import Example, Turn
 from fedloom.data.held_out import hold_out
 from fedloom.data.records import Reading
 from fedloom.errors import ConfigError, DataError
-from fedloom.experiment.build import build_algorithm
-from fedloom.experiment.settings import load
+from fedloom.experiment.build import tools
+from fedloom.experiment.toml import load
 from tests.fakes import dataset as toy
 from tests.fakes import machine
 
@@ -188,8 +188,8 @@ def test_generating_examples_from_conversations_is_refused() -> None:
     settings = load("fedpit-microworld")
     e = Example("a", "b", category="low", turns=(Turn("user", "x"), Turn("assistant", "y")))
     with pytest.raises(ConfigError, match="these data are conversations"):
-        build_algorithm(
-            settings.algorithm, settings, replace(toy({"c": (1.0,)}), clients={"c": [e]}), machine()
+        tools(
+            settings.algorithm, settings, replace(toy({"c": (1.0,)}), clients={"c": [e]}), machine().template
         )
 
 

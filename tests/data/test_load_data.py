@@ -11,7 +11,7 @@ import pytest
 from fedloom.data import sources
 from fedloom.errors import ConfigError, DataError
 from fedloom.experiment.datasets import load_data
-from fedloom.experiment.settings import load, parse
+from fedloom.experiment.toml import load, parse
 
 
 def write(path: Path, rows: list[dict]) -> Path:

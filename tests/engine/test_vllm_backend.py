@@ -12,7 +12,7 @@ from fedloom.engine.peft_format import load_adapter
 from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError, ModelError
 from fedloom.experiment.machine import load_machine
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.steps import Fit, Generate
 
 FAKE = """
@@ -124,7 +124,7 @@ def test_an_engine_asks_it_for_answers_and_trains_by_itself(vllm, backend):
 
 
 def test_an_experiment_asks_for_it_by_its_interpreter_and_with_a_model_on_disk():
-    asked = ["model.vllm.python=elsewhere/bin/python", "rounds=1"]
+    asked = ["machine.vllm.python=elsewhere/bin/python", "rounds=1"]
     machine = load_machine(load("quickstart", asked))
     with pytest.raises(ModelError, match="elsewhere/bin/python"):
         machine.engine.answer({0: Generate([[3, 4]], None, 4)})

@@ -18,7 +18,7 @@ from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import Machine
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from tests.evaluation.endpoint_server import SECRET, serve
 from tests.fakes import state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedloom.client import Client
 from fedloom.data.template import Template
 from fedloom.engine.lora_engine import LoraEngine
 from fedloom.federation import Federation
-from fedloom.selection import Fixed
+from fedloom.selection import Uniform
 from fedloom.state import AdapterState
 from fedloom.steps import LocalTraining, LoraSpec
 from fedloom.transport.in_process import Simulation
@@ -48,7 +49,7 @@ def with_the_library(script: dict[str, Any], dtype: torch.dtype) -> AdapterState
     )
     clients = {c: Client(c, own, local=local, seed=settings.seed) for c, own in script["clients"].items()}
     algorithm = FedAvg()
-    select = Fixed(sorted(clients), settings.seed, count=settings.cohort)
+    select = partial(Uniform(settings.cohort), sorted(clients), settings.seed)
     federation = Federation(algorithm, Simulation(algorithm, engine, clients), select)
     start = algorithm.init(engine.initial_adapter(settings.seed).to(dtype))
     return federation.run(start, settings.rounds).adapter

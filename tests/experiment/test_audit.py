@@ -17,8 +17,8 @@ from fedloom.experiment.audit import audit, code, in_the_mix_of, of_synthesis, r
 from fedloom.experiment.commands import run
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_machine
-from fedloom.experiment.settings import load
 from fedloom.experiment.simulation import federated
+from fedloom.experiment.toml import load
 from fedloom.storage import checkpoint
 from tests.cli.test_cli import refused, type_in
 from tests.fakes import dataset, say

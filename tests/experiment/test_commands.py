@@ -14,7 +14,7 @@ from fedloom.errors import ModelError, RunError, ShapeMismatch
 from fedloom.experiment import commands, summary
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import load_machine
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.federation import Round
 from fedloom.report import card, page
 from tests.fakes import FOUR, NoFiles, ToyEngine, dataset, experiment, machine, skeleton

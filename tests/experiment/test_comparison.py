@@ -20,7 +20,7 @@ from fedloom.experiment.summary import is_single
 from fedloom.report import card, page
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
 
-TOY = experiment(adapter={"rank": 1}, compare={"seeds": 2}, cohort={"kind": "fixed", "count": 2}, rounds=4)
+TOY = experiment(adapter={"rank": 1}, compare={"seeds": 2}, cohort={"kind": "uniform", "count": 2}, rounds=4)
 DATA = dataset(FOUR)
 
 

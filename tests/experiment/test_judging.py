@@ -14,8 +14,9 @@ from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment import commands, comparison, judging
 from fedloom.experiment.datasets import load_data
-from fedloom.experiment.settings import Experiment, load
+from fedloom.experiment.settings import Experiment
 from fedloom.experiment.summary import read_judged
+from fedloom.experiment.toml import load
 from fedloom.report import judged as reading
 from fedloom.report import page
 from fedloom.steps import Fit

@@ -9,7 +9,7 @@ import pytest
 from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.leakage import leakage, targets
 from fedloom.experiment.machine import Machine, load_machine
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.steps import Fit
 
 SETTINGS = [

@@ -1,22 +1,17 @@
-"""One experiment, one file: what is read, what is refused, and that it survives being written."""
+"""The tree of settings: what it refuses, and that it survives being written."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.local_only import LocalOnly
-from fedloom.algorithms.server_optimizers import SGD
-from fedloom.data.partition import Dirichlet
+from fedloom.algorithms.fewfedpit import FewFedPIT
+from fedloom.algorithms.names import ALGORITHMS
 from fedloom.errors import ConfigError
-from fedloom.experiment.settings import ALGORITHMS, Experiment, load, parse
-from fedloom.selection import All, Fixed
+from fedloom.experiment.settings import Experiment
+from fedloom.experiment.toml import load, parse
 
 
 def read(*overrides: str, text: str = "") -> Experiment:
@@ -27,87 +22,6 @@ def refusal(*overrides: str, text: str = "") -> str:
     with pytest.raises(ConfigError) as refused:
         read(*overrides, text=text)
     return str(refused.value)
-
-
-# --- overrides -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("override", "value"),
-    [
-        ("rounds=3", lambda e: e.rounds == 3),
-        ("local.learning_rate=1e-4", lambda e: e.local.learning_rate == 1e-4),
-        ("local.learning_rate=1", lambda e: e.local.learning_rate == 1.0),
-        ("data.path=a file with = in it.jsonl", lambda e: e.data.path == "a file with = in it.jsonl"),
-        ("data.path=1.jsonl", lambda e: e.data.path == "1.jsonl"),
-        ('data.path=["a.csv", "b.csv"]', lambda e: e.data.path == ["a.csv", "b.csv"]),
-        ("adapter.targets=all-linear", lambda e: e.adapter.targets == "all-linear"),
-        ('adapter.targets=["q_proj", "v_proj"]', lambda e: e.adapter.targets == ("q_proj", "v_proj")),
-        ("adapter.rslora=true", lambda e: e.adapter.rslora is True),
-        (
-            'data.columns={instruction = "q", response = "a"}',
-            lambda e: e.data.columns == {"instruction": "q", "response": "a"},
-        ),
-        ("data.columns.instruction=q", lambda e: e.data.columns == {"instruction": "q"}),
-        ("prompt.system=", lambda e: e.prompt.system == ""),
-        ("name=my run", lambda e: e.name == "my run"),
-    ],
-)
-def test_an_override_is_a_toml_value_or_a_bare_word(override: str, value: Any) -> None:
-    assert value(read(override))
-
-
-def test_later_overrides_win() -> None:
-    assert read("rounds=3", "rounds=4", text="rounds = 2").rounds == 4
-
-
-@pytest.mark.parametrize("item", ["rounds", "=3", ""])
-def test_an_override_without_a_key_and_a_value_is_refused(item: str) -> None:
-    assert "Expected an override like rounds=5" in refusal(item)
-
-
-def test_a_value_has_no_keys_below_it() -> None:
-    assert "rounds is a value, not a section" in refusal("rounds.each=3", text="rounds = 2")
-
-
-# --- choices ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text", ["", 'cohort = "all"', 'cohort = { kind = "all" }', '[cohort]\nkind = "all"']
-)
-def test_a_choice_may_be_left_out_named_or_spelt_out(text: str) -> None:
-    assert isinstance(read(text=text).cohort.build(clients=["a"], seed=0), All)
-
-
-def test_a_choice_builds_its_class_with_its_options() -> None:
-    cohort = read("cohort.kind=fixed", "cohort.count=2").cohort.build(clients=["a", "b", "c"], seed=7)
-    assert cohort == Fixed(["a", "b", "c"], seed=7, count=2)
-
-
-def test_options_may_come_before_the_choice_is_named_in_the_file() -> None:
-    made = read(text='[data.partition]\nalpha = 0.3\nkind = "dirichlet"').data.partition.build()
-    assert isinstance(made, Dirichlet)
-    assert made.alpha == 0.3
-
-
-def test_another_choice_drops_the_options_of_the_old_one() -> None:
-    text = 'cohort = { kind = "poisson", rate = 0.5 }'
-    assert read("cohort.kind=fixed", text=text).cohort.options == {"count": 1}
-    assert read("cohort.kind=poisson", text=text).cohort.options == {"rate": 0.5}
-
-
-def test_a_choice_given_as_a_word_can_still_get_options() -> None:
-    assert read("cohort.count=2", text='cohort = "fixed"').cohort.options == {"count": 2}
-    assert isinstance(
-        read("algorithm.name=local_only", text='algorithm = "fedavg"').algorithm.build(), LocalOnly
-    )
-
-
-def test_a_choice_may_be_an_option_of_another() -> None:
-    built = read("algorithm.server_optimizer.lr=0.5").algorithm.build()
-    assert isinstance(built, FedAvg)
-    assert built.server_optimizer == SGD(lr=0.5)
 
 
 # --- refusals --------------------------------------------------------------------------------------------
@@ -138,6 +52,9 @@ def test_a_choice_may_be_an_option_of_another() -> None:
         ("data.hold_out=0", "data.hold_out"),
         ("evaluation.every=0", "evaluation.every"),
         ("cohort.clients=3", "clients: there is no such key"),
+        ("machine.workers=0", "machine.workers: Input should be greater than 0, got 0"),
+        ("machine.threads=many", "machine.threads: Input should be 'auto', got 'many'"),
+        ("machine.kernels=slow", "machine.kernels"),
         ("seed=-1", "seed"),
     ],
 )
@@ -159,29 +76,7 @@ def test_toml_that_is_none_is_said_with_its_line() -> None:
     assert "line 1" in refusal(text="rounds = \n")
 
 
-# --- algorithms with parts -------------------------------------------------------------------------------
-
-
-def test_the_parts_of_an_algorithm_are_no_settings() -> None:
-    assert "there is no such key" in refusal("algorithm.name=fewfedpit", "algorithm.synthesize=1")
-    assert set(read("algorithm=fewfedpit").algorithm.options) == {
-        "server_optimizer",
-        "private_share",
-        "keep",
-        "rule",
-        "drop_unhelpful",
-        "every",
-    }
-
-
-def test_an_algorithm_checks_its_options_when_the_file_is_read() -> None:
-    assert "private_share in [0, 1], got 2.0" in refusal(
-        "algorithm.name=fewfedpit", "algorithm.private_share=2"
-    )
-
-
-def test_the_journal_version_has_its_name_too() -> None:
-    assert read("algorithm=ppfedit").algorithm.make is read("algorithm=fewfedpit").algorithm.make
+# --- algorithms ------------------------------------------------------------------------------------------
 
 
 def test_only_some_algorithms_share_a_model() -> None:
@@ -189,17 +84,9 @@ def test_only_some_algorithms_share_a_model() -> None:
     assert alone == {"local_only", "self_augmented"}
 
 
-def test_options_two_levels_down_are_checked() -> None:
-    assert "synthesis.filters.shorest: there is no such key" in refusal("synthesis.filters.shorest=3")
-    assert "temperature" in refusal("synthesis.temperature=warm")
-    assert (
-        read("synthesis.wording=self_instruct").synthesis.options["wording"].build().item_end == "\n\nTask "
-    )
-
-
 def test_further_methods_are_algorithms_with_options() -> None:
     experiment = read('compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}')
-    assert experiment.compare.methods["FewFedPIT 0.3"].options["private_share"] == 0.3
+    assert experiment.compare.methods["FewFedPIT 0.3"] == FewFedPIT(private_share=0.3)
 
 
 @pytest.mark.parametrize("label", ["base", "Federated", "local", "", "a:b", "../up", "x" * 33])
@@ -209,32 +96,6 @@ def test_a_method_cannot_have_a_name_that_is_taken_or_no_folder(label: str) -> N
 
 def test_a_method_that_does_not_exist_is_named() -> None:
     assert "got 'fedavgg'; did you mean 'fedavg'?" in refusal("compare.methods.FedIT=fedavgg")
-
-
-# --- where it comes from ---------------------------------------------------------------------------------
-
-
-def test_a_file_is_read(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("rounds = 3")
-    assert load(tmp_path / "x.toml").rounds == 3
-
-
-def test_a_run_folder_is_read(tmp_path: Path) -> None:
-    (tmp_path / "experiment.toml").write_text("rounds = 3")
-    assert load(tmp_path).rounds == 3
-
-
-def test_a_name_that_is_nowhere_lists_the_recipes_and_guesses() -> None:
-    with pytest.raises(
-        ConfigError, match=r"quickstart.* there is no 'quickstrat'; did you mean 'quickstart'\?"
-    ):
-        load("quickstrat")
-
-
-def test_bytes_that_are_no_text_are_said_plainly(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"x.toml:1 is not UTF-8"):
-        load(tmp_path / "x.toml")
 
 
 # --- writing it ------------------------------------------------------------------------------------------
@@ -261,7 +122,7 @@ overrides = st.lists(
             "data.examples=99",
             "data.columns.instruction=q",
             "cohort.kind=poisson",
-            "cohort.kind=fixed",
+            "cohort.kind=uniform",
             "data.partition.kind=dirichlet",
             "algorithm.name=local_only",
             "algorithm.server_optimizer.lr=0.25",
@@ -271,13 +132,13 @@ overrides = st.lists(
             "name=ä b",
             "synthesis.temperature=0.5",
             "synthesis.filters.shortest=2",
-            "synthesis=spare",
+            "synthesis=held_back",
             "compare.methods.FedIT=fedavg",
             'compare.methods={"FewFedPIT 0.3" = {name = "fewfedpit", private_share = 0.3}}',
             "data.canaries.copies=[1, 4]",
             "data.clusters.count=9",
             "data.pool=16",
-            "audit.every=2",
+            "leakage.every=2",
         ]
     ),
     max_size=6,
@@ -290,7 +151,7 @@ overrides = st.lists(
 def test_writing_and_reading_changes_no_fingerprint(changes: list[str]) -> None:
     if "algorithm.name=local_only" in changes:
         changes = [c for c in changes if not c.startswith("algorithm.server")]
-    if "synthesis=spare" in changes:
+    if "synthesis=held_back" in changes:
         changes = [c for c in changes if not c.startswith("synthesis.")]
     experiment = read(*changes)
     again = parse(experiment.to_toml(), "again")
@@ -316,7 +177,7 @@ def test_another_setting_is_another_fingerprint(change: str) -> None:
 
 
 def test_with_changes_what_it_says_and_nothing_else() -> None:
-    base = read("cohort.kind=fixed", "cohort.count=3", "local.schedule=cosine", "rounds=7")
+    base = read("cohort.kind=uniform", "cohort.count=3", "local.schedule=cosine", "rounds=7")
     other = base.with_(seed=5)
     assert other.seed == 5
     assert other.local.rounds == 7  # the length of the cosine is the run's
@@ -331,8 +192,36 @@ def test_an_experiment_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("judge.tabel=wins", "table"), ("data.clusters.cuont=3", "count"), ("model.vllm.pyton=x", "python")],
+    [("judge.tabel=wins", "table"), ("data.clusters.cuont=3", "count"), ("machine.vllm.pyton=x", "python")],
 )
 def test_a_misspelt_key_of_a_section_that_may_be_left_out_is_named_too(wrong: str, right: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
         load("quickstart", [wrong])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "name=other",
+        "machine.device=cpu",
+        "machine.kernels=reference",
+        "machine.tokens_per_pass=512",
+        "machine.checkpointing=true",
+        "machine.clients_per_batch=2",
+        "machine.workers=2",
+        "machine.threads=1",
+        "machine.ray=auto",
+        "evaluation.every=3",
+        "leakage.every=2",
+        "compare.seeds=2",
+        "model.base=random:llama",
+    ],
+)
+def test_a_setting_that_changes_no_result_changes_no_fingerprint(change: str) -> None:
+    assert read(change).fingerprint() == read().fingerprint()
+
+
+def test_what_writes_synthetic_examples_is_part_of_the_fingerprint_where_any_are_made() -> None:
+    vllm = "machine.vllm.python=python"
+    assert read(vllm).fingerprint() == read().fingerprint()
+    assert read("algorithm=fedpit", vllm).fingerprint() != read("algorithm=fedpit").fingerprint()

@@ -13,8 +13,9 @@ import pytest
 from fedloom.data import partition
 from fedloom.data.example import Example
 from fedloom.experiment.datasets import Dataset
-from fedloom.experiment.settings import Experiment, parse
+from fedloom.experiment.settings import Experiment
 from fedloom.experiment.summary import summarise, write_json
+from fedloom.experiment.toml import parse
 
 KINDS = (
     "brainstorming",

@@ -83,6 +83,13 @@ def test_the_card_of_a_local_only_run_says_that_its_adapter_is_untrained(run_fol
     assert "initial one, untrained" in card.model_card(summary_of(run_folder(algorithm="local_only")))
 
 
+@pytest.mark.parametrize("name", ["fewfedpit", "ppfedit"])
+def test_the_card_cites_an_algorithm_under_either_of_its_names(run_folder: Folder, name: str) -> None:
+    summary = summary_of(run_folder())
+    summary["experiment"]["algorithm"] = {"name": name}
+    assert "FewFedPIT (arXiv 2403.06131v3)" in card.model_card(summary)
+
+
 def test_a_name_cannot_end_a_line_or_a_cell(run_folder: Folder) -> None:
     said = card.model_card(summary_of(run_folder(), name="x\n---\n# <b>|"))
     assert r"# x --- \# \<b\>\|: a LoRA adapter" in said

@@ -42,6 +42,12 @@ def test_the_verdict_names_both_rows_the_difference_its_interval_and_the_seeds()
     )
 
 
+@pytest.mark.parametrize("name", ["fewfedpit", "ppfedit"])
+def test_the_federated_row_is_called_by_the_title_of_its_algorithm(name: str) -> None:
+    said = {**summary(TABLE), "experiment": {"algorithm": {"name": name}}}
+    assert findings.title("federated", findings.own(said)) == "Federated (FewFedPIT)"
+
+
 def test_an_interval_that_includes_zero_is_said_to_show_nothing() -> None:
     said = findings.verdict(summary({**TABLE, "federated": 0.33}, (0.03, -0.02, 0.08)))
     assert "includes zero" in said[1]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedloom.experiment import simulation
-from fedloom.experiment.settings import parse
+from fedloom.experiment.toml import parse
 from fedloom.report import findings, leakage, page
 from fedloom.statistics import estimate
 
@@ -102,6 +102,13 @@ def test_a_band_is_the_interval_over_seeds() -> None:
     found = leakage.over_seeds([{0: 1.0, 1: 2.0}, {0: 1.0, 1: 4.0}, {1: 6.0}])
     assert list(found) == [1]  # the third seed has no round 0
     assert found[1] == estimate([2.0, 4.0, 6.0])
+
+
+def test_rows_of_an_alias_are_in_the_sweep() -> None:
+    methods = {"A": {"name": "ppfedit", "private_share": 0.3}, "B": {"name": "fedavg"}}
+    own = {"name": "ppfedit", "private_share": 0.5}
+    summary = {"experiment": {"algorithm": own, "compare": {"methods": methods}}}
+    assert leakage.private_shares(summary) == {"federated": 0.5, "A": 0.3}
 
 
 def test_a_page_looks_for_a_method_where_a_comparison_keeps_it() -> None:

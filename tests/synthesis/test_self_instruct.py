@@ -38,6 +38,26 @@ def decode(ids: Sequence[int]) -> str:
     return "".join("\n\n" if i == 3 else chr(i - 10) for i in ids if i > 2)
 
 
+@dataclass(frozen=True)
+class Characters:
+    """Words of a model that reads characters."""
+
+    positions: int = 2048
+    stop: frozenset[int] = frozenset({END})
+
+    def document_ids(self, text: str) -> list[int]:
+        return encode(text)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return decode(ids)
+
+    def prompt_ids(self, example: Example, *, room: int = 0) -> list[int]:
+        return encode(example.instruction)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return decode(ids)
+
+
 @dataclass
 class Writer:
     """A model that goes on as `say` tells it to; `asked` holds the requests, `prompts` their texts."""
@@ -69,16 +89,21 @@ def fluent(prompt: str) -> str:
 
 def synthesizer(**settings: Any) -> SelfInstruct:
     filters = settings.pop("filters", Filters(verbatim=0, rouge_instruction=0.99))
-    return SelfInstruct(
-        encode=encode, decode=decode, stop=frozenset({END}), filters=filters, **{"candidates": 6, **settings}
-    )
+    return SelfInstruct(filters=filters, **{"candidates": 6, **settings})
 
 
 def made(
-    say: Callable[[str], str] = fluent, examples: Sequence[Example] = OWN, **settings: Any
+    say: Callable[[str], str] = fluent,
+    examples: Sequence[Example] = OWN,
+    *,
+    seed: int = 0,
+    positions: int = 2048,
+    **settings: Any,
 ) -> tuple[Synthesis, Writer]:
     engine = Writer(say)
-    [(_, found)] = drive({"c": synthesizer(**settings)(examples, state(1.0), stream=("c", 0))}, engine)
+    words = Characters(positions)
+    steps = synthesizer(**settings)(examples, state(1.0), words, seed=seed, stream=("c", 0))
+    [(_, found)] = drive({"c": steps}, engine)
     return found, engine
 
 
@@ -155,7 +180,7 @@ def test_a_demonstration_cannot_break_the_format_it_is_shown_in() -> None:
 
 def test_every_request_goes_to_the_adapter_that_was_handed_in() -> None:
     engine, adapter = Writer(fluent), state(3.0)
-    list(drive({"c": synthesizer()(OWN, adapter, stream=("c", 0))}, engine))
+    list(drive({"c": synthesizer()(OWN, adapter, Characters(), seed=0, stream=("c", 0))}, engine))
     assert len(engine.asked) == 2
     assert all(r.adapter is adapter for round in engine.asked for r in round.values())
 
@@ -168,7 +193,7 @@ def test_all_prompts_of_a_phase_are_one_request() -> None:
 def test_the_prompts_of_several_clients_are_answered_together_and_no_different() -> None:
     synthesize, engine = synthesizer(), Writer(fluent)
     clients = {"a": OWN[:9], "b": OWN[3:], "c": OWN}
-    steps = lambda c: synthesize(clients[c], state(1.0), stream=(c, 4))  # noqa: E731
+    steps = lambda c: synthesize(clients[c], state(1.0), Characters(), seed=0, stream=(c, 4))  # noqa: E731
     together = {
         found.candidates[0].example.id.split("/")[0]: found
         for _, found in drive({c: steps(c) for c in clients}, engine)
@@ -183,8 +208,8 @@ def test_the_prompts_of_several_clients_are_answered_together_and_no_different()
 @pytest.mark.parametrize("other", [("c", 1), ("d", 0)])
 def test_another_round_or_client_draws_other_examples(other: tuple[str, int]) -> None:
     engine, again = Writer(fluent), Writer(fluent)
-    list(drive({"c": synthesizer()(OWN, None, stream=("c", 0))}, engine))
-    list(drive({"c": synthesizer()(OWN, None, stream=other)}, again))
+    list(drive({"c": synthesizer()(OWN, None, Characters(), seed=0, stream=("c", 0))}, engine))
+    list(drive({"c": synthesizer()(OWN, None, Characters(), seed=0, stream=other)}, again))
     assert not set(engine.prompts) & set(again.prompts)
 
 
@@ -399,7 +424,7 @@ def test_an_end_of_several_tokens_stops_nothing_but_the_text() -> None:
 
 
 def test_fewer_examples_are_shown_where_the_context_is_short() -> None:
-    found, engine = made(context_length=300, instruction_tokens=64, response_tokens=64)
+    found, engine = made(positions=300, instruction_tokens=64, response_tokens=64)
     assert all(len(encode(prompt)) + 64 <= 300 for prompt in engine.prompts)
     assert found.counts["kept"] == 6
     # 300 - 64 = 236 tokens: 1 + 29 for the opening, 32 for each of six tasks, 8 for the number of the next
@@ -417,17 +442,22 @@ def test_samples_show_a_few_of_each_fate() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"candidates": 0}, {"trials": 0}, {"distinct": "both"}, {"context_length": 512}, {"worked": -1}],
+    [{"candidates": 0}, {"trials": 0}, {"distinct": "both"}, {"worked": -1}],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         synthesizer(**settings)
 
 
+def test_a_model_that_reads_too_little_for_a_prompt_beside_an_answer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="512 tokens leaves no room for a prompt beside an answer of 512"):
+        made(positions=512)
+
+
 def test_pseudo_labels_are_the_models_answers_to_the_clients_own_instructions() -> None:
     engine, adapter = Writer(lambda p: "" if "Ben" in p else f" About {p.split()[3]}. "), state(1.0)
-    relabel = PseudoLabels(prompt=lambda e: encode(e.instruction), decode=decode, stop=frozenset({END}))
-    [(_, found)] = drive({"c": relabel(OWN[:3], adapter, stream=("c", 0))}, engine)
+    relabel = PseudoLabels()
+    [(_, found)] = drive({"c": relabel(OWN[:3], adapter, Characters(), seed=0, stream=("c", 0))}, engine)
     assert [e.instruction for e in found.examples] == [OWN[0].instruction, OWN[2].instruction]
     assert [e.response for e in found.examples] == ["About Ada.", "About Cleo."]
     assert dict(found.counts) == {"generated": 3, "kept": 2, "failed/empty-output": 1, "repeated": 0}
@@ -437,9 +467,9 @@ def test_pseudo_labels_are_the_models_answers_to_the_clients_own_instructions() 
 def test_a_pool_is_drawn_from_without_asking_a_model() -> None:
     engine = Writer(fluent)
     draw = FromPool(pool=OWN, candidates=5)
-    [(_, one)] = drive({"c": draw([], None, stream=("c", 0))}, engine)
-    [(_, same)] = drive({"c": draw([], None, stream=("c", 0))}, engine)
-    [(_, other)] = drive({"c": draw([], None, stream=("c", 1))}, engine)
+    [(_, one)] = drive({"c": draw([], None, None, seed=0, stream=("c", 0))}, engine)
+    [(_, same)] = drive({"c": draw([], None, None, seed=0, stream=("c", 0))}, engine)
+    [(_, other)] = drive({"c": draw([], None, None, seed=0, stream=("c", 1))}, engine)
     assert engine.asked == []
     assert len({e.id + e.instruction for e in one.examples}) == 5
     assert one == same != other

@@ -21,12 +21,11 @@ from fedloom.errors import ConfigError, RefusedUpdate
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import load_machine
 from fedloom.experiment.plan import plan
-from fedloom.experiment.settings import Experiment, load
 from fedloom.experiment.simulation import Simulated
+from fedloom.experiment.toml import load
 from fedloom.federation import Federation, Round
 from fedloom.gate import Gate
 from fedloom.messages import Broadcast, Update
-from fedloom.selection import All
 from fedloom.state import AdapterState
 from fedloom.storage import checkpoint, journal
 from fedloom.transport import blocks, wire
@@ -34,7 +33,7 @@ from fedloom.transport.codec import Bf16, Codec, Fp32, Int4, Int8
 from fedloom.transport.downlink import Downlink
 from fedloom.transport.error_feedback import add_residual, residual
 from fedloom.transport.in_process import Simulation
-from tests.fakes import FOUR, ToyEngine, arrival, numbers, state, training
+from tests.fakes import FOUR, ToyEngine, arrival, everybody, numbers, state, training
 
 LOSSY = [Bf16(), Int8(), Int8(zstd=False), Int4(), Int4(zstd=False, levels=7)]
 SHAPES = [
@@ -402,7 +401,7 @@ class _Stop(Listener):
 
 
 def coded(folder: Path, codec: Any) -> Simulated:
-    return training(folder, rounds=5, transport={"width": 8, "codec": codec})
+    return training(folder, rounds=5, transport={"codec": codec})
 
 
 FEEDBACK = [
@@ -444,9 +443,7 @@ def test_what_diverged_is_refused_by_the_gate_under_a_codec_too() -> None:
     clients = {c: Client(c, xs) for c, xs in FOUR.items()}
     engine = ToyEngine(poison={"b": math.nan})
     transport = Simulation(FedAvg(), engine, clients, codec=Int4(error_feedback=True))
-    federation = Federation(
-        FedAvg(), transport, All(sorted(clients)), after_round=lambda _, r: seen.append(r)
-    )
+    federation = Federation(FedAvg(), transport, everybody(clients), after_round=lambda _, r: seen.append(r))
     federation.run(FedAvg().init(state(0.0, 0.0)), 2)
     assert [r.refused for r in seen] == [{"b": "non-finite"}] * 2
     assert sorted(transport.snapshot().residuals) == ["a", "c", "d"]
@@ -458,7 +455,7 @@ def test_what_diverged_is_refused_by_the_gate_under_a_codec_too() -> None:
 def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
     changes = ["model.base=random:llama", "data.examples=64", "data.hold_out=1", "rounds=3"]
     experiment = load("quickstart", changes).with_(transport={"codec": codec})
-    made = codecs(experiment)
+    made = experiment.transport.codec
     planned, adapter = plan(experiment), load_machine(experiment).engine.initial_adapter(0)
     link, sizes = Downlink(made), []
     for r in range(3):  # everybody in each round
@@ -469,11 +466,6 @@ def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
     )
     assert planned.bytes_up == pytest.approx(len(wire.pack_update(update, made)), rel=0.005)
     assert planned.bytes_down == pytest.approx(sum(sizes) / 3, rel=0.005)
-
-
-def codecs(experiment: Experiment) -> Codec:
-    made: Codec = experiment.transport.codec.build()
-    return made
 
 
 def noise(like: AdapterState) -> AdapterState:

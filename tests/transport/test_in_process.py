@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -193,7 +194,7 @@ def test_ends_that_share_nothing_come_to_the_bits_of_a_simulation(codec: Any) ->
         if apart:
             ends = {c: ClientEnd(client, FedAvg(), codec) for c, client in clients.items()}
             transport = ServerEnd(InProcess(ends, ToyEngine()), FedAvg().expects, Downlink(codec))
-        select = RoundRobin(sorted(FOUR), count=2)
+        select = partial(RoundRobin(2), sorted(FOUR), 0)
         return Federation(FedAvg(), transport, select).run(ServerState(state(0.5, 0.25)), 7).adapter.sha256()
 
     assert run(apart=True) == run(apart=False)
