@@ -56,7 +56,7 @@ def learnt() -> torch.Tensor:
     experiment = load("quickstart")
     data, machine = load_data(experiment), load_machine(experiment)
     start, client = machine.engine.initial_adapter(experiment.seed), "client-000"
-    job = Fit(start, data.clients[client], experiment.local, experiment.seed, (client, "local"))
+    job = Fit(start, data.clients[client], experiment.local.at(0), experiment.seed, (client, "local"))
     fitted = machine.engine.answer({client: job})[client]
     return torch.cat([t.flatten() for t in (fitted.adapter - start).values()])
 

@@ -92,15 +92,15 @@ class Federation:
         norms: dict[str, list[float]] = {}
 
         def release() -> Iterator[Update]:
-            oldest = waiting.pop(0)
-            client = oldest.update.client
+            next_one = waiting.pop(0)
+            client = next_one.update.client
             try:
-                self.gate.proportionate(oldest, norms)
+                self.gate.proportionate(next_one, norms)
             except RefusedUpdate as refusal:
                 del seen.updates[client]
                 seen.refused[client] = refusal.code
             else:
-                yield oldest.update
+                yield next_one.update
 
         for admitted in arriving:
             insort(waiting, admitted, key=lambda a: a.update.client)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fedloom.client import Client
-from fedloom.steps import Fit, Fitted
+from fedloom.steps import Fit, Fitted, LocalTraining
 from tests.fakes import ToyEngine, run_alone, state
 
 
@@ -40,6 +42,15 @@ def test_two_jobs_of_one_client_each_keep_their_own_order() -> None:
 def test_other_examples_may_be_trained_on() -> None:
     fit, _ = fit_of(Client("c", [1.0]), ToyEngine(), examples=[5.0, 6.0])
     assert list(fit.examples) == [5.0, 6.0]
+
+
+def test_a_fit_has_the_clients_seed_and_its_rounds_learning_rate() -> None:
+    local = LocalTraining(learning_rate=1.0, schedule="cosine", rounds=10)
+    client, engine = Client("c", [1.0], local=local, seed=7), ToyEngine()
+    run_alone(client.fit(state(0.0, 0.0), round=5), engine)
+    fit = engine.sent[-1]["only"]
+    assert (fit.seed, fit.local.schedule) == (7, "constant")
+    assert fit.local.learning_rate == pytest.approx(0.5)  # half-way down the cosine
 
 
 def test_a_staged_copy_can_be_thrown_away() -> None:

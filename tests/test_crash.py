@@ -34,7 +34,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole runs in milliseconds: everything but the model, the data, what people read and fsync is real."""
     monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FOUR))
     monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine()))
-    monkeypatch.setattr(commands, "_serving", lambda *_: NoFiles())
+    monkeypatch.setattr(commands, "_export_files", lambda *_: NoFiles())
     monkeypatch.setattr(commands, "load_skeleton", lambda _: skeleton())
     monkeypatch.setattr(page, "write", lambda folder: durable.write(folder / "report.html", b"a page"))
     monkeypatch.setattr(card, "model_card", lambda summary: "a card")

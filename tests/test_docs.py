@@ -19,7 +19,7 @@ import typer
 
 from fedloom.cli.arguments import first_is_override
 from fedloom.cli.main import app
-from fedloom.experiment import settings
+from fedloom.experiment import toml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -40,7 +40,7 @@ def typed(page: Path) -> list[str]:
 
 def in_recipes() -> list[str]:
     """The same, of the comments in the shipped recipes."""
-    lines = "\n".join(settings.recipes().values()).splitlines()
+    lines = "\n".join(toml.recipes().values()).splitlines()
     return [line.lstrip("# ").strip() for line in lines if re.match(r"#\s+fedloom ", line)]
 
 
@@ -58,14 +58,12 @@ def check_command(line: str) -> None:
             )  # exits where it does not parse
             if "what" in given:
                 what, overrides = first_is_override(given["what"], given["overrides"])
-                toml = settings.recipes().get(
-                    what, ""
-                )  # the reader's own file: only the settings are checked
-                settings.parse(toml, what, overrides)
+                text = toml.recipes().get(what, "")  # the reader's own file: only the settings are checked
+                toml.parse(text, what, overrides)
             elif given.get("overrides"):
-                settings.parse("", "a run", given["overrides"])
+                toml.parse("", "a run", given["overrides"])
             if "recipe" in given:
-                assert given["recipe"] in settings.recipes()
+                assert given["recipe"] in toml.recipes()
         case "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         case "pip":
@@ -110,7 +108,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "toml")], ids=lambda p: p.name)
 def test_the_settings_of_a_page_are_valid(page):
     for text in blocks(page, "toml"):
-        settings.parse(text, page.name)
+        toml.parse(text, page.name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

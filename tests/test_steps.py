@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedloom.steps import Steps, Tokens, drive
+from fedloom.errors import ConfigError
+from fedloom.state import AdapterState
+from fedloom.steps import Fit, LocalTraining, Privacy, Steps, Tokens, drive
 
 
 class Echo:
@@ -90,6 +92,17 @@ def test_an_answer_for_nobody_is_not_passed_over() -> None:
 
     with pytest.raises(KeyError):
         list(drive({"a": ask(1)}, Forgetful()))
+
+
+def test_a_factor_that_lora_does_not_have_cannot_be_trained() -> None:
+    with pytest.raises(ConfigError, match='"AB", "A" or "B", got \'C\''):
+        Fit(AdapterState({}), [], LocalTraining(), train="C")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [(0.0, 1.0), (float("nan"), 1.0), (1.0, -1.0), (1.0, float("inf"))])
+def test_privacy_wants_a_positive_clip_and_a_noise_that_is_not_negative(wrong: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="Expected a"):
+        Privacy(*wrong)
 
 
 def test_targets_counts_the_labelled_tokens() -> None:

@@ -53,7 +53,9 @@ def plan(experiment: Experiment) -> Plan:
     delta = adapter.map(lambda t: 1e-3 * torch.from_numpy(noise.standard_normal(t.shape)).to(t.dtype))
     up = len(
         wire.pack_update(
-            Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}), codec
+            Update("client-000", {"delta": delta}, 1.0, {"loss": 0.0, "steps": 0, "tokens": 0}),
+            codec,
+            experiment=NAMED,
         )
     )
     base = models.count_parameters(model)
@@ -124,13 +126,16 @@ def _bytes_down(
     """To a client in a round, on average: less where it was there not long before."""
     message = Broadcast(0, {"adapter": adapter})
     if not codec.label:
-        return len(wire.pack_broadcast(message))
+        return len(wire.pack_broadcast(message, experiment=NAMED))
     link = Downlink(codec)
     while not link.first and link.newest < len(cohorts):  # until the first version is forgotten
         adapter = adapter + delta
         link.publish(adapter)
-    whole = len(link.pack(message, None))
-    missed = [len(link.pack(message, version)) for version in range(link.newest, link.first - 1, -1)]
+    whole = len(link.pack(message, None, experiment=NAMED))
+    missed = [
+        len(link.pack(message, version, experiment=NAMED))
+        for version in range(link.newest, link.first - 1, -1)
+    ]
     seen: dict[ClientId, int] = {}
     sizes = []
     for now, cohort in enumerate(c for c in cohorts if c):
@@ -167,4 +172,5 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, togethe
     return RUNTIME + base * weight + together * adapter * 16 + activations
 
 
+NAMED = "0" * 16  # as long as an experiment's name in messages
 RUNTIME = 0.5e9  # Python, torch and transformers, before any model

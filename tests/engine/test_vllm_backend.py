@@ -8,12 +8,14 @@ from textwrap import dedent
 import pytest
 from tiny_models import LOCAL, engine, examples, llama, moved
 
+from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.peft_format import load_adapter
 from fedloom.engine.vllm_backend import VllmGeneration
 from fedloom.errors import ConfigError, ModelError
 from fedloom.experiment.machine import load_machine
 from fedloom.experiment.toml import load
-from fedloom.steps import Fit, Generate
+from fedloom.state import AdapterState
+from fedloom.steps import Fit, Frozen, Generate, LoraSpec
 
 FAKE = """
     from types import SimpleNamespace
@@ -94,6 +96,15 @@ def test_prompts_reach_vllm_with_their_adapters_and_come_back_in_order(vllm, bac
     assert not folder.exists()
 
 
+def test_an_adapter_of_lower_rank_and_other_scale_is_exported_as_it_is(vllm, backend):
+    served = engine(llama())  # of rank 4
+    adapter = moved(AdapterLayout.of(llama(), LoraSpec(rank=2)))
+    backend(served, {0: Generate([[6]], adapter, 2, scale=3.0), 1: Generate([[6]], adapter, 2)})
+    specs = [load_adapter(folder)[1] for folder in Path(backend._folder.name).iterdir()]
+    assert {spec.rank for spec in specs} == {2}
+    assert {spec.scale for spec in specs} == {3.0, served.layout.spec.scale}
+
+
 def test_what_vllm_raises_is_told_and_the_next_request_starts_anew(vllm, backend):
     served = engine(llama())
     with pytest.raises(ModelError, match="ValueError: thirteen"):
@@ -111,6 +122,8 @@ def test_what_vllm_understands_otherwise_is_refused(backend):
         backend(engine(llama()), {0: Generate([[3]], repetition_penalty=1.1)})
     with pytest.raises(ModelError, match="Prompt 1 of 'me' is empty"):
         backend(engine(llama()), {"me": Generate([[3], []])})
+    with pytest.raises(ModelError, match="no frozen factors"):
+        backend(engine(llama()), {0: Generate([[3]], frozen=Frozen(AdapterState({})))})
 
 
 def test_an_engine_asks_it_for_answers_and_trains_by_itself(vllm, backend):

@@ -27,7 +27,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FOUR))
     monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine()))
     monkeypatch.setattr(commands, "load_skeleton", lambda _: skeleton())
-    monkeypatch.setattr(commands, "_serving", lambda *_: NoFiles())
+    monkeypatch.setattr(commands, "_export_files", lambda *_: NoFiles())
     monkeypatch.setattr(page, "write", lambda folder: (folder / "report.html").write_text("a page"))
     monkeypatch.setattr(card, "model_card", lambda summary, **_: "a card")
     monkeypatch.setattr(summary, "environment", dict)

@@ -37,7 +37,7 @@ def found(world: tuple[Any, Dataset, Machine]) -> dict[str, dict[str, float]]:
     experiment, data, machine = world
     start = machine.engine.initial_adapter(0)
     everything = [e for own in data.clients.values() for e in own]
-    fitted = machine.engine.answer({0: Fit(start, everything, experiment.local)})[0]
+    fitted = machine.engine.answer({0: Fit(start, everything, experiment.local.at(0), experiment.seed)})[0]
     return leakage(experiment, data, machine, {"fresh": start, "by heart": fitted.adapter})
 
 

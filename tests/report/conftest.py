@@ -118,7 +118,7 @@ def make_records(
                 "refused": refused,
                 "loss": loss if r else None,
                 "clients": {
-                    c: {"examples": len(dataset.clients[c]), "loss": loss, "steps": 8.0, "tokens": 900.0}
+                    c: {"weight": len(dataset.clients[c]), "loss": loss, "steps": 8.0, "tokens": 900.0}
                     for c in answered
                 },
                 "bytes_up": 737280 * len(answered),

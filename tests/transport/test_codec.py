@@ -20,7 +20,7 @@ from fedloom.client import Client
 from fedloom.errors import ConfigError, RefusedUpdate
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import load_machine
-from fedloom.experiment.plan import plan
+from fedloom.experiment.plan import NAMED, plan
 from fedloom.experiment.simulation import Simulated
 from fedloom.experiment.toml import load
 from fedloom.federation import Federation, Round
@@ -460,11 +460,13 @@ def test_a_plan_predicts_the_bytes_of_the_codec(codec: dict[str, Any]) -> None:
     link, sizes = Downlink(made), []
     for r in range(3):  # everybody in each round
         link.publish(adapter + r * noise(adapter))
-        sizes.append(len(link.pack(Broadcast(r, {"adapter": adapter}), r - 1 if r else None)))
+        sizes.append(
+            len(link.pack(Broadcast(r, {"adapter": adapter}), r - 1 if r else None, experiment=NAMED))
+        )
     update = Update(
         "client-000", {"delta": noise(adapter)}, 20.0, {"loss": 1.234567, "steps": 3, "tokens": 1234}
     )
-    assert planned.bytes_up == pytest.approx(len(wire.pack_update(update, made)), rel=0.005)
+    assert planned.bytes_up == pytest.approx(len(wire.pack_update(update, made, experiment=NAMED)), rel=0.005)
     assert planned.bytes_down == pytest.approx(sum(sizes) / 3, rel=0.005)
 
 
