@@ -50,12 +50,12 @@ def main(folder: Path, overrides: list[str]) -> None:
         print(f"  {question.instruction} -> {answer.text}")
 
     # `fedloom compare`: the four rows of FedIT's table, over several seeds.
-    summary = compare(experiment, folder / "compare", jobs=2)
+    summary = compare(experiment, folder / "compare")
     for difference in summary["differences"]:
         if (difference["a"], difference["b"]) == ("federated", "local best"):
             low, high = difference["ci95"]
             print(f"  federated - local best, {difference['metric']}: {low:+.3f} to {high:+.3f} (95%)")
 
 
-if __name__ == "__main__":  # compare starts processes, which import this file
+if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -118,5 +118,5 @@ def _nobody(seen: Round) -> str:
         code: list(seen.refused.values()).count(code) for code in seen.refused.values()
     }
     said = ", ".join(f"{count} x {code}" for code, count in sorted(codes.items())) or "none arrived"
-    advice = " Training diverged: lower local.learning_rate." if "non-finite" in codes else ""
+    advice = " Training diverged: lower local.learning_rate." if codes.keys() & {"non-finite", "norm"} else ""
     return f"Round {seen.round + 1}: none of {len(seen.cohort)} selected clients returned a usable update ({said}).{advice}"

@@ -8,7 +8,9 @@ of them in lock-step and hands all their requests to the engine at once. Same fi
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -17,6 +19,7 @@ from fedloom.rng import Name
 from fedloom.state import AdapterState
 
 T = TypeVar("T")
+AHEAD = 2  # groups a worker begun before the first of them is taken: bounds the answers that wait
 Steps = Generator[Any, Any, T]  # yields requests, receives answers, returns T
 
 
@@ -268,12 +271,39 @@ Request = Fit | Generate | Score
 class Engine(Protocol):
     @property
     def workers(self) -> int:
-        """How many calls of `answer` go on at a time; further ones wait."""
+        """How many calls of `answer` it works on at a time; more than one may then be made from as many threads."""
         ...
 
     def answer(self, requests: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Answer one request per key. May batch them; must not let them interact."""
         ...
+
+
+def drive_groups(groups: Iterable[Mapping[str, Steps[T]]], engine: Engine) -> Iterator[tuple[str, T]]:
+    """Drive one group of clients after the other, as many at a time as the engine has workers.
+
+    Groups decide which requests the engine answers together, and results come in the order of the groups: nothing
+    depends on the number of workers.
+    """
+    if engine.workers == 1:
+        for group in groups:
+            yield from drive(group, engine)
+        return
+    threads = ThreadPoolExecutor(engine.workers)
+    begun: deque[Future[list[tuple[str, T]]]] = deque()
+    try:
+        for group in groups:
+            begun.append(threads.submit(_driven, group, engine))
+            if len(begun) > AHEAD * engine.workers:
+                yield from begun.popleft().result()
+        while begun:
+            yield from begun.popleft().result()
+    finally:  # not waited for: whoever is interrupted closes the engine next, which ends the batches under way
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _driven(group: Mapping[str, Steps[T]], engine: Engine) -> list[tuple[str, T]]:
+    return list(drive(group, engine))
 
 
 def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[tuple[str, T]]:

@@ -16,6 +16,7 @@ from fedloom.algorithms.fedavg import FedAvg
 from fedloom.client import Client
 from fedloom.data.example import Example
 from fedloom.data.partition import partition_table
+from fedloom.engine.loading import Facts
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.machine import Machine, Skeleton, load_skeleton
 from fedloom.experiment.settings import Experiment
@@ -54,6 +55,9 @@ def arrival(update: Update, client: ClientId | None = None, *, up: int = 10, dow
     return Arrival(update.client if client is None else client, up, down, lambda: update)
 
 
+FACTS = Facts("0" * 64, "0" * 64, "toy", "", "", end_reachable=True)
+
+
 @dataclass
 class ToyEngine:
     """Pulls every value of lora_A towards each example, a number: w <- w - lr (w - x). Loss: (w - x)^2 / 2.
@@ -65,10 +69,7 @@ class ToyEngine:
     epochs: int = 1
     start: Sequence[float] = (0.0, 0.0)
     poison: Mapping[str, float] = field(default_factory=dict)  # client -> the value it diverges to
-    path: str = "toy"
-    path_reason: str = ""
-    decoding_reason: str = ""
-    layout: Any = field(default_factory=lambda: ToyLayout())
+    workers: int = 1
     sent: list[dict[Hashable, Any]] = field(default_factory=list)
 
     def initial_adapter(self, seed: int = 0) -> AdapterState:
@@ -125,7 +126,12 @@ def dataset(clients: Mapping[str, Iterable[float]], test: Iterable[float] = (1.0
 
 
 def machine(engine: ToyEngine | None = None) -> Machine:
-    return Machine(engine or ToyEngine(), ToyTemplate(), None, "0" * 64, "0" * 64)  # type: ignore[arg-type]
+    return ToyMachine(engine or ToyEngine(), ToyTemplate(), None, ToyLayout(), FACTS)  # type: ignore[arg-type]
+
+
+class ToyMachine(Machine):
+    def initial_adapter(self, seed: int) -> AdapterState:
+        return self.engine.initial_adapter()  # type: ignore[attr-defined,no-any-return]
 
 
 @cache

@@ -17,6 +17,7 @@ import pytest
 
 from fedloom.errors import RunError
 from fedloom.experiment import commands, preflight, summary
+from fedloom.experiment.inputs import inputs_of
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.toml import load
 from fedloom.report import card, page
@@ -33,7 +34,7 @@ TOY = experiment(
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole runs in milliseconds: everything but the model, the data, what people read and fsync is real."""
     monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FOUR))
-    monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(commands, "load_machine", lambda *_, **__: machine(ToyEngine()))
     monkeypatch.setattr(commands, "_export_files", lambda *_: NoFiles())
     monkeypatch.setattr(commands, "load_skeleton", lambda _: skeleton())
     monkeypatch.setattr(page, "write", lambda folder: durable.write(folder / "report.html", b"a page"))
@@ -227,20 +228,22 @@ def test_killed_runs_end_in_the_adapter_of_the_undisturbed_one() -> None:
     assert "4 of 4 identical" in done.stdout
 
 
-def test_other_data_or_another_base_do_not_go_on_with_a_run(tmp_path: Path) -> None:
-    begun = training(tmp_path)
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("data_sha256", "data are"), ("base_sha256", "base model is"), ("prompt_sha256", "prompts' format is")],
+)
+def test_a_run_does_not_go_on_with_other_inputs(key: str, what: str, tmp_path: Path) -> None:
+    begun = training(tmp_path).training
     begun.finish(Listener())
-    other = dataset({**FOUR, "c": (6.5,)})
-    with pytest.raises(RunError, match="data are not what this run began with"):
-        replace(begun, dataset=other).finish(Listener())
-    with pytest.raises(RunError, match="base model is not what this run began with"):
-        replace(begun, machine=replace(begun.machine, base_hash="1" * 64, base_sha256="1" * 64)).finish(
-            Listener()
-        )
-    clock = SimpleNamespace(sha256=lambda: "2" * 64)  # a chat template that tells the time, say
-    with pytest.raises(RunError, match="prompts' format is not what this run began with"):
-        replace(begun, machine=replace(begun.machine, template=clock)).finish(Listener())  # type: ignore[arg-type]
-    saved = tmp_path / "inputs.json"
-    old = {k: v for k, v in json.loads(saved.read_text()).items() if k != "prompt_sha256"}
-    saved.write_text(json.dumps(old))  # as runs were begun before prompts were recorded
+    other = replace(begun, inputs={**begun.inputs, key: "1" * 64})
+    with pytest.raises(RunError, match=f"{what} not what this run began with"):
+        other.finish(Listener())
     training(tmp_path).finish(Listener())  # the same again is welcome
+
+
+def test_inputs_name_data_base_and_prompts() -> None:
+    data, its = dataset(FOUR), machine()
+    clock = SimpleNamespace(sha256=lambda: "2" * 64)  # a chat template that tells the time, say
+    others = inputs_of(dataset({**FOUR, "c": (6.5,)}), its), inputs_of(data, replace(its, template=clock))  # type: ignore[arg-type]
+    changed = [{k for k, v in inputs_of(data, its).items() if other[k] != v} for other in others]
+    assert changed == [{"data_sha256"}, {"prompt_sha256"}]

@@ -210,10 +210,9 @@ def test_a_disk_that_is_too_small_is_told_at_once(tmp_path: Path) -> None:
         preflight.check_disk(tmp_path / "not" / "there", 1 << 60)
 
 
-def test_jobs_below_one_are_a_mistake_and_no_bug(tmp_path: Path) -> None:
-    for jobs in ("0", "-2"):
-        done = type_in("compare", *TINY, "--jobs", jobs, "--out", tmp_path / "x")
-        assert (done.code, "Invalid value for '--jobs'" in done.err) == (2, True)
+def test_workers_below_one_are_a_mistake_and_no_bug(tmp_path: Path) -> None:
+    for workers in ("0", "-2", "many"):
+        assert "machine.workers" in refused("compare", *TINY, f"machine.workers={workers}")
     assert not (tmp_path / "x").exists()
 
 
@@ -249,15 +248,9 @@ def test_a_comparison_has_its_adapter_although_no_seed_could_be_measured(
 ) -> None:
     folder, small = tmp_path / "table", [*TINY, "compare.seeds=1"]
 
-    def seeds(experiment: Any, folder: Path, *, jobs: int) -> Any:
-        for seed, its in comparison.seed_folders(experiment, folder).items():
-            comparison.one_seed(its, seed)
-            yield comparison.progress(experiment, folder)
-
     def broken(*_: Any, **__: Any) -> Any:
         raise DataError("the last stage failed")
 
-    monkeypatch.setattr(commands, "all_seeds", seeds)
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "measure", broken)
         said = refused("compare", *small, "--out", folder)

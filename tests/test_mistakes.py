@@ -62,7 +62,7 @@ def begin(folder: Path, *, rounds: int = 0, seeds: int | None = None, settings: 
         ["compare", "data.clients=999"],
         ["partition", "fedit-dolly"],
         ["copy", "quikstart"],
-        ["compare", "--jobs", "0"],
+        ["compare", "machine.workers=0"],
         ["run", "name=../x"],
     ],
 )
@@ -206,20 +206,14 @@ def test_an_export_that_fails_leaves_no_half_of_it(here: Path, monkeypatch: pyte
     begin(here / "run")
     monkeypatch.setattr(
         commands,
-        "load_machine",
-        lambda _: SimpleNamespace(base_sha256="", describe=lambda: {"conv1d": False}),
+        "load_here",
+        lambda _: (SimpleNamespace(base_sha256="", describe=lambda: {"conv1d": False}), None),
     )
     monkeypatch.setattr(commands, "adapter_of", lambda *_: None)
     monkeypatch.setattr(commands, "_save", half)
     with pytest.raises(OSError, match="No space"):
         commands.export(here / "run", here / "out", merged=False)
     assert [p.name for p in here.iterdir()] == ["run"]
-
-
-def test_no_seed_at_a_time_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="jobs=0"):
-        commands.compare(load("quickstart"), tmp_path / "x", jobs=0)
-    assert not (tmp_path / "x").exists()
 
 
 # --- bytes -----------------------------------------------------------------------------------------------
@@ -319,16 +313,16 @@ def test_a_comparison_in_a_log_file_says_what_begins_and_little_more(
         display.show(seen(0, 0, {0: comparison.Doing()}))
         for row in ("local", "federated", "centralised"):
             for round in range(1, 51):
-                display.show(seen(round, 0, {0: comparison.Doing("training", row, round, 0.5)}))
-        display.show(seen(150, 0, {0: comparison.Doing("answering 8 questions by 4 models", "centralised")}))
+                display.show(seen(round, 0, {0: comparison.Doing("", {row: round}, 0.5)}))
+        display.show(seen(150, 0, {0: comparison.Doing("answering 8 questions by 4 models")}))
         display.show(seen(150, 1, {}))
     assert capsys.readouterr().err.splitlines() == [
         f"quickstart: local-only, federated and centralised over 1 seed, in {here}",
         "loading the base model",
         "seed 0: loading the base model",
-        "seed 0: training local, round 1 of 50",
-        "seed 0: training federated, round 1 of 50",
-        "seed 0: training centralised, round 1 of 50",
+        "seed 0: training local (round 1 of 50)",
+        "seed 0: training federated (round 1 of 50)",
+        "seed 0: training centralised (round 1 of 50)",
         "seed 0: answering 8 questions by 4 models",
         "150 of 150 rounds · 1 of 1 seed done",
     ]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
-from fedloom.steps import Fit, LocalTraining, Privacy, Steps, Tokens, drive
+from fedloom.steps import Fit, LocalTraining, Privacy, Steps, Tokens, drive, drive_groups
 
 
 class Echo:
     """Answers a request with ten times itself, and remembers who asked together."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
         self.together: list[list[Hashable]] = []
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -107,3 +109,53 @@ def test_privacy_wants_a_positive_clip_and_a_noise_that_is_not_negative(wrong: t
 
 def test_targets_counts_the_labelled_tokens() -> None:
     assert Tokens((5, 6, 7), (False, True, True)).targets == 2
+
+
+GROUPS = [{"a": (1, 2), "b": (3,)}, {"c": (4,)}, {"d": (5, 6), "e": (7,)}, {"f": (8,)}]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 9])
+def test_results_come_group_by_group_however_many_are_under_way(workers: int) -> None:
+    engine = Echo(workers)
+    groups = ({client: ask(*of) for client, of in group.items()} for group in GROUPS)
+    found = list(drive_groups(groups, engine))
+    assert [client for client, _ in found] == ["b", "a", "c", "e", "d", "f"]
+    assert dict(found) == {c: [10 * x for x in xs] for group in GROUPS for c, xs in group.items()}
+    assert sorted(engine.together) == [["a"], ["a", "b"], ["c"], ["d"], ["d", "e"], ["f"]]
+
+
+def test_as_many_groups_are_under_way_as_there_are_workers() -> None:
+    class Meeting(Echo):
+        meet = Barrier(3, timeout=10)
+
+        def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+            self.meet.wait()  # raises unless three come together
+            return super().answer(requests)
+
+    assert len(list(drive_groups(({c: ask(1)} for c in "abcdef"), Meeting(3)))) == 6
+
+
+def test_groups_are_not_begun_long_before_their_turn() -> None:
+    begun: list[int] = []
+
+    def groups() -> Iterator[dict[str, Steps[list[int]]]]:
+        for number in range(100):
+            begun.append(number)
+            yield {str(number): ask(number)}
+
+    results = drive_groups(groups(), Echo(2))
+    next(results)
+    assert len(begun) == 5  # two for each worker, and the first
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_one_group_ends_them_all(workers: int) -> None:
+    def broken() -> Steps[list[int]]:
+        yield 1
+        raise LookupError("of this client")
+
+    groups = [{"a": ask(1)}, {"b": broken()}, {"c": ask(1)}]
+    results = drive_groups(groups, Echo(workers))
+    assert next(results) == ("a", [10])
+    with pytest.raises(LookupError, match="of this client"):
+        next(results)

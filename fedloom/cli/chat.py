@@ -40,9 +40,9 @@ def command(
     note("[dim]loading the base model[/]")
     from fedloom.engine.generation import stream
     from fedloom.experiment.commands import adapter_of
-    from fedloom.experiment.machine import load_machine
+    from fedloom.experiment.machine import load_here
 
-    machine = load_machine(experiment)
+    machine, engine = load_here(experiment)
     tuned = adapter_of(run, machine)
     note(f"[dim]{escape(_whose(experiment, run, base=base))}; /help tells more.[/]")
     for turn, said in enumerate(_instructions(), 1):
@@ -64,7 +64,7 @@ def command(
         shown, answer = "", list[int]()
         try:
             for token in stream(
-                machine.engine.served,
+                engine.served,
                 ids,
                 None if base else tuned,
                 max_new_tokens=max_new_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -23,10 +22,6 @@ def command(
             "--yes", help="Let a judge's endpoint be asked although it costs money, or nobody knows how much."
         ),
     ] = False,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Seeds to run at a time. Default: one for each core, one on a GPU."),
-    ] = None,
 ) -> None:
     """The table of the FedIT paper from one command: several seeds, 95% intervals, paired differences."""
     experiment, folder = experiment_and_folder(what, overrides, out, resume, kind="compare")
@@ -38,21 +33,7 @@ def command(
         from fedloom.cli.display import print_summary  # only now, since torch comes with it
         from fedloom.experiment.commands import compare
 
-        if jobs is None:
-            jobs = (
-                1
-                if _on_gpu(experiment.machine.device)
-                else min(os.cpu_count() or 1, experiment.compare.seeds)
-            )
-        summary = compare(
-            experiment, folder, jobs=jobs, resume=resume, on_progress=display.show, on_notes=notes
-        )
+        summary = compare(experiment, folder, resume=resume, on_progress=display.show, on_notes=notes)
     print_summary(summary, folder)
     if experiment.judge is not None:
         judge_and_print(folder, experiment, yes)
-
-
-def _on_gpu(device: str) -> bool:
-    import torch
-
-    return device in ("cuda", "mps") or (device == "auto" and torch.cuda.is_available())

@@ -101,8 +101,9 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
         yield "disk", f"up to {size(p.disk)} for the rounds that are kept, and the adapter"
     yield (
         "memory",
-        f"about {size(p.memory)}, with {counted(p.clients_per_batch, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass",
+        f"about {size(p.memory)}, with {counted(p.width, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass",
     )
+    yield "workers", _workers(p)
     questions = (
         "all held-out questions"
         if evaluation.answers is None
@@ -122,6 +123,18 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
         "centralised",
     ]
     yield "compare", f"fedloom compare: {', '.join(rows)} over {counted(experiment.compare.seeds, 'seed')}"
+
+
+def _workers(p: Plan) -> str:
+    """How this machine shares a round out, and what would use more of it."""
+    mine = f"{counted(p.workers, 'worker')} of {counted(p.threads, 'thread')}; a round is {counted(p.batches, 'group')} of clients"
+    idle = p.cores - p.workers * p.threads
+    if idle < 1 or p.workers < p.batches or p.width < 2:
+        return mine
+    return (
+        f"{mine}, too few for {counted(p.cores, 'core')}: transport.width={p.width // 2} would make more of them, "
+        "and change results by rounding; a comparison has other rows to train meanwhile"
+    )
 
 
 def _named(choice: dict[str, Any]) -> str:

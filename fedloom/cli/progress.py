@@ -160,7 +160,7 @@ class CompareDisplay:
 
     def show(self, progress: comparison.Progress) -> None:
         done = progress.rounds + sum(doing.part for doing in progress.doing.values())
-        if self._start is None and any(doing.round for doing in progress.doing.values()):
+        if self._start is None and any(doing.rounds for doing in progress.doing.values()):
             self._start, self._began = done, time.monotonic()
         total = [
             f"{progress.rounds} of {counted(progress.total, 'round')}",
@@ -180,15 +180,14 @@ class CompareDisplay:
         ]
 
     def _told(self, doing: comparison.Doing) -> str:
-        if not doing.round:
-            return doing.phase
-        return f"training {doing.row}, round {min(doing.round, self._rounds)} of {self._rounds}"
+        if not doing.rounds:
+            return doing.phase or LOADING
+        rows = doing.rounds.items()
+        return "training " + ", ".join(f"{row} (round {round} of {self._rounds})" for row, round in rows)
 
     def _speak(self, progress: comparison.Progress, total: str) -> None:
         """A line where a seed begins something else, and now and then one about how far all of them are."""
-        known = {
-            seed: (doing.phase, doing.row if doing.round else "") for seed, doing in progress.doing.items()
-        }
+        known = {seed: (doing.phase, ", ".join(doing.rounds)) for seed, doing in progress.doing.items()}
         for seed in (
             seed for seed in known if self._known is not None and known[seed] != self._known.get(seed)
         ):

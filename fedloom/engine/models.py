@@ -66,7 +66,7 @@ def load_base(
     dtype "auto" is bfloat16 on CUDA devices that compute in it and float32 elsewhere, whatever the files
     hold. A tokenizer without a padding token gets one in memory; nothing here depends on which.
     """
-    place = _device(device)
+    place = device_of(device)
     number = _dtype(dtype, place)
     folder = base_folder(name, allow_download=allow_download)
     if quantize in ("8bit", "4bit") and (folder is None or not find_spec("bitsandbytes")):
@@ -92,11 +92,7 @@ def load_base(
             f"{name!r}: the tokenizer has {tokenizer.vocab_size} tokens and the model embeds {rows}; "
             "they do not belong together."
         )
-    if tokenizer.eos_token_id is None and isinstance(model.config.eos_token_id, int):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return model.requires_grad_(False).eval(), tokenizer
+    return model.requires_grad_(False).eval(), _completed(tokenizer, model.config)
 
 
 def skeleton(name: str, *, allow_download: bool = False) -> tuple[Any, Any]:
@@ -105,9 +101,11 @@ def skeleton(name: str, *, allow_download: bool = False) -> tuple[Any, Any]:
     with _quiet():
         tokenizer = _load_tokenizer(folder or _embedded())
         if folder is None:
-            return _random(name.removeprefix("random:"), tokenizer).to("meta"), tokenizer
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(_load_config(folder)), tokenizer
+            model = _random(name.removeprefix("random:"), tokenizer).to("meta")
+        else:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(_load_config(folder))
+    return model, _completed(tokenizer, model.config)
 
 
 def base_folder(name: str, *, allow_download: bool = False) -> Path | None:
@@ -262,6 +260,15 @@ def _load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def _completed(tokenizer: Any, config: Any) -> Any:
+    """With an end that its model names, and with padding."""
+    if tokenizer.eos_token_id is None and isinstance(config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -330,7 +337,12 @@ def _embedded() -> Path:
     return Path(str(files("fedloom") / "embedded"))
 
 
-def _device(device: Device) -> torch.device:
+def kind_of(device: Device) -> Literal["cpu", "cuda", "mps"]:
+    return device_of(device).type  # type: ignore[return-value]  # of these three kinds, see Device
+
+
+def device_of(device: Device) -> torch.device:
+    """What is computed on; "auto" is the fastest kind that is there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))

@@ -26,12 +26,13 @@ from fedloom.attacks.release import RELEASED, Limits, gate
 from fedloom.attacks.view import ServerView, aggregated
 from fedloom.data.example import Example
 from fedloom.data.text import rouge_l
+from fedloom.engine.lora_engine import LoraEngine
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment.commands import adapter_of
 from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.inputs import other_inputs
 from fedloom.experiment.leakage import Targets, targets
-from fedloom.experiment.machine import Machine, load_machine
+from fedloom.experiment.machine import Machine, load_here
 from fedloom.experiment.settings import ALGORITHM, Experiment
 from fedloom.experiment.simulation import Simulated, federated
 from fedloom.experiment.summary import write_json
@@ -84,7 +85,7 @@ def audit(
         )
     home = run if (run / "state").exists() else run / f"seed-{saved.seed}" / "federated"
     say("data and model")
-    dataset, machine = load_data(experiment), load_machine(experiment)
+    dataset, (machine, engine) = load_data(experiment), load_here(experiment)
     adapter = adapter_of(run, machine)
     simulated = federated(saved, dataset, machine, home)  # what was sent does not depend on how it is audited
     _same_inputs(home / INPUTS, dataset, machine)
@@ -97,7 +98,7 @@ def audit(
     say("the server")
     earlier = committed and _committed(home, saved.fingerprint(), before=committed.state.round)
     server = (
-        of_server(saved, dataset, machine, simulated, earlier)
+        of_server(saved, dataset, machine, engine, simulated, earlier)
         if earlier
         else {
             "reason": f"the last two committed rounds are needed to replay one, and are not in {home.name}/state"
@@ -267,7 +268,12 @@ def code(example: Example) -> str:
 
 
 def of_server(
-    experiment: Experiment, dataset: Dataset, machine: Machine, simulated: Simulated, before: Checkpoint
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
+    engine: LoraEngine,
+    simulated: Simulated,
+    before: Checkpoint,
 ) -> dict[str, Any]:
     """The server reads one upload of the last round, of the client with the fewest examples: it tells most.
 
@@ -280,7 +286,7 @@ def of_server(
     client = min(usable, key=lambda c: (len(simulated.clients[c].examples), c))
     everybody = aggregated(list(usable.values()))
     steps = int(usable[client].update.metrics.get("steps", 0))
-    inputs = inversion.layer_inputs(machine.engine.model, before.state.adapter)
+    inputs = inversion.layer_inputs(engine.model, before.state.adapter)
 
     def seen(view: ServerView) -> dict[str, Any]:
         return {

@@ -31,12 +31,13 @@ from fedloom.experiment.comparison import (
     progress,
     read_result,
     seed_folders,
+    unmeasured,
 )
 from fedloom.experiment.datasets import Dataset, load_data
 from fedloom.experiment.listener import Listener
-from fedloom.experiment.machine import Machine, Skeleton, load_machine, load_skeleton
+from fedloom.experiment.machine import Machine, Skeleton, load_here, load_machine, load_skeleton, load_workers
 from fedloom.experiment.settings import ALGORITHM, UNTRAINED, Experiment, changed
-from fedloom.experiment.simulation import federated
+from fedloom.experiment.simulation import batches, federated, trainings
 from fedloom.experiment.summary import ANSWERS, measure, read_summary, summarise, write_json
 from fedloom.experiment.toml import load, recorded
 from fedloom.experiment.training import INPUTS
@@ -64,38 +65,38 @@ def run(
         listener.noted(dataset.notes)
         _checked(experiment, folder, [dataset], compared=False)
         listener.phase("loading the base model")
-        machine = load_machine(experiment)
-        if not machine.end_reachable:
-            listener.warned(endings.unreachable(machine.template.end_text))
-        simulated = federated(experiment, dataset, machine, folder)
-        state = simulated.finish(listener)
-        conv1d = bool(machine.describe()["conv1d"])
-        _save(
-            folder / "adapter",
-            experiment,
-            machine,
-            state.adapter,
-            machine.base_sha256,
-            conv1d,
-            card.unmeasured(experiment),
-        )
-        rows: dict[str, AdapterState | None] = {"base": None, **simulated.models("federated", state)}
-        with measuring(folder, "run"):
-            result = measure(
-                experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase
+        with load_machine(experiment, batches=batches(experiment, dataset)) as machine:
+            if not machine.facts.end_reachable:
+                listener.warned(endings.unreachable(machine.template.end_text))
+            simulated = federated(experiment, dataset, machine, folder)
+            state = simulated.finish(listener)
+            conv1d = bool(machine.describe()["conv1d"])
+            _save(
+                folder / "adapter",
+                experiment,
+                machine,
+                state.adapter,
+                machine.base_sha256,
+                conv1d,
+                card.unmeasured(experiment),
             )
-        if made := simulated.synthesis():
-            result["synthesis"] = {"federated": made}
-        summary = summarise(
-            "run",
-            experiment,
-            dataset,
-            [result],
-            records=journal.read(folder / "metrics.jsonl"),
-            adapter_sha256=state.adapter.sha256(),
-            engine=machine.describe(),
-            when=_when(folder),
-        )
+            rows: dict[str, AdapterState | None] = {"base": None, **simulated.models("federated", state)}
+            with measuring(folder, "run"):
+                result = measure(
+                    experiment, dataset, machine, rows, cache=Cache(folder / ANSWERS), say=listener.phase
+                )
+            if made := simulated.synthesis():
+                result["synthesis"] = {"federated": made}
+            summary = summarise(
+                "run",
+                experiment,
+                dataset,
+                [result],
+                records=journal.read(folder / "metrics.jsonl"),
+                adapter_sha256=state.adapter.sha256(),
+                engine=machine.describe(),
+                when=_when(folder),
+            )
         _finish(folder, summary)
     return summary
 
@@ -104,22 +105,20 @@ def compare(
     experiment: Experiment,
     folder: Path,
     *,
-    jobs: int = 1,
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_notes: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
 
-    `jobs` seeds run at a time, each in a process of its own. Resumes like `run`, seed by seed.
+    Seeds and rows are trained side by side, by as many workers as the settings say ([machine]). Resumes like `run`,
+    training by training.
     """
     if not experiment.algorithm.shared:
         raise ConfigError(
             f'algorithm = "{ALGORITHM.name(experiment.algorithm)}" trains no shared model to compare with others. '
             "Choose one that does, and give this one a row: compare.methods."
         )
-    if jobs < 1:
-        raise ConfigError(f"Expected at least 1 seed at a time, got jobs={jobs}.")
     experiment = experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder, experiment)
@@ -127,13 +126,13 @@ def compare(
             return finished
         folders.expect_kind(folder, "compare")
         seeds = seed_folders(experiment, folder)
-        datasets = [load_data(its) for its in seeds.values()]
+        datasets = [load_data(its, quarantine=seed / "quarantine.jsonl") for seed, its in seeds.items()]
         on_notes(datasets[0].notes)
         base = _checked(experiment, folder, datasets, compared=True)
         on_progress(progress(experiment, folder))
         exported: AdapterState | None = None
         try:
-            for state in all_seeds(experiment, folder, jobs=min(jobs, experiment.compare.seeds)):
+            for state in _seeds(experiment, folder, datasets):
                 exported = exported or _export_first(folder, seeds, base)
                 on_progress(state)
         finally:  # also where a seed could not be measured
@@ -156,6 +155,16 @@ def compare(
         )
         _finish(folder, summary)
     return summary
+
+
+def _seeds(experiment: Experiment, folder: Path, datasets: Sequence[Dataset]) -> Iterator[Progress]:
+    """Train and measure what is not yet there. Where nothing is, no base model is loaded."""
+    missing = unmeasured(experiment, folder)
+    if not missing:
+        yield progress(experiment, folder)
+        return
+    machine = load_workers(experiment, batches=len(missing) * len(trainings(experiment)))
+    yield from all_seeds(experiment, folder, datasets, machine)
 
 
 def _export_first(folder: Path, seeds: Mapping[Path, Experiment], base: Skeleton) -> AdapterState | None:
@@ -206,11 +215,11 @@ def adapter_of(folder: Path, machine: Machine) -> AdapterState:
             f"The adapter of {folder} was trained on another base model (sha256 {recorded[:16]}…) than the one that is there now "
             f"({machine.base_sha256[:16]}…). Put the old base back, or give its place: model.base=FOLDER."
         )
-    machine.engine.layout.to_vector(state)  # raises where names or shapes do not fit this model
-    if spec.scale != machine.engine.layout.spec.scale:
+    machine.layout.to_vector(state)  # raises where names or shapes do not fit this model
+    if spec.scale != machine.layout.spec.scale:
         raise ConfigError(
             f"The adapter of {folder} was trained with a scale of {spec.scale:g}, and these settings scale it by "
-            f"{machine.engine.layout.spec.scale:g}. Leave adapter.alpha, adapter.rank and adapter.rslora as they are."
+            f"{machine.layout.spec.scale:g}. Leave adapter.alpha, adapter.rank and adapter.rslora as they are."
         )
     return state
 
@@ -224,7 +233,7 @@ def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = 
     _same_training(saved, experiment, run / "experiment.toml")
     if folder.exists():
         raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
-    machine = load_machine(experiment)
+    machine, engine = load_here(experiment)
     adapter = adapter_of(run, machine)
     summary = read_summary(run)
     if merged:
@@ -234,9 +243,7 @@ def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = 
             _export_files(machine, machine.base_sha256).save(draft)
             (draft / "README.md").write_text(words.strip() + "\n", "utf-8")
 
-        export_merged(
-            machine.engine.model, machine.tokenizer, adapter, machine.engine.layout, folder, beside=beside
-        )
+        export_merged(engine.model, machine.tokenizer, adapter, machine.layout, folder, beside=beside)
     else:
         words = card.model_card(summary) if summary else card.unmeasured(experiment)
         with _whole(folder) as draft:

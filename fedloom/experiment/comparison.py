@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from multiprocessing import connection
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
-import torch
-
+from fedloom.algorithms.base import ServerState
 from fedloom.errors import FedloomError, RunError
 from fedloom.evaluation.cache import Cache
-from fedloom.experiment.datasets import Dataset, load_data
+from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.leakage import leakage
 from fedloom.experiment.listener import Listener
-from fedloom.experiment.machine import Machine, load_machine
+from fedloom.experiment.machine import Machine
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.simulation import trainings
+from fedloom.experiment.simulation import Maker, Simulated, trainings
 from fedloom.experiment.summary import ANSWERS, measure, shared, write_json
-from fedloom.experiment.toml import parse
 from fedloom.federation import Round
 from fedloom.messages import ClientId
 from fedloom.state import AdapterState
@@ -35,24 +28,28 @@ from fedloom.storage import checkpoint, journal
 
 RESULT = "result.json"  # of one seed; written last
 POLL = 1.0  # seconds between looks at the journals
+T = TypeVar("T")
+R = TypeVar("R")
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
-def one_seed(experiment: Experiment, folder: Path, listener: Listener = Listener()) -> dict[str, Any]:
-    """Train and measure all rows for this experiment's seed; a finished seed is read, not repeated."""
+def one_seed(
+    experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path, each: Each, watch: Watch
+) -> dict[str, Any]:
+    """Train and measure all rows for this experiment's seed; a finished seed is read, not repeated.
+
+    `each` maps a function over the rows, like `map` or in several threads.
+    """
     if (done := _measured(experiment, folder)) is not None:
         return done
     with checkpoint.lock(folder):
-        listener.phase("reading the data")
-        dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
-        listener.phase("loading the base model")
-        machine = load_machine(experiment)
-        rows, synthesis = trained(experiment, dataset, machine, folder, listener)
+        rows, synthesis = trained(experiment, dataset, machine, folder, each, watch)
         with measuring(folder.parent, "compare"):
             if experiment.compare.leakage:
-                listener.phase("measuring leakage")
+                watch.phase("measuring leakage")
             leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
             measured = measure(
-                experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS), say=listener.phase
+                experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS), say=watch.phase
             )
         result = {
             **measured,
@@ -97,18 +94,33 @@ def _measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
 
 
 def trained(
-    experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path, listener: Listener = Listener()
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
+    folder: Path,
+    each: Each = map,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, AdapterState | None], dict[str, Any]]:
     """Every row's model in this seed's folder, and what was generated; what is finished already is read, not repeated."""
+
+    def train(row: tuple[str, tuple[str, Maker]]) -> tuple[str, Simulated, ServerState]:
+        name, (label, maker) = row
+        simulated = maker(experiment, dataset, machine, folder / name)
+        return label, simulated, simulated.finish(watch.training(label) if watch else Listener())
+
     rows: dict[str, AdapterState | None] = {"base": None}
     synthesis: dict[str, Any] = {}
-    for name, (label, made) in trainings(experiment).items():
-        listener.row(label)
-        simulated = made(experiment, dataset, machine, folder / name)
-        rows |= simulated.models(label, simulated.finish(listener))
-        if found := simulated.synthesis():
-            synthesis[label] = found
+    for label, simulated, state in each(train, trainings(experiment).items()):
+        rows |= simulated.models(label, state)
+        if made := simulated.synthesis():
+            synthesis[label] = made
     return rows, synthesis
+
+
+def unmeasured(experiment: Experiment, folder: Path) -> list[Path]:
+    """The seeds' folders that hold no result of these settings."""
+    seeds = seed_folders(experiment, folder)
+    return [seed for seed, its in seeds.items() if _measured(its, seed) is None]
 
 
 def untrained(experiment: Experiment, folder: Path) -> list[str]:
@@ -126,12 +138,11 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Doing:
-    """What the process of one seed is about."""
+    """What goes on in one seed."""
 
-    phase: str = "loading the base model"  # as a Listener hears it
-    row: str = ""  # whose training it is
-    round: int = 0  # that is trained now, from 1
-    part: float = 0.0  # of that round's clients that have answered
+    phase: str = ""  # as a Listener hears it
+    rounds: Mapping[str, int] = field(default_factory=dict)  # row under way -> the round trained now, from 1
+    part: float = 0.0  # of those rounds: the shares of their clients that have answered, summed
 
 
 @dataclass(frozen=True)
@@ -141,58 +152,111 @@ class Progress:
     rounds: int
     total: int
     finished: int  # seeds
-    doing: Mapping[int, Doing]  # of the seeds that have a process now
+    doing: Mapping[int, Doing]  # of the seeds that are under way
 
 
-def all_seeds(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[Progress]:
-    """Every seed in a process of its own, `jobs` at a time; yields progress until all are there.
+class Stopped(Exception):
+    """Ends a thread whose result nobody waits for any more."""
 
-    Progress is read from the journals, which are the truth whoever writes them. When this generator is
-    closed or fails, the processes end with it; what they had committed is gone on with next time.
+
+class Watch:
+    """Hears what goes on in one seed, from whichever threads it goes on in, until `stop` is set."""
+
+    def __init__(self, stop: Event):
+        self._stop = stop
+        self._phase = ""
+        self._rows: dict[str, tuple[int, float]] = {}  # row -> round from 1, share of its clients
+
+    def phase(self, what: str) -> None:
+        self._go_on()
+        self._phase = what
+
+    def training(self, row: str) -> Listener:
+        return _Row(self, row)
+
+    def tell(self, row: str, round: int, part: float = 0.0) -> None:
+        self._go_on()
+        self._rows[row] = round, part
+
+    def ended(self, row: str) -> None:
+        self._rows.pop(row, None)
+
+    def now(self) -> Doing:
+        rows = dict(self._rows)
+        rounds = {row: round for row, (round, _) in rows.items()}
+        return Doing(self._phase, rounds, sum(part for _, part in rows.values()))
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+class _Row(Listener):
+    """Hears one training of a seed."""
+
+    def __init__(self, watch: Watch, row: str):
+        self._watch, self._row, self._rounds = watch, row, 0
+
+    def started(self, *, rounds: int, completed: int, cohort: float) -> None:
+        self._rounds = rounds
+        self._next(completed)
+
+    def updated(self, round: Round, client: ClientId) -> None:
+        answered = len(round.updates) + len(round.refused)
+        self._watch.tell(self._row, round.round + 1, answered / max(1, len(round.cohort)))
+
+    def committed(self, record: Mapping[str, Any]) -> None:
+        self._next(record["round"])
+
+    def _next(self, completed: int) -> None:
+        if completed < self._rounds:
+            self._watch.tell(self._row, completed + 1)
+        else:
+            self._watch.ended(self._row)
+
+
+def all_seeds(
+    experiment: Experiment, folder: Path, datasets: Sequence[Dataset], machine: Machine
+) -> Iterator[Progress]:
+    """Train and measure every seed on one machine, which is closed at the end; yields progress until all are there.
+
+    Every training under way has a thread of its own here. The machine's workers do what takes time, for earlier seeds
+    first. When a seed fails, or this generator is closed, all threads end; what they had committed is gone on with
+    next time.
     """
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    waiting = list(seed_folders(experiment, folder).items())
-    running: dict[Path, tuple[BaseProcess, Connection]] = {}
-    doing: dict[Path, Doing] = {}
+    names = _names(experiment, folder)
+    at_once = min(machine.engine.workers, len(names))
+    watched: dict[int, Watch] = {}
+    stop = Event()
+    seeds = ThreadPoolExecutor(at_once)
+    rows = ThreadPoolExecutor(at_once * len(trainings(experiment)))
+
+    def each(train: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        under_way = [rows.submit(train, item) for item in items]
+        for ended in wait(under_way, return_when=FIRST_EXCEPTION).done:
+            ended.result()  # raises what a training raised, though an earlier one may go on
+        return [one.result() for one in under_way]
+
+    def one(place: int, home: Path, seed: int) -> None:
+        watched[seed] = Watch(stop)
+        one_seed(
+            experiment.with_(seed=seed), datasets[place], machine.ranked(place), home, each, watched[seed]
+        )
+        del watched[seed]
+
+    work = [seeds.submit(one, place, home, seed) for place, (home, seed) in enumerate(names.items())]
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                seed, its = waiting.pop(0)
-                here, there = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(
-                    target=_work, args=(there, threads, its.to_toml(), str(seed)), daemon=True
-                )
-                process.start()
-                there.close()
-                running[seed], doing[seed] = (process, here), Doing()
-            connection.wait([p.sentinel for p, _ in running.values()], timeout=POLL)
-            for seed, (process, here) in list(running.items()):
-                ended = (
-                    process.exitcode is not None
-                )  # before it is listened to, so that its last words are heard
-                for said in _said(here):
-                    if isinstance(said, str):
-                        raise RunError(said)
-                    doing[seed] = said
-                if ended:
-                    del running[seed], doing[seed]
-                    if process.exitcode != 0:
-                        raise RunError(
-                            f"The process of {seed.name} ended with exit code {process.exitcode}; go on with --resume."
-                        )
-            yield progress(experiment, folder, doing)
+        going = set(work)
+        while going:
+            ended, going = wait(going, POLL, FIRST_EXCEPTION)
+            for each_one in ended:
+                each_one.result()
+            yield progress(experiment, folder, {seed: watch.now() for seed, watch in dict(watched).items()})
     finally:
-        for process, _ in running.values():
-            process.terminate()
-            process.join()
-
-
-def _said(here: Connection) -> Iterator[Doing | str]:
-    """What a process has said since, and why it failed if it did."""
-    with suppress(EOFError, OSError):
-        while here.poll():
-            yield here.recv()
+        stop.set()
+        machine.close()  # whoever waits for a worker is told
+        seeds.shutdown(cancel_futures=True)
+        rows.shutdown()
 
 
 def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experiment]:
@@ -206,7 +270,7 @@ def _names(experiment: Experiment, folder: Path) -> dict[Path, int]:
     }
 
 
-def progress(experiment: Experiment, folder: Path, doing: Mapping[Path, Doing] = {}) -> Progress:
+def progress(experiment: Experiment, folder: Path, doing: Mapping[int, Doing] = {}) -> Progress:
     rounds, finished = 0, 0
     rows, names = list(trainings(experiment)), _names(experiment, folder)
     for seed in names:
@@ -214,48 +278,4 @@ def progress(experiment: Experiment, folder: Path, doing: Mapping[Path, Doing] =
         for row in rows:
             rounds += max(0, len(journal.read(seed / row / "metrics.jsonl")) - 1)
     total = len(rows) * experiment.rounds * experiment.compare.seeds
-    return Progress(rounds, total, finished, {names[seed]: what for seed, what in doing.items()})
-
-
-class _Telling(Listener):
-    """Tells the parent what this process is about, and ends the process when nobody listens any more."""
-
-    def __init__(self, there: Connection):
-        self._there = there
-        self._doing = Doing()
-        self._told = 0.0
-
-    def _tell(self, **news: Any) -> None:
-        self._doing = replace(self._doing, **news)
-        self._told = time.monotonic()
-        try:
-            self._there.send(self._doing)
-        except OSError as gone:
-            raise KeyboardInterrupt from gone
-
-    def phase(self, what: str) -> None:
-        self._tell(phase=what, round=0, part=0.0)
-
-    def row(self, label: str) -> None:
-        self._doing = replace(self._doing, row=label)
-
-    def started(self, *, rounds: int, completed: int, cohort: float) -> None:
-        self._tell(round=completed + 1)
-
-    def updated(self, round: Round, client: ClientId) -> None:
-        if time.monotonic() - self._told > POLL / 4:  # nobody looks more often
-            self._tell(part=(len(round.updates) + len(round.refused)) / max(1, len(round.cohort)))
-
-    def committed(self, record: Mapping[str, Any]) -> None:
-        self._tell(round=record["round"] + 1, part=0.0)
-
-
-def _work(there: Connection, threads: int, toml: str, folder: str) -> None:
-    torch.set_num_threads(threads)
-    try:
-        one_seed(parse(toml, "experiment.toml"), Path(folder), _Telling(there))
-    except FedloomError as error:
-        there.send(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return Progress(rounds, total, finished, doing)

@@ -16,9 +16,6 @@ class Listener:
     def phase(self, what: str) -> None:
         """What begins: "reading the data", "loading the base model", "training", "measuring", "answering 8 questions"."""
 
-    def row(self, label: str) -> None:
-        """Whose training begins, where there are several."""
-
     def started(self, *, rounds: int, completed: int, cohort: float) -> None: ...
     def updated(self, round: Round, client: ClientId) -> None: ...
     def committed(self, record: Mapping[str, Any]) -> None: ...

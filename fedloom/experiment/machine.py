@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedloom.data.template import Template
-from fedloom.errors import ConfigError
+from fedloom.engine import loading
+from fedloom.engine.loading import Facts, Setup
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.settings import Machine as Settings
+from fedloom.state import AdapterState
+from fedloom.steps import Engine
 
 if TYPE_CHECKING:  # settings and data are read without waiting for torch
-    from fedloom.engine.lora_engine import Generation, LoraEngine
+    from fedloom.engine.layout import AdapterLayout
+    from fedloom.engine.lora_engine import LoraEngine
+    from fedloom.engine.pool import Workers
+
+SMALL = 100_000_000  # parameters; a base model below that is no faster with two threads than with one
 
 
 def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Template:
@@ -43,6 +51,13 @@ class Skeleton:
         return self.template.positions
 
     @property
+    def parameters(self) -> int:
+        """Numbers in the base model, tied ones once."""
+        from fedloom.engine.models import count_parameters
+
+        return count_parameters(self.model)
+
+    @property
     def vocabulary(self) -> int:
         """Tokens that the base model embeds."""
         return int(self.model.get_input_embeddings().num_embeddings)
@@ -58,19 +73,43 @@ def load_skeleton(experiment: Experiment) -> Skeleton:
 
 @dataclass(frozen=True)
 class Machine:
-    """The one thing that touches a device: base model, tokenizer, prompt format and engine."""
+    """The one thing that computes: an engine, in this process or in workers, and what belongs to its base model.
 
-    engine: LoraEngine
+    `close` it at the end, or use it in a `with` statement: workers end with it.
+    """
+
+    engine: Engine
     template: Template
     tokenizer: Any
-    base_hash: str  # of the weights as they are computed with, which answers depend on
-    base_sha256: str  # of the weights as they are stored: what the base is, in every dtype
-    end_reachable: bool = True  # can the frozen output head say the token that ends an answer?
+    layout: AdapterLayout
+    facts: Facts
+    threads: int = 1  # of the engine, or of each of its workers
+    close: Callable[[], None] = lambda: None
 
     @property
     def positions(self) -> int:
         """Tokens that the base model reads; many, where nothing limits it."""
         return self.template.positions
+
+    @property
+    def base_hash(self) -> str:
+        """Of the weights as they are computed with, which answers depend on."""
+        return self.facts.base_hash
+
+    @property
+    def base_sha256(self) -> str:
+        """Of the weights as they are stored: the identity of the base in every dtype."""
+        return self.facts.base_sha256
+
+    def ranked(self, place: int) -> Machine:
+        """The same machine, whose workers serve those of a lower place first."""
+        from fedloom.engine.pool import Pool
+
+        return replace(self, engine=self.engine.ranked(place)) if isinstance(self.engine, Pool) else self
+
+    def initial_adapter(self, seed: int) -> AdapterState:
+        """Where every training with this seed starts: it leaves the base model unchanged."""
+        return self.layout.initial(seed)
 
     def is_base(self, sha256: str) -> bool:
         """Is this the base that was recorded so? Version 0.1.0 recorded the weights as it computed with them."""
@@ -79,51 +118,118 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         """How it computes: for the record, and for whoever wonders about the speed."""
         return {
-            "path": self.engine.path,
-            "reason": self.engine.path_reason,
-            "decoding_reason": self.engine.decoding_reason,
+            "path": self.facts.path,
+            "reason": self.facts.reason,
+            "decoding_reason": self.facts.decoding_reason,
             "base_sha256": self.base_sha256,
-            "trained_parameters": self.engine.layout.size,
+            "trained_parameters": self.layout.size,
             "format": self.template.format,
             "end": self.template.end_text,
-            "end_reachable": self.end_reachable,
-            "conv1d": any(t.kind == "conv1d" for t in self.engine.layout),
+            "end_reachable": self.facts.end_reachable,
+            "conv1d": any(t.kind == "conv1d" for t in self.layout),
+            "workers": self.engine.workers,
+            "threads": self.threads,
         }
 
+    def __enter__(self) -> Machine:
+        return self
 
-def load_machine(experiment: Experiment) -> Machine:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_machine(experiment: Experiment, *, batches: int = 1) -> Machine:
+    """`batches` is how many batches of requests can be under way at once: more workers than that would never be busy.
+
+    Where one is enough, everything is computed in this process.
+    """
+    if workers(experiment, batches=batches) == 1 and experiment.machine.ray is None:
+        return load_here(experiment)[0]
+    return load_workers(experiment, batches=batches)
+
+
+def load_workers(experiment: Experiment, *, batches: int) -> Machine:
+    """A machine in other processes, which end at once when it is closed."""
+    from fedloom.engine.fork_server import ForkServer
+    from fedloom.engine.layout import AdapterLayout
+    from fedloom.engine.pool import Pool
+    from fedloom.engine.ray_pool import RayWorkers
+
+    base, wanted = load_skeleton(experiment), experiment.machine
+    count = workers(experiment, batches=batches)
+    threads = threads_of(experiment, base.parameters, workers=count)
+    setup = _setup(experiment, base.template)
+    source: Workers
+    if wanted.ray is None:
+        source = ForkServer(setup, threads=threads)
+    else:
+        source = RayWorkers(setup, threads=threads, address=wanted.ray)
+        count = min(batches, source.count() if wanted.workers == "auto" else wanted.workers)
+    pool = Pool(source, count, encode=base.template.encode)
+    try:
+        facts = pool.facts()
+    except BaseException:
+        pool.close()
+        raise
+    layout = AdapterLayout.of(base.model, experiment.adapter)
+    return Machine(pool, base.template, base.tokenizer, layout, facts, threads, pool.close)
+
+
+def load_here(experiment: Experiment) -> tuple[Machine, LoraEngine]:
+    """A machine in this process, and its engine for those who need the model itself: streams, merged weights, gradients."""
+    import torch
+
+    base = load_skeleton(experiment)
+    threads = threads_of(experiment, base.parameters, workers=1)
+    torch.set_num_threads(threads)
+    engine, facts = loading.load(_setup(experiment, base.template), base.template.encode)
+    return Machine(engine, base.template, base.tokenizer, engine.layout, facts, threads), engine
+
+
+def workers(experiment: Experiment, *, batches: int) -> int:
+    """ "auto" is a worker for each core or GPU, as far as `batches` keep them busy."""
+    import torch
+
     from fedloom.engine import models
-    from fedloom.engine.head import reachable
-    from fedloom.engine.lora_engine import LoraEngine
 
-    m, machine = experiment.model, experiment.machine
-    model, tokenizer = load_base(experiment)
-    template = load_template(experiment, model, tokenizer)
-    base_hash, base_sha256 = models.base_hash(model), models.identity(m.base, allow_download=m.allow_download)
-    end_reachable = reachable(model, template.end)
-    engine = LoraEngine.build(
-        model,
-        template.encode,
+    wanted, device = experiment.machine.workers, models.kind_of(experiment.machine.device)
+    there = {"cpu": cores(), "cuda": torch.cuda.device_count()}.get(device, 1)
+    count = there if wanted == "auto" else wanted
+    return max(1, min(batches, count if device == "cpu" else min(count, there)))  # no two of them share a GPU
+
+
+def threads_of(experiment: Experiment, parameters: int, *, workers: int) -> int:
+    """ "auto" shares the cores out among the workers, where products are large enough to be shared among threads."""
+    if experiment.machine.threads != "auto":
+        return experiment.machine.threads
+    return 1 if parameters < SMALL else max(1, cores() // workers)
+
+
+def cores() -> int:
+    """Cores that this process may use; OMP_NUM_THREADS says how many it should."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _setup(experiment: Experiment, template: Template) -> Setup:
+    from fedloom.engine import models
+
+    m, its = experiment.model, experiment.machine
+    return Setup(
+        base=m.base,
+        dtype=m.dtype,
+        device=models.kind_of(its.device),
+        quantize=None if m.quantize == "none" else m.quantize,
+        allow_download=m.allow_download,
         lora=experiment.adapter,
-        tokens_per_pass=machine.tokens_per_pass,
-        path=machine.kernels,
-        checkpointing=machine.checkpointing,
-        generation=_generation(machine, base=m.base, allow_download=m.allow_download),
+        tokens_per_pass=its.tokens_per_pass,
+        kernels=its.kernels,
+        checkpointing=its.checkpointing,
+        vllm=None if its.vllm is None else its.vllm.model_dump(mode="json", exclude_none=True),
+        end=template.end,
     )
-    return Machine(engine, template, tokenizer, base_hash, base_sha256, end_reachable)
-
-
-def _generation(machine: Settings, *, base: str, allow_download: bool) -> Generation:
-    from fedloom.engine import models
-    from fedloom.engine.generation import generate_all
-    from fedloom.engine.vllm_backend import VllmGeneration
-
-    if machine.vllm is None:
-        return generate_all
-    folder = models.base_folder(base, allow_download=allow_download)
-    if folder is None:
-        raise ConfigError(f"machine.vllm needs a model that is on disk; got model.base={base!r}.")
-    return VllmGeneration(folder, **machine.vllm.model_dump(exclude_none=True))
 
 
 def load_base(experiment: Experiment) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -13,7 +14,7 @@ from fedloom import rng
 from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import ConfigError, FedloomError
-from fedloom.experiment import judging, preflight
+from fedloom.experiment import judging, machine, preflight
 from fedloom.experiment.build import cohorts
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_skeleton
@@ -34,7 +35,11 @@ class Plan:
     bytes_down: int
     rounds: int
     cohort: float  # clients in a round, on average
-    clients_per_batch: int
+    width: int  # clients in one batch
+    batches: int  # of the largest round
+    workers: int  # that share them out
+    threads: int  # of each
+    cores: int  # of this machine
     tokens_per_pass: int
     memory: float  # bytes, an estimate
     disk: int  # bytes of a run's rounds and adapter at most, roughly; 0: the data could not be read
@@ -93,7 +98,9 @@ def plan(experiment: Experiment) -> Plan:
         problem = str(found)
     cohorts = _cohorts(experiment, clients)
     cohort, down = fmean(map(len, cohorts)), _bytes_down(adapter, delta, codec, cohorts)
-    together = min(experiment.machine.clients_per_batch, max(1, round(cohort)))
+    width = min(experiment.machine.clients_per_batch, max(1, round(cohort)))
+    batches = max(1, math.ceil(max(map(len, cohorts)) / experiment.machine.clients_per_batch))
+    workers = machine.workers(experiment, batches=batches)
     return Plan(
         base,
         layout.size,
@@ -102,9 +109,13 @@ def plan(experiment: Experiment) -> Plan:
         down,
         experiment.rounds,
         cohort,
-        together,
+        width,
+        batches,
+        workers,
+        machine.threads_of(experiment, base, workers=workers),
+        machine.cores(),
         experiment.machine.tokens_per_pass,
-        _memory(experiment, model, base, layout.size, together),
+        _memory(experiment, model, base, layout.size, width, workers),
         disk,
         data,
         notes,
@@ -145,8 +156,8 @@ def _bytes_down(
     return round(fmean(sizes)) if sizes else whole
 
 
-def _memory(experiment: Experiment, model: Any, base: int, adapter: int, together: int) -> float:
-    """The runtime, weights, for each client parameters with gradient and moments, activations;
+def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int, workers: int) -> float:
+    """The runtime, weights, and for each worker its clients' parameters with gradient and moments, and activations;
     for examples of full length, within a factor of 2.
 
     Activations of a token in a layer: the inputs of its linear maps, norms and activations (about 24 times the
@@ -169,7 +180,7 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, togethe
         * number
         / (4 if machine.checkpointing else 1)
     )
-    return RUNTIME + base * weight + together * adapter * 16 + activations
+    return RUNTIME + base * weight + workers * (width * adapter * 16 + activations)
 
 
 NAMED = "0" * 16  # as long as an experiment's name in messages

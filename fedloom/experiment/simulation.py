@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,13 @@ def trainings(experiment: Experiment) -> dict[str, tuple[str, Maker]]:
         "federated": ("federated", federated),
         "centralised": ("centralised", centralised),
     }
+
+
+def batches(experiment: Experiment, dataset: Dataset) -> int:
+    """How many batches of clients the largest round of the experiment's own algorithm is made of."""
+    select = cohorts(experiment, sorted(dataset.clients))
+    largest = max(len(select(r)) for r in range(experiment.rounds))
+    return max(1, math.ceil(largest / experiment.machine.clients_per_batch))
 
 
 def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
@@ -203,7 +211,7 @@ def simulated(
         algorithm,
         transport,
         select,
-        start=machine.engine.initial_adapter(experiment.seed),
+        start=machine.initial_adapter(experiment.seed),
         rounds=experiment.rounds,
         inputs=inputs,
         fingerprint=fingerprint,

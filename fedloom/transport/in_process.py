@@ -9,7 +9,7 @@ from itertools import islice
 from fedloom.algorithms.base import Algorithm
 from fedloom.client import Client
 from fedloom.messages import Broadcast, ClientId
-from fedloom.steps import Engine, drive
+from fedloom.steps import Engine, drive_groups
 from fedloom.transport.base import Arrival, Snapshot
 from fedloom.transport.client_end import ClientEnd
 from fedloom.transport.codec import Codec, Fp32
@@ -27,8 +27,9 @@ class InProcess:
 
     def call(self, method: str, payloads: Mapping[ClientId, bytes]) -> Iterator[tuple[ClientId, bytes]]:
         letters = iter(payloads.items())
-        while group := list(islice(letters, self.clients_per_batch)):
-            yield from drive({c: self.ends[c].reply(method, data) for c, data in group}, self.engine)
+        groups = iter(lambda: list(islice(letters, self.clients_per_batch)), [])
+        work = ({c: self.ends[c].reply(method, data) for c, data in group} for group in groups)
+        return drive_groups(work, self.engine)
 
 
 class Simulation:

@@ -34,6 +34,7 @@ class Talking:
     """
 
     toy: ToyEngine = field(default_factory=ToyEngine)
+    workers: int = 1
     asked: list[tuple[Hashable, Any]] = field(default_factory=list)
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

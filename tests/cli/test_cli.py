@@ -313,8 +313,8 @@ def test_help_names_every_command() -> None:
 
 
 @pytest.mark.slow
-def test_compare_runs_its_seeds_in_processes_and_resumes(tmp_path: Path) -> None:
-    done = type_in("compare", *TINY, "--jobs", "2", "--out", tmp_path / "c")
+def test_compare_runs_its_seeds_side_by_side_and_resumes(tmp_path: Path) -> None:
+    done = type_in("compare", *TINY, "machine.workers=2", "--out", tmp_path / "c")
     assert done.code == 0, done
     assert all(word in done.out for word in ("base", "local mean", "local best", "federated", "centralised"))
     lines = done.err.splitlines()
@@ -322,7 +322,7 @@ def test_compare_runs_its_seeds_in_processes_and_resumes(tmp_path: Path) -> None
     assert {
         f"seed {seed}: {what}"
         for seed in (0, 1)
-        for what in ("loading the base model", "answering 2 questions by 5 models")
+        for what in ("measuring held-out loss", "answering 2 questions by 5 models")
     } <= set(lines)
     assert done.out.count("Taking part or tuning alone, each judged on its own mix of data") == 1
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())
@@ -330,7 +330,7 @@ def test_compare_runs_its_seeds_in_processes_and_resumes(tmp_path: Path) -> None
     # As if it had been killed before the second seed's result and the summary.
     (tmp_path / "c" / "summary.json").unlink()
     (tmp_path / "c" / "seed-1" / "result.json").unlink()
-    assert type_in("compare", "--resume", "--jobs", "2", "--out", tmp_path / "c").code == 0
+    assert type_in("compare", "--resume", "--out", tmp_path / "c").code == 0
     again = json.loads((tmp_path / "c" / "summary.json").read_text())
     assert again["provenance"]["started"] == summary["provenance"]["started"]
     again["provenance"]["finished"] = summary["provenance"]["finished"]

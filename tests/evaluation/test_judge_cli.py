@@ -20,7 +20,7 @@ from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import Machine
 from fedloom.experiment.toml import load
 from tests.evaluation.endpoint_server import SECRET, serve
-from tests.fakes import state
+from tests.fakes import FACTS, state
 
 __all__ = ["serve"]  # a fixture
 SETTINGS = ["data.examples=40", "data.clients=2", "data.hold_out=1", "data.private_facts=0"]
@@ -67,7 +67,7 @@ def run(tmp_path, monkeypatch) -> Path:
     (folder / "experiment.toml").write_text(experiment.to_toml(), "utf-8")
     test = load_data(experiment).test
     engine = Parrot({e.instruction: e.response for e in test})
-    machine = Machine(engine, Letters(), None, "base's sha256", "base's sha256")  # type: ignore[arg-type]
+    machine = Machine(engine, Letters(), None, None, FACTS)  # type: ignore[arg-type]
     monkeypatch.setattr("fedloom.experiment.machine.load_machine", lambda _: machine)
     monkeypatch.setattr("fedloom.experiment.commands.adapter_of", lambda *_: state(1.0))
     return folder

@@ -25,7 +25,7 @@ TOY = experiment(adapter={"rank": 1})
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FOUR))
-    monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(commands, "load_machine", lambda *_, **__: machine(ToyEngine()))
     monkeypatch.setattr(commands, "load_skeleton", lambda _: skeleton())
     monkeypatch.setattr(commands, "_export_files", lambda *_: NoFiles())
     monkeypatch.setattr(page, "write", lambda folder: (folder / "report.html").write_text("a page"))
@@ -78,7 +78,9 @@ def test_a_listener_hears_the_run_in_order(toy: None, tmp_path: Path) -> None:
 def test_refused_clients_are_in_the_journal(
     toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine(poison={"b": float("nan")})))
+    monkeypatch.setattr(
+        commands, "load_machine", lambda *_, **__: machine(ToyEngine(poison={"b": float("nan")}))
+    )
     commands.run(TOY.with_(rounds=1), tmp_path)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["refused"] == {"b": "non-finite"}

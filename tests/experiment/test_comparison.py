@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from fedloom.experiment import commands, comparison, simulation
 from fedloom.experiment import summary as summaries
 from fedloom.experiment.build import pooled_client
 from fedloom.experiment.listener import Listener
-from fedloom.experiment.settings import Experiment
 from fedloom.experiment.summary import is_single
 from fedloom.report import card, page
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
@@ -26,23 +25,17 @@ DATA = dataset(FOUR)
 
 @dataclass
 class Toy:
-    listener: Listener = Listener()  # of every training
+    listener: Listener | None = None  # of every training, in place of the comparison's own
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
-    """Seeds one after the other in this process, on the toy engine."""
-    toy = Toy()
-
-    def in_turn(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[comparison.Progress]:
-        for seed, its in comparison.seed_folders(experiment, folder).items():
-            comparison.one_seed(its, seed, toy.listener)
-            yield comparison.progress(experiment, folder)
-
-    for module in (commands, comparison):
-        monkeypatch.setattr(module, "load_data", lambda *_, **__: dataset(FOUR))
-        monkeypatch.setattr(module, "load_machine", lambda e: machine(ToyEngine()), raising=False)
-    monkeypatch.setattr(commands, "all_seeds", in_turn)
+    """Comparisons on the toy engine."""
+    toy, told = Toy(), comparison.Watch.training
+    monkeypatch.setattr(comparison.Watch, "training", lambda self, row: toy.listener or told(self, row))
+    monkeypatch.setattr(comparison, "POLL", 0.01)
+    monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FOUR))
+    monkeypatch.setattr(commands, "load_workers", lambda *_, **__: machine(ToyEngine(workers=2)))
     monkeypatch.setattr(page, "write", lambda folder: None)
     monkeypatch.setattr(card, "model_card", lambda summary: "a card")
     monkeypatch.setattr(summaries, "environment", dict)
@@ -148,7 +141,7 @@ def test_a_comparison_stopped_in_the_middle_ends_in_the_same_summary(
     toy.listener = StopsAfter(count)
     with pytest.raises(Stop):
         commands.compare(TOY, tmp_path / "parts")
-    toy.listener = Listener()
+    toy.listener = None
     assert untimed(commands.compare(TOY, tmp_path / "parts", resume=True)) == expected
 
 
@@ -157,7 +150,7 @@ def test_a_finished_seed_is_not_computed_again(
 ) -> None:
     commands.compare(TOY, tmp_path)
     (tmp_path / "summary.json").unlink()
-    monkeypatch.setattr(comparison, "load_machine", None)  # nobody may ask for it
+    monkeypatch.setattr(commands, "load_workers", None)  # nobody may ask for them
     assert commands.compare(TOY, tmp_path, resume=True)["kind"] == "compare"
 
 
@@ -165,7 +158,8 @@ def test_progress_counts_every_round_of_every_row(toy: Toy, tmp_path: Path) -> N
     seen: list[comparison.Progress] = []
     commands.compare(TOY, tmp_path, on_progress=seen.append)
     assert (seen[0].rounds, seen[0].total) == (0, 2 * 3 * 4)
-    assert [p.finished for p in seen] == [0, 1, 2]
+    assert [p.finished for p in seen] == sorted(p.finished for p in seen)
+    assert seen[-1].finished == 2
     assert seen[-1].rounds == seen[-1].total
 
 

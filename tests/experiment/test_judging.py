@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
-from fedloom.experiment import commands, comparison, judging
+from fedloom.experiment import commands, judging
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.settings import Experiment
 from fedloom.experiment.summary import read_judged
@@ -35,18 +34,11 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Experiment]:
-    """Two seeds of two clients on the embedded model, trained in this process."""
+    """Two seeds of two clients on the embedded model."""
     folder = tmp_path_factory.mktemp("judging") / "table"
     experiment = load("fedit-table", SETTINGS)
 
-    def in_turn(experiment: Experiment, folder: Path, *, jobs: int) -> Iterator[comparison.Progress]:
-        for seed, its in comparison.seed_folders(experiment, folder).items():
-            comparison.one_seed(its, seed)
-            yield comparison.progress(experiment, folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "all_seeds", in_turn)
-        commands.compare(experiment, folder)
+    commands.compare(experiment, folder)
     return folder, experiment
 
 

@@ -1,0 +1,172 @@
+"""An engine made of workers: each batch of requests goes as a whole to whichever worker is free.
+
+A batch is answered as one engine alone would answer it, so results depend neither on the number of workers
+nor on which of them was free. `answer` may be called from several threads at once, and should be: one call
+keeps one worker busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from heapq import heapify, heappush
+from itertools import count
+from threading import Condition
+from typing import Any, Protocol
+
+from fedloom.engine import letters
+from fedloom.engine.loading import Facts
+from fedloom.engine.worker import read_reply
+from fedloom.errors import RunError
+from fedloom.steps import Fit, Score, Tokens
+
+TRIES = 3  # of one batch, where the worker that answers it dies
+KEPT = 65_536  # encoded examples
+STOPPED = "The workers have been stopped."
+
+
+class WorkerLost(Exception):
+    """A worker is gone, whatever it was doing."""
+
+
+class Remote(Protocol):
+    """A `Worker` somewhere else."""
+
+    def ask(self, letter: bytes) -> bytes:
+        """Raises WorkerLost."""
+        ...
+
+
+class Workers(Protocol):
+    """Where workers come from."""
+
+    def start(self, number: int) -> Remote:
+        """Worker `number`, which may still be loading. Raises RunError where none can be started."""
+        ...
+
+    def close(self) -> None:
+        """End all workers at once; whoever waits for an answer gets WorkerLost."""
+        ...
+
+
+class Pool:
+    """An `Engine` of several workers; `close` it at the end.
+
+    `encode` is called here, once for each example in use: what travels are tokens. A worker that dies is replaced
+    and its batch is asked again.
+    """
+
+    def __init__(self, source: Workers, workers: int, *, encode: Callable[[Any], Tokens]):
+        self.workers = workers  # batches that are answered at the same time
+        self._source = source
+        self._encode = encode
+        self._examples: dict[
+            int, tuple[Any, Tokens]
+        ] = {}  # the example is kept, so that its id stays its own
+        self._changed = Condition()  # guards all that follows
+        self._free = [(number, source.start(number)) for number in reversed(range(workers))]
+        self._waiting: list[tuple[int, int]] = []  # a heap of (place, turn) of those who wait for a worker
+        self._turns = count()
+        self._closed = False
+
+    def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """As any engine. Raises RunError where a batch has ended three workers, or the pool is closed meanwhile."""
+        return self.answer_in_turn(requests, place=0)
+
+    def ranked(self, place: int) -> Ranked:
+        return Ranked(self, place)
+
+    def answer_in_turn(self, requests: Mapping[Hashable, Any], *, place: int) -> dict[Hashable, Any]:
+        """As `answer`, before whoever waits in a higher place."""
+        if not requests:
+            return {}
+        asked = [self._encoded(request) for request in requests.values()]
+        return dict(zip(requests, self._asked(letters.pack(asked), place), strict=True))
+
+    def facts(self) -> Facts:
+        """Waits until a worker has loaded the base model. Raises what ended the loading."""
+        return Facts(**self._asked(letters.pack(None), place=0))
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._source.close()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _asked(self, letter: bytes, place: int) -> Any:
+        number, worker = self._taken(place)
+        try:
+            for attempt in range(TRIES):
+                if attempt:
+                    worker = self._started(number)
+                with suppress(WorkerLost):
+                    return read_reply(worker.ask(letter))
+            worker = self._started(number)
+        finally:
+            with self._changed:
+                self._free.append((number, worker))
+                self._changed.notify_all()
+        raise RunError(
+            f"{TRIES} workers in turn died while they answered the same requests, most likely for want of memory. "
+            "Set machine.workers, machine.clients_per_batch or machine.tokens_per_pass lower, and go on with --resume."
+        )
+
+    def _taken(self, place: int) -> tuple[int, Remote]:
+        """A free worker, waited for."""
+        with self._changed:
+            turn = place, next(self._turns)
+            heappush(self._waiting, turn)
+            while not self._closed and not (self._free and self._waiting[0] == turn):
+                self._changed.wait()
+            self._waiting.remove(turn)
+            heapify(self._waiting)
+            self._changed.notify_all()
+            if self._closed:
+                raise RunError(STOPPED)
+            return self._free.pop()
+
+    def _started(self, number: int) -> Remote:
+        """The successor of a worker that died."""
+        with self._changed:
+            if self._closed:
+                raise RunError(STOPPED)
+            return self._source.start(number)
+
+    def _encoded(self, request: Any) -> Any:
+        if isinstance(request, Fit | Score):
+            return replace(request, examples=[self._tokens(example) for example in request.examples])
+        return request
+
+    def _tokens(self, example: Any) -> Tokens:
+        if isinstance(example, Tokens):
+            return example
+        with self._changed:
+            known = self._examples.pop(id(example), None)
+        tokens = known[1] if known else self._encode(example)
+        with self._changed:
+            self._examples[id(example)] = example, tokens  # the last is the latest
+            if len(self._examples) > KEPT:
+                del self._examples[next(iter(self._examples))]
+        return tokens
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The same pool for whoever has this place in the queue; lower ones are served first."""
+
+    pool: Pool
+    place: int
+
+    @property
+    def workers(self) -> int:
+        return self.pool.workers
+
+    def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return self.pool.answer_in_turn(requests, place=self.place)
