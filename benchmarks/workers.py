@@ -26,7 +26,7 @@ from fedloom.engine.models import skeleton
 from fedloom.engine.pool import Pool
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_skeleton
-from fedloom.experiment.settings import load
+from fedloom.experiment.toml import load
 from fedloom.steps import Fit, Fitted, Steps, drive_groups
 
 

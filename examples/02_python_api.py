@@ -10,17 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fedloom.evaluation.answers import answers_of
-from fedloom.evaluation.cache import Cache
-from fedloom.experiment.commands import adapter_of, compare, run
+import fedloom
 from fedloom.experiment.datasets import load_data
-from fedloom.experiment.machine import load_machine
-from fedloom.experiment.toml import load
 
 
 def main(folder: Path, overrides: list[str]) -> None:
     # An experiment is a frozen tree of settings: a recipe or a file, and what you change of it.
-    experiment = load("quickstart", overrides)
+    experiment = fedloom.load("quickstart", overrides)
     print(f"{experiment.name}: {experiment.rounds} rounds, adapter of rank {experiment.adapter.rank}")
 
     # Who holds what is a function of the settings and the seed.
@@ -29,28 +25,18 @@ def main(folder: Path, overrides: list[str]) -> None:
         print(f"  {client}: {len(examples)} examples, {', '.join(sorted({e.category for e in examples}))}")
 
     # `fedloom run`: train, evaluate, export. Interrupted, it goes on with resume=True.
-    summary = run(experiment, folder / "run")
+    summary = fedloom.run(experiment, folder / "run")
     for row in summary["rows"]:
         print(f"  {row['row']}: {row['metric']} {row['mean']:.3f}")
 
-    # The tuned model answers. adapter=None would be the untuned base model.
-    machine = load_machine(experiment)
-    adapter = adapter_of(folder / "run", machine)
-    questions = data.test[:3]
-    said = answers_of(
-        machine.engine,
-        machine.template,
-        questions,
-        {"tuned": adapter},
-        weights=machine.base_hash,
-        max_new_tokens=32,
-        cache=Cache(),
-    )
-    for question, answer in zip(questions, said["tuned"], strict=True):
-        print(f"  {question.instruction} -> {answer.text}")
+    # `fedloom chat`: the tuned model answers, piece by piece. With base=True it would be the untuned one.
+    model = fedloom.chat(folder / "run")
+    for question in data.test[:3]:
+        pieces = model.answer(question.instruction, question.context, max_new_tokens=32)
+        print(f"  {question.instruction} -> {''.join(piece.text for piece in pieces)}")
 
     # `fedloom compare`: the four rows of FedIT's table, over several seeds.
-    summary = compare(experiment, folder / "compare")
+    summary = fedloom.compare(experiment, folder / "compare")
     for difference in summary["differences"]:
         if (difference["a"], difference["b"]) == ("federated", "local best"):
             low, high = difference["ci95"]

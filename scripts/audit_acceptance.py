@@ -28,13 +28,13 @@ os.environ.update(
 
 from fedloom.attacks import discoverable
 from fedloom.attacks.release import Limits, best_auc, gate
+from fedloom.attacks.targets import Targets
 from fedloom.data.example import Example
 from fedloom.data.partition import partition_table
-from fedloom.experiment.audit import lower_bound, of_public
 from fedloom.experiment.datasets import Dataset
-from fedloom.experiment.leakage import Targets
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, load_machine
+from fedloom.experiment.positions import lower_bound, of_public
 from fedloom.experiment.settings import Experiment
 from fedloom.experiment.simulation import federated
 from fedloom.experiment.toml import parse

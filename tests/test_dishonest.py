@@ -428,7 +428,7 @@ def test_a_weight_of_zero_is_legal_and_does_not_count() -> None:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "load_data", lambda *_, **__: dataset(FIVE))
-    monkeypatch.setattr(commands, "load_machine", lambda _: machine(ToyEngine()))
+    monkeypatch.setattr(commands, "load_machine", lambda *_, **__: machine(ToyEngine()))
     monkeypatch.setattr(commands, "load_skeleton", lambda _: skeleton())
     monkeypatch.setattr(commands, "_export_files", lambda *_: NoFiles())
     monkeypatch.setattr(page, "write", lambda folder: (folder / "report.html").write_text("a page"))

@@ -18,8 +18,9 @@ from fedloom.data.prompt_form import chat_template
 from fedloom.engine.models import load_base
 from fedloom.errors import ConfigError, DataError, ModelError, RunError
 from fedloom.experiment import commands, comparison, preflight
-from fedloom.experiment.commands import adapter_of, evaluate, export, run
+from fedloom.experiment.commands import evaluate, export, run
 from fedloom.experiment.datasets import load_data
+from fedloom.experiment.finished import adapter_of
 from fedloom.experiment.machine import Machine, load_machine, load_skeleton
 from fedloom.experiment.toml import load
 from fedloom.steps import Generate
@@ -114,9 +115,7 @@ def test_answers_that_cannot_fit_end_a_run_before_its_first_round(tmp_path: Path
 def test_answers_that_cannot_fit_end_a_comparison_before_any_worker_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        comparison.multiprocessing, "get_context", lambda _: pytest.fail("a worker was started")
-    )
+    monkeypatch.setattr(commands, "load_workers", lambda *_, **__: pytest.fail("a worker was started"))
     assert "evaluation.max_new_tokens" in refused(
         "compare", *TINY, "evaluation.max_new_tokens=4000", "--out", tmp_path / "x"
     )

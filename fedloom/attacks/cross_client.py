@@ -1,4 +1,4 @@
-"""One client attacks another: with prefixes from its own records it fishes for secrets that are not its own.
+"""One client attacks the others: it prompts the shared model with beginnings of its own records to get their secrets.
 
 Every client receives the aggregated model, and knows how records of this federation begin. It samples
 continuations of such beginnings and keeps what looks like a secret (arXiv 2506.06060; there the secrets are
@@ -13,22 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedloom.attacks.intervals import Proportion
-from fedloom.attacks.measures import share, with_base
+from fedloom.attacks.targets import with_base
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.data.text import words
 from fedloom.state import AdapterState
+from fedloom.statistics import Proportion, share
 from fedloom.steps import Engine, Generate
 
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of an own response that a prefix holds
 
 
 def prefixes(template: Template, own: Sequence[Example]) -> list[tuple[int, ...]]:
-    """How the attacker's own records begin, each once: a prompt, and more and more of the response.
+    """Beginnings of the attacker's own records, each once: a prompt, and more and more of the response.
 
-    The prompt is the record's own, and one without an instruction: after that, nothing but the response's
-    wording tells the model what is wanted, so that it is free to speak of somebody else.
+    Each response follows its own prompt and one without an instruction, where only its wording tells the model
+    what to say, so that it is free to speak of somebody else.
     """
     blank = tuple(template.prompt_ids(""))
     found: dict[tuple[int, ...], None] = {}
@@ -43,7 +43,7 @@ def prefixes(template: Template, own: Sequence[Example]) -> list[tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Fished:
+class Extracted:
     """What one attacker got out of one model."""
 
     coverage: Proportion | None  # secrets exclusive to the victims that came out at least once
@@ -67,10 +67,10 @@ def attack(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-) -> dict[str, dict[str, Fished]]:
+) -> dict[str, dict[str, Extracted]]:
     """Row -> attacker -> what it got, the untuned base (row "base") among the rows.
 
-    `secrets` are each client's; those of all others are an attacker's prey. `samples` answers are drawn to
+    `secrets` are each client's; an attacker is after those of all others. `samples` answers are drawn for
     every prefix. A secret counts where its words stand in an answer one after the other, whatever the case
     and the punctuation between them.
     """
@@ -91,11 +91,13 @@ def attack(
             for a in attackers
         }
     )
-    prey = {a: _exclusive(clients[a], [s for c in secrets if c != a for s in secrets[c]]) for a in attackers}
+    wanted = {
+        a: _exclusive(clients[a], [s for c in secrets if c != a for s in secrets[c]]) for a in attackers
+    }
     unseen = {_spaced(decoy) for decoy in decoys}
     return {
         row: {
-            a: _fished([_spaced(template.decode(ids)) for ids in answers[row, a]], prey[a], unseen)
+            a: _extracted([_spaced(template.decode(ids)) for ids in answers[row, a]], wanted[a], unseen)
             for a in attackers
         }
         for row in rows
@@ -108,10 +110,10 @@ def _exclusive(own: Sequence[Example], secrets: Sequence[str]) -> set[str]:
     return {s for s in map(_spaced, secrets) if s.strip() and not any(s in text for text in known)}
 
 
-def _fished(answers: Sequence[str], prey: set[str], decoys: set[str]) -> Fished:
-    return Fished(
-        coverage=share(sum(any(s in said for said in answers) for s in prey), len(prey)),
-        efficiency=share(sum(any(s in said for s in prey) for said in answers), len(answers)),
+def _extracted(answers: Sequence[str], secrets: set[str], decoys: set[str]) -> Extracted:
+    return Extracted(
+        coverage=share(sum(any(s in said for said in answers) for s in secrets), len(secrets)),
+        efficiency=share(sum(any(s in said for s in secrets) for said in answers), len(answers)),
         decoys=share(sum(any(s in said for said in answers) for s in decoys), len(decoys)),
     )
 

@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedloom.attacks.intervals import Proportion
-from fedloom.attacks.measures import share, with_base
+from fedloom.attacks.targets import with_base
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
+from fedloom.statistics import Proportion, share
 from fedloom.steps import Engine, Generate, Score, Scored, Tokens
 
 LONGEST = 50  # tokens of the prefix within the text, and of the suffix

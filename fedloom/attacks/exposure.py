@@ -29,7 +29,7 @@ from fedloom.steps import Engine, Score, Scored
 
 Row = TypeVar("Row", bound=Hashable)
 
-CHANCE = 1 / math.log(2)  # bits: mean and standard deviation of the exposure of what was never seen
+CHANCE = 1 / math.log(2)  # bits: mean and standard deviation of the exposure of an unseen secret
 _STEEPEST = 2.0**-50  # of a distribution function; below, a double's digits are noise
 
 
@@ -78,7 +78,7 @@ def exposures(
 
     The scores: "loss", in nats summed over the labelled tokens; and "calibrated", that minus the base's, so
     that a canary that is likely anyway, or one set of canaries that drew likelier secrets than the other,
-    does not pass for learnt. The base itself calibrates to 0 everywhere, which is all ties, hence 0 bits.
+    does not pass for learnt. The base calibrates to 0 everywhere: all ties, hence 0 bits.
 
     References that equal a canary are left out. Canaries of one pool share its references, so their ranks
     depend on one another a little, the less the larger the pool.
@@ -130,7 +130,7 @@ def exposures_by_extrapolation(
 
 
 def no_leak_bound(canaries: int) -> float:
-    """What the mean exposure of so many unseen canaries exceeds once in 20 times or so, in bits: 64 give 1.74.
+    """The mean exposure, in bits, that this many unseen canaries exceed about once in 20 times: 1.74 of 64.
 
     Chance's mean plus 1.645 of its standard errors. The law of a mean of few canaries is skewed, so that
     they exceed it a little oftener: 8 do in 6.5% of cases, 64 in 5.7%. `p_value` keeps to the law itself.

@@ -1,42 +1,26 @@
-"""Extraction as FedPIT measures it: ask a model what its training asked, see how much of the answer is the trained one.
+"""Extraction as FedPIT measures it: prompt the model with a training instruction; how much of the training response comes back?
 
-The attacker knows a training example's prompt and takes the greedy answer; ROUGE-L to the trained response says
-how much of it came back (arXiv 2403.06131v3, section 4.3). A model that has learnt the task scores high on prompts
-it never saw, and an untuned one is far from zero. So everything is reported beside the untuned base, and beside
-held-out examples: what members gain over the base and held-out examples do not is memorised.
+The attacker knows a training example's prompt and takes the greedy answer; ROUGE-L to the trained response tells
+how much came back (arXiv 2403.06131v3, section 4.3). A model that has learnt the task scores high on prompts
+it never saw, and an untuned one is far from zero. So every figure stands beside the untuned base
+and beside held-out examples: the part that members gain over the base and held-out examples do not is memorised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, zip_longest
 from typing import Any
 
-from fedloom.attacks.intervals import Proportion, proportion
-from fedloom.attacks.measures import BASE, Mean, difference, mean, with_base
+from fedloom.attacks.targets import with_base
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.data.text import folded, rouge_l
 from fedloom.errors import DataError
-from fedloom.rng import numpy_stream
+from fedloom.rows import BASE
 from fedloom.state import AdapterState
+from fedloom.statistics import Mean, Proportion, difference, mean, proportion
 from fedloom.steps import Engine, Generate
-
-
-def draw(clients: Mapping[str, Sequence[Example]], n: int, *, seed: int) -> list[Example]:
-    """`n` training examples, as many of one client as of another while they last; all of them where there are fewer."""
-    names = sorted(clients)
-    order = numpy_stream(seed, "attacks", "draw").permutation(len(names))
-    rows = [
-        [
-            clients[name][i]
-            for i in numpy_stream(seed, "attacks", "draw", name).permutation(len(clients[name]))
-        ]
-        for name in (names[i] for i in order)
-    ]
-    turns = chain.from_iterable(zip_longest(*rows))
-    return [example for example in turns if example is not None][:n]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class FirstInputs:
 
 @dataclass(frozen=True)
 class Inapplicable:
-    """Why this attack has nothing to say. It does not mean that the update is safe to publish."""
+    """The reason why this attack does not apply. It does not mean that the update is safe to publish."""
 
     reason: str
 
@@ -58,7 +58,9 @@ class TokenRanking:
 
     tokens: Tensor  # (V,) token ids
     distances: Tensor  # (V,) by token id: share of its vector outside the rows' span, evened out; 0: inside
-    explained: int | None  # so many first tokens, and hardly others, account for the whole update; None: open
+    explained: (
+        int | None
+    )  # the number of first tokens that account for the whole update, almost alone; None: unknown
     factor: Literal["A", "B"]  # whose rows were read
     directions: int  # numerical rank of those rows, the largest of a module where factor is "B"
 
@@ -149,7 +151,7 @@ def invert(
 ) -> TokenRanking | Inapplicable:
     """Rank the vocabulary by how well each token's vector explains the rows of the update.
 
-    The first `guesses` are taken one at a time; what is left follows by distance to the span, so 0 of them
+    The first `guesses` are taken one at a time; the rest follow by distance to the span, so 0 of them
     is the span test alone. That suits an update of Adam on natural text, whose blur misleads a long search;
     the search suits SGD. `decayed` is the multiple of the broadcast adapter that weight decay took
     (`shrinkage`), and is put back before anything else. Time grows with guesses * V * d * directions.
@@ -214,7 +216,8 @@ def _evening(vectors: Tensor) -> Tensor:
     """
     squares, axes = torch.linalg.eigh(vectors.t() @ vectors / len(vectors))
     mean = squares.mean()
-    return axes @ torch.diag((mean / (squares + mean)).sqrt()) @ axes.t()
+    evened: Tensor = axes @ torch.diag((mean / (squares + mean)).sqrt()) @ axes.t()
+    return evened
 
 
 class _Look:

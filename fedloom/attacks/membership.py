@@ -3,7 +3,7 @@
 Scores, of one record, all the larger the likelier a member. l is the loss in mean nats per labelled token:
 
 - loss: -l
-- reference: l under the base model minus l, so that text which is easy anyway stands out no more
+- reference: l under the base model minus l, so that easy text does not stand out
 - zlib: -l per byte of the compressed text (Carlini et al. 2021, https://arxiv.org/abs/2012.07805)
 - min_k: mean of the lowest fifth of the tokens' log p (Shi et al. 2024, https://arxiv.org/abs/2310.16789)
 - min_k_plus: the same of (log p - mean) / std, both under the model's own next-token distribution
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import rankdata
 
-from fedloom.attacks.intervals import Proportion, proportion
 from fedloom.data.example import Example
 from fedloom.errors import DataError, ModelError
 from fedloom.state import AdapterState
+from fedloom.statistics import Proportion, proportion
 from fedloom.steps import Engine, Score, Scored
 
 Row = TypeVar("Row", bound=Hashable)
@@ -77,7 +77,7 @@ def membership(
     """Attack several adapters in shared batches: row -> score -> how well it separates.
 
     None for an adapter attacks the untuned base. Include it: members and non-members that differ by more
-    than membership separate there, too. `text` is what zlib compresses; it should be what is learnt.
+    than membership separate there, too. `text` picks what zlib compresses: the part that is learnt.
     Records without a token to score are refused.
     """
     records = [*members, *nonmembers]

@@ -34,10 +34,6 @@ class OneRun:
     delta: float
     alpha: float
 
-    def refutes(self, claimed: float) -> bool:
-        """Whether a claim of (claimed, delta)-DP is wrong, with confidence 1 - alpha."""
-        return self.epsilon > claimed
-
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
@@ -65,29 +61,10 @@ def one_run(
     return _best(tries, m=m, delta=delta, alpha=alpha)
 
 
-def one_run_on_hull(
-    included: Sequence[float], excluded: Sequence[float], *, delta: float, alpha: float = 0.05
-) -> OneRun:
-    """As `one_run`, with every corner of the ROC's convex hull for a threshold; alpha split between corners.
-
-    Needs no number of guesses, as JAX Privacy's auditor does by default. The corners are chosen by the
-    scores that they judge and only they are paid for, so the confidence is not exact: take `one_run` for
-    a claim, this to look.
-    """
-    inside = _sorted_together(included, excluded)
-    scores = np.sort(np.concatenate([np.asarray(included, float), np.asarray(excluded, float)]))[::-1]
-    ends = np.append(scores[1:] != scores[:-1], True)  # where a threshold can lie
-    right = np.concatenate([[0], np.cumsum(inside)[ends]])
-    wrong = np.concatenate([[0], np.cumsum(~inside)[ends]])
-    corners = _upper_hull(wrong, right)
-    tries = [(int(right[i] + wrong[i]), int(right[i])) for i in corners]
-    return _best(tries, m=len(inside), delta=delta, alpha=alpha)
-
-
 def epsilon_lower_bound(
     *, canaries: int, guesses: int, correct: int, delta: float, alpha: float = 0.05, above: float = 0.0
 ) -> float:
-    """The largest epsilon that so many right guesses refute; `above` if none above it is."""
+    """The largest epsilon that this many right guesses refute; `above` where they refute none above it."""
     if not 0 <= correct <= guesses <= canaries:
         raise ConfigError(f"Expected {correct=} <= {guesses=} <= {canaries=}, none below 0.")
     if not 0 <= delta <= 1 or not 0 < alpha < 1:
@@ -156,16 +133,3 @@ def _sorted_together(included: Sequence[float], excluded: Sequence[float]) -> ND
     inside = np.arange(len(scores)) < len(included)
     order: NDArray[np.bool_] = inside[np.lexsort((inside, -scores))]
     return order
-
-
-def _upper_hull(x: NDArray[np.int64], y: NDArray[np.int64]) -> list[int]:
-    """Corners of the least concave curve above the points, x ascending; collinear points are no corners."""
-    hull: list[int] = []
-    for i in range(len(x)):
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            if (x[b] - x[a]) * (y[i] - y[a]) < (y[b] - y[a]) * (x[i] - x[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull

@@ -1,9 +1,9 @@
-"""Untargeted extraction: let a model talk, keep what it is suspiciously sure of, look whether that is training text.
+"""Untargeted extraction: let a model talk, keep the samples it is suspiciously sure of, search them for training text.
 
 Carlini et al. 2021 (arXiv 2012.07805): sample many texts, rank them by signs of memorisation, inspect the best
-of each ranking. The inspector here is an index of the training set's word runs. Where their smaller model stood
-is the untuned base, which never saw the clients' data. The base's own samples, ranked alike, are the control:
-what they hit is common wording.
+of each ranking. The inspector here is an index of the training set's word runs. The untuned base takes the
+place of their smaller reference model; it never saw the clients' data. Its own samples, ranked alike, are the
+control: their hits are common wording.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedloom.attacks.intervals import Proportion
-from fedloom.attacks.measures import share, with_base
+from fedloom.attacks.targets import with_base
 from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.data.text import length, runs, words
 from fedloom.errors import ConfigError
 from fedloom.state import AdapterState
+from fedloom.statistics import Proportion, share
 from fedloom.steps import Engine, Generate, Score, Scored, Tokens
 
 RUN = 8  # words in a row that no two texts share by chance

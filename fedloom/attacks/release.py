@@ -1,8 +1,8 @@
-"""A release gate: what attacks measured, against limits, with what so few records leave open.
+"""A release gate: the attacks' figures against limits, with the uncertainty that few records leave.
 
 A limit is compared with the upper end of a 95% interval, so that a small sample cannot pass for a harmless
-model: a model that is worse than the limit passes in at most 5% of audits, of however few records. Where the
-figure keeps the limit and its bound does not, the number of records is told that would do.
+model: a model that is worse than the limit passes in at most 5% of audits, however few the records. Where the
+figure keeps the limit and its bound does not, the gate tells how many records would do.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedloom.attacks.exposure import CHANCE
-from fedloom.attacks.intervals import bounded_mean, proportion
-from fedloom.attacks.measures import BASE
 from fedloom.attacks.membership import auc_interval
 from fedloom.errors import ConfigError
+from fedloom.rows import BASE
+from fedloom.statistics import bounded_mean, proportion
 
 RELEASED = "released"  # the row beside the base
 On = Literal["bound", "estimate"]
@@ -31,7 +31,7 @@ class Limits:
     auc: float | None = None
     extraction: float | None = None  # ROUGE-L
     recall: float | None = None  # share of tokens
-    on: On = "bound"  # what is compared: the upper end of the 95% interval, or the estimate
+    on: On = "bound"  # compared with the limit: the upper end of the 95% interval, or the estimate
 
     def check(self, *, references: int, canaries: bool) -> None:
         """Before anything is attacked. A limit that nothing can exceed would pass whatever leaks."""
@@ -65,9 +65,9 @@ class Figure:
 
 
 def gate(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Every limit that is set against what was measured. What could not be measured is not passed.
+    """Every limit that was set, against its figure. A figure that could not be measured fails its limit.
 
-    By the estimate too, so many records are needed that finding nothing in them would keep the limit's bound.
+    Even by the estimate, there must be enough records that finding nothing in them would keep the limit's bound.
     """
     figures: Mapping[str, tuple[float | None, Callable[[], Figure | str]]] = {
         "exposure": (limits.exposure, lambda: exposure(found["positions"]["public"]["exposure"])),
@@ -166,7 +166,7 @@ def _both(interval: tuple[float, float]) -> tuple[tuple[float, float], tuple[flo
 
 
 def _beyond(auc: float, untuned: float) -> float:
-    """Never below 1/2, which is nothing."""
+    """Never below 1/2: a coin."""
     return max(0.5, auc - max(0.0, untuned - 0.5))
 
 

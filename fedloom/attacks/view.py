@@ -1,4 +1,4 @@
-"""What an adversary in each position may read. An attack takes a view and nothing else of the training.
+"""What an adversary in each position sees. An attack takes a view and nothing else of the training.
 
 Everybody knows the base model, its tokenizer, the prompt format and the settings of the run: they are
 public, and attacks get them as arguments. A view holds what depends on anyone's data.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fedloom.algorithms.aggregators import weighted_mean
 from fedloom.algorithms.base import Algorithm
 from fedloom.client import Client
-from fedloom.messages import Broadcast, ClientId, Update
+from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, drive
 
@@ -39,25 +38,6 @@ class ServerView:
         return self.update.delta
 
 
-@dataclass(frozen=True)
-class ClientView:
-    """A curious participant: its own examples, and the global adapters it was sent, in order of rounds.
-
-    It does not see the update of any other client, nor who else took part.
-    """
-
-    client: ClientId
-    examples: Sequence[Any]
-    received: Sequence[AdapterState]
-
-
-@dataclass(frozen=True)
-class PublicView:
-    """Whoever downloads the released adapter: nothing of the training but its last result."""
-
-    adapter: AdapterState
-
-
 def upload(algorithm: Algorithm, message: Broadcast, client: Client, engine: Engine) -> ServerView:
     """One honest client's answer to `message`, as the server gets it. The client's memory stays as it was."""
     [(_, update)] = drive({client.id: algorithm.client(message, client.staged())}, engine)
@@ -65,7 +45,7 @@ def upload(algorithm: Algorithm, message: Broadcast, client: Client, engine: Eng
 
 
 def aggregated(views: Sequence[ServerView]) -> ServerView:
-    """What is left to see where the server learns only the weighted mean: secure aggregation.
+    """The view that secure aggregation leaves the server: the weighted mean alone.
 
     Metrics of single clients are gone. Raises: ValueError if the views are not of one broadcast.
     """

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, what they mean, and what is checked before anything slow begins."""
+"""Arguments that several commands share, and the checks before anything slow begins."""
 
 from __future__ import annotations
 
@@ -78,17 +78,15 @@ def load_what(what: str, overrides: list[str] | None) -> Experiment:
 
     what, overrides = first_is_override(what, overrides)
     if what not in toml.recipes() and os.path.isdir(what):
-        folders.expect_run(Path(what))
+        folders.expect_run(Path(what), recipes=toml.recipes())
     return toml.load(what, overrides)
 
 
 def load_finished(run: Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment of a run whose training has ended, with its settings changed."""
-    from fedloom.experiment import toml
-    from fedloom.storage import folders
+    from fedloom.experiment.finished import finished
 
-    folders.expect_finished(run)
-    return toml.load(run, overrides or [])
+    return finished(run, overrides or [])
 
 
 def experiment_and_folder(
@@ -96,7 +94,7 @@ def experiment_and_folder(
 ) -> tuple[Experiment, Path]:
     """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
     from fedloom.experiment import toml
-    from fedloom.storage import folders
+    from fedloom.storage import files, folders
 
     if not resume:
         experiment = load_what(what, overrides)
@@ -111,15 +109,15 @@ def experiment_and_folder(
     if folder is None:
         raise RunError("Expected the run to resume: --resume --out FOLDER.")
     try:
-        folders.expect_run(folder)
+        folders.expect_run(folder, recipes=toml.recipes())
     except RunError as why:
         raise RunError(f"Nothing to resume. {why}") from why
     folders.expect_kind(folder, kind)
-    return toml.load(folder, overrides), folder
+    return toml.load(folder / files.EXPERIMENT, overrides), folder
 
 
 def look_at_data(experiment: Experiment) -> None:
-    """Read the data once for the mistakes in them, of which nobody should wait to hear until torch is there.
+    """Read the data once for the mistakes in them, so that nobody waits for torch to hear of them.
 
     Groups of alike texts take long to find and are left to the run, as is what the library `datasets` reads.
     """

@@ -1,4 +1,4 @@
-"""fedloom audit: what a run gives away, position by position, and a gate for its release."""
+"""fedloom audit: what a run leaks, position by position, and a gate for its release."""
 
 from __future__ import annotations
 
@@ -45,26 +45,29 @@ def command(
     gate_on: Annotated[
         On,
         typer.Option(
-            help="What a limit is compared with: the upper end of the figure's 95% interval, or the estimate."
+            help="Compare a limit with the upper end of the figure's 95% interval, or with the estimate."
         ),
     ] = On.bound,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Texts a model is let to say unasked. Default: 64, or 1024 with --full."),
+        typer.Option(
+            min=1, help="Unprompted samples to draw from the model. Default: 64, or 1024 with --full."
+        ),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="Greedy continuations too, and more samples: slower.")
     ] = False,
 ) -> None:
-    """Attack a finished run as whoever gets its adapter, as another client and as the server.
+    """Attack a finished run as anyone with its adapter, as another client and as the server.
 
-    Every figure stands beside what the untuned base or unseen secrets give. Exits with 1 where a limit is
+    Every figure stands beside that of the untuned base or of unseen secrets. Exits with 1 where a limit is
     exceeded, could not be measured, or rests on too few records. Needs the data the run was trained on.
     """
     load_finished(run)
     from fedloom.attacks.release import Limits
-    from fedloom.experiment.audit import AUDIT, FULL, SAMPLES, audit
-    from fedloom.report import page, readings
+    from fedloom.experiment.audit import FULL, SAMPLES, audit
+    from fedloom.report import readings
+    from fedloom.storage.files import AUDIT, REPORT
 
     limits = Limits(
         exposure=max_exposure, auc=max_auc, extraction=max_extraction, recall=max_recall, on=gate_on.value
@@ -78,7 +81,7 @@ def command(
         say=lambda part: note(f"[dim]auditing: {part}[/]"),
     )
     out.print(_table(found["name"], readings.lines(found)))
-    say(f"Wrote {run / AUDIT} and {page.write(run)}")
+    say(f"Wrote {run / AUDIT} and {run / REPORT}")
     told = readings.gate(found)
     for limit in told:
         if limit.passed:
@@ -95,7 +98,7 @@ def command(
 def _table(name: str, groups: Mapping[str, Sequence[Line]]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{name}: what can be learnt from it", title_justify="left")
+    table = Table(title=f"{name}: what it leaks", title_justify="left")
     for head in ("measure", "released", "control", "95% interval"):
         table.add_column(head, justify="left" if head in ("measure", "control") else "right")
     table.add_column("reading", min_width=12)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -14,9 +13,6 @@ from rich.markup import escape
 from fedloom.cli.arguments import RunFolder, load_finished
 from fedloom.cli.console import counted, err, note, out
 from fedloom.errors import DataError
-
-if TYPE_CHECKING:
-    from fedloom.experiment.settings import Experiment
 
 HELP = """Every instruction stands alone, as in training. A context goes after "||": What is it about? || The text.
 /base  switch between the tuned and the untuned model
@@ -27,7 +23,7 @@ Ctrl-C stops an answer; at the prompt it ends."""
 
 def command(
     run: RunFolder,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always says the likeliest.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Talk to the untuned base model instead.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
 ) -> None:
@@ -36,65 +32,42 @@ def command(
     Every instruction stands alone, as in training. A context goes after "||": What is it about? || The text.
     While it runs, /base switches between tuned and untuned, Ctrl-C stops an answer, /help tells more.
     """
-    experiment = load_finished(run)
+    load_finished(run)
     note("[dim]loading the base model[/]")
-    from fedloom.engine.generation import stream
-    from fedloom.experiment.commands import adapter_of
-    from fedloom.experiment.machine import load_here
+    from fedloom.experiment.chat import chat
 
-    machine, engine = load_here(experiment)
-    tuned = adapter_of(run, machine)
-    note(f"[dim]{escape(_whose(experiment, run, base=base))}; /help tells more.[/]")
+    model = chat(run)
+    note(f"[dim]{escape(model.whose(base=base))}; /help tells more.[/]")
     for turn, said in enumerate(_instructions(), 1):
         if said.startswith("/") and said[1:].isalpha():
             if said in ("/quit", "/exit"):
                 return
             base ^= said == "/base"
-            shown = _whose(experiment, run, base=base) if said == "/base" else HELP
-            note(
-                f"[dim]{escape(shown if said in ('/base', '/help') else f'There is no {said}.{chr(10)}{HELP}')}[/]"
-            )
+            known = {"/base": model.whose(base=base), "/help": HELP}
+            note(f"[dim]{escape(known.get(said) or f'There is no {said}.{chr(10)}{HELP}')}[/]")
             continue
         instruction, _, context = (part.strip() for part in said.partition("||"))
-        ids = machine.template.prompt_ids(instruction, context, room=max_new_tokens)
-        if (cut := machine.template.prompt_cut(instruction, context, room=max_new_tokens)) != "none":
+        if (cut := model.cut(instruction, context, max_new_tokens=max_new_tokens)) != "none":
             note(
-                f"[dim]the end of the {cut} is left out: the base model reads {machine.positions:,} tokens.[/]"
+                f"[dim]the end of the {cut} is left out: the base model reads {model.machine.positions:,} tokens.[/]"
             )
-        shown, answer = "", list[int]()
+        tokens = 0
         try:
-            for token in stream(
-                engine.served,
-                ids,
-                None if base else tuned,
-                max_new_tokens=max_new_tokens,
-                stop=machine.template.stop,
+            for piece in model.answer(
+                instruction,
+                context,
+                base=base,
                 temperature=temperature,
+                max_new_tokens=max_new_tokens,
                 seed=turn,
             ):
-                answer.append(token)
-                text = machine.template.decode(answer)
-                if text.startswith(shown) and not text.endswith(
-                    "\N{REPLACEMENT CHARACTER}"
-                ):  # a letter may span tokens
-                    out.print(text[len(shown) :], end="", soft_wrap=True)
-                    shown = text
-            out.print(machine.template.decode(answer)[len(shown) :], end="", soft_wrap=True)
-            if len(answer) == max_new_tokens:
+                out.print(piece.text, end="", soft_wrap=True)
+                tokens = piece.tokens
+            if tokens == max_new_tokens:
                 err.print(f" [dim]… cut at {counted(max_new_tokens, 'token')}[/]", end="")
         except KeyboardInterrupt:
             err.print(" [dim]… stopped[/]", end="")
         out.print()
-
-
-def _whose(experiment: Experiment, run: Path, *, base: bool) -> str:
-    """Whose model answers."""
-    if base:
-        return f"The base model {experiment.model.base}, untuned"
-    clients = f" of {counted(experiment.data.clients, 'client')}" if experiment.data.clients else ""
-    several = experiment.compare.seeds if any(run.glob("seed-*/")) else 1
-    seed = f"seed {experiment.seed}" + (f", the first of {several}" if several > 1 else "")
-    return f"{run}: the adapter{clients} tuned by {experiment.algorithm.title} on {experiment.model.base}, {seed}"
 
 
 def _instructions() -> Iterator[str]:

@@ -36,4 +36,4 @@ def command(
         summary = compare(experiment, folder, resume=resume, on_progress=display.show, on_notes=notes)
     print_summary(summary, folder)
     if experiment.judge is not None:
-        judge_and_print(folder, experiment, yes)
+        judge_and_print(folder, experiment, yes=yes)

@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Tell what would happen, in ten lines: who trains what, how long, what travels, memory. Trains nothing.
 
-    Exits with 2 and the reason where a run of it could not be finished; what is known is told all the same.
+    Exits with 2 and the reason where a run of it could not be finished; whatever is known is told all the same.
     """
     from rich.syntax import Syntax
     from rich.table import Table

@@ -10,8 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from fedloom.cli.console import counted, out, say, warn
-from fedloom.experiment.summary import model_of
-from fedloom.report import endings, findings
+from fedloom.report import endings, findings, terms, verdict
+from fedloom.rows import Row
+from fedloom.storage.files import ADAPTER, REPORT
 
 TITLES = {
     "rule": "rule ↑",
@@ -42,12 +43,12 @@ def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     out.print(results_table(summary, out.width))
     for line in endings.notes(summary):
         warn(line)
-    for line in [*differences(summary), *findings.taking_part(summary)]:
+    for line in [*differences(summary), *verdict.taking_part(summary)]:
         say(line)
     if cut := summary.get("prompts_cut"):
         say(prompts_cut(cut))
-    say(f"Report:  {folder / 'report.html'}")
-    say(f"Adapter: {folder / 'adapter'}  (try: fedloom chat {shlex.quote(str(folder))})")
+    say(f"Report:  {folder / REPORT}")
+    say(f"Adapter: {folder / ADAPTER}  (try: fedloom chat {shlex.quote(str(folder))})")
 
 
 def prompts_cut(count: int) -> str:
@@ -89,20 +90,19 @@ def _results_table(summary: Mapping[str, Any], shown: Sequence[str]) -> Table:
         cells = [
             "-"
             if e is None
-            else f"{findings.value(e['metric'], e['mean'])} {findings.half_width(e['metric'], e['ci95'])}".strip()
+            else f"{terms.value(e['metric'], e['mean'])} {terms.half_width(e['metric'], e['ci95'])}".strip()
             for e in entries
         ]
         title = f"federated ({own})" if name == "federated" else name
-        table.add_row(title, model_of(name), *cells, style="bold" if name == "federated" else "")
+        table.add_row(title, Row.parse(name).of, *cells, style="bold" if name == "federated" else "")
     return table
 
 
 def _named(summary: Mapping[str, Any]) -> list[str]:
     """Without the best clients of methods, which are chosen with hindsight."""
-    bests = {f"{label} best" for label in findings.methods(summary)} | {
-        f"{label} personal best" for label in findings.methods(summary)
-    }
-    return [row for row in findings.rows(summary) if row not in bests]
+    labels = findings.methods(summary)
+    rows = [(name, Row.parse(name)) for name in findings.rows(summary)]
+    return [name for name, row in rows if not (row.statistic == "best" and row.label in labels)]
 
 
 def differences(summary: Mapping[str, Any]) -> list[str]:
@@ -118,7 +118,7 @@ def differences(summary: Mapping[str, Any]) -> list[str]:
         if d["ci95"] is None or "federated" not in (d["a"], d["b"]) or (other, d["metric"]) not in wanted:
             continue
         low, high = d["ci95"]
-        clear = "the interval excludes zero" if low > 0 or high < 0 else "the interval includes zero"
+        clear = f"the interval {'excludes' if findings.excludes_zero(d['ci95']) else 'includes'} zero"
         unit = {"exposure": "bits of exposure", "auc": "of the AUC's distance from 0.5"}.get(
             d["metric"], d["metric"]
         )
@@ -142,5 +142,5 @@ def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     for metric in metrics:
         table.add_column(TITLES[metric], justify="right")
     for name, found in rows.items():
-        table.add_row(name, *(findings.value(m, found[m]) for m in metrics))
+        table.add_row(name, *(terms.value(m, found[m]) for m in metrics))
     return table

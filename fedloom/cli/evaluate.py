@@ -15,9 +15,10 @@ def command(run: RunFolder, overrides: Overrides = None) -> None:
     look_at_data(experiment)
     from fedloom.cli.display import metrics_table, prompts_cut
     from fedloom.experiment.commands import evaluate
+    from fedloom.storage.files import EVALUATION
 
     result = evaluate(experiment, run)
     out.print(metrics_table({row: found["metrics"] for row, found in result["rows"].items()}))
     if cut := result["prompts_cut"]:
         say(prompts_cut(cut))
-    say(f"Wrote {run / 'evaluation.json'}")
+    say(f"Wrote {run / EVALUATION}")

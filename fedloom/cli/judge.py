@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,15 +13,12 @@ from rich.markup import escape
 from fedloom.cli.arguments import Overrides, RunFolder, load_finished
 from fedloom.cli.console import note, out, say
 from fedloom.errors import ConfigError, RunError
-from fedloom.experiment.settings import JUDGED_BY, Judge
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedloom.evaluation.pairwise import Comparison, Share
     from fedloom.experiment.settings import Experiment
     from fedloom.report.judged import Table as Judged
-
 
 DROPPED_FIRST = ("model", "orders disagree", "paper's own", "tie")  # columns, where a terminal is narrow
 FEW = 5  # columns that any terminal shows, with cells of several lines
@@ -80,7 +77,7 @@ def command(
         bool,
         typer.Option(
             "--one-order",
-            help="Show each pair once, as FedIT's paper is thought to have done; a liking for the first place then counts as quality.",
+            help="Show each pair once, as FedIT's paper probably did; position bias then counts as quality.",
         ),
     ] = False,
     repeats: Annotated[
@@ -146,22 +143,18 @@ def command(
         "price_out": price_out,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    settings: dict[str, Any] = {
+    settings = {
         "table": table and table.value,
         "questions": questions,
         "both_orders": False if one_order else None,
     }
-    experiment = load_finished(run, overrides)
-    compared = any(run.glob("seed-*/"))
-    if compared:
-        settings["against"] = against
     experiment = _with_judge(
-        experiment, judge, options, {name: value for name, value in settings.items() if value is not None}
+        load_finished(run, overrides),
+        judge,
+        options,
+        {name: value for name, value in settings.items() if value is not None},
     )
-    if compared:
-        judge_and_print(run, experiment, yes)
-    else:
-        _judge_run(run, experiment, experiment.judge or Judge(), (against or ["base"])[0], field, yes)
+    judge_and_print(run, experiment, against or [], field=field, yes=yes)
 
 
 def _with_judge(
@@ -183,32 +176,38 @@ def _with_judge(
     return experiment.with_(judge={**old, **settings, **({"by": {**by, "kind": name}} if name else {})})
 
 
-def judge_and_print(folder: Path, experiment: Experiment, yes: bool) -> None:
+def judge_and_print(
+    run: Path, experiment: Experiment, against: Sequence[str] = (), *, field: str = "answer", yes: bool
+) -> None:
     from fedloom.experiment.judging import judge
-    from fedloom.experiment.summary import JUDGED
-    from fedloom.report import page
+    from fedloom.report import judged
+    from fedloom.storage import files, folders
 
-    if not (folder / "summary.json").exists():
-        raise RunError(
-            f"{folder} is a comparison that is not finished. Go on with it: fedloom compare --resume --out {folder}"
+    found = judge(
+        run,
+        experiment,
+        against=against,
+        field=field,
+        agreed=yes,
+        say=lambda what: note(f"[dim]{escape(what)}[/]"),
+    )
+    if folders.kind(run) == "run":
+        tables, pairs, wrote = [judged.pair(found)], found["judged"], f"{run / files.JUDGE}"
+    else:
+        tables, pairs = (
+            judged.tables(found, experiment.algorithm.title),
+            sum(r["judged"] for r in found["rows"]),
         )
-    found = judge(folder, experiment, agreed=yes, say=lambda what: note(f"[dim]{escape(what)}[/]"))
-    print_judged(found, experiment)
-    say(f"Wrote {folder / JUDGED} and {page.write(folder)}")
-    if not any(r["judged"] for r in found["rows"]):
+        wrote = f"{run / files.JUDGED} and {run / files.REPORT}"
+    for table in tables:
+        out.print(rich_table(table))
+        for line in table.notes:
+            say(line)
+    say(f"Wrote {wrote}")
+    if not pairs:
         raise RunError(
             "No pair could be judged: the judge said nothing that could be read. Mend that and give the same command again."
         )
-
-
-def print_judged(judged: Mapping[str, Any], experiment: Experiment) -> None:
-    """The paper's table, as the page has it."""
-    from fedloom.report.judged import tables
-
-    for found in tables(judged, experiment.algorithm.title):
-        out.print(rich_table(found))
-        for line in found.notes:
-            say(line)
 
 
 def rich_table(found: Judged) -> Table:
@@ -236,108 +235,3 @@ def _rich_table(found: Judged, shown: Sequence[int]) -> Table:
     for cells, bold in zip(found.body, found.bold, strict=True):
         table.add_row(*(cells[i] for i in shown), style="bold" if bold else "")
     return table
-
-
-def _judge_run(
-    run: Path, experiment: Experiment, settings: Judge, against: str, field: str, yes: bool
-) -> None:
-    from fedloom.evaluation.answers import answers_of
-    from fedloom.evaluation.cache import Cache
-    from fedloom.evaluation.judge import compare
-    from fedloom.evaluation.questions import answers
-    from fedloom.experiment.commands import adapter_of
-    from fedloom.experiment.datasets import load_data
-    from fedloom.experiment.judges import build, how, judged_by, tell_cost
-    from fedloom.experiment.judging import questions_of
-    from fedloom.experiment.machine import load_machine
-    from fedloom.experiment.summary import ANSWERS, write_json
-
-    test, _ = questions_of(experiment, load_data(experiment))
-    machine = load_machine(experiment)
-    by = judged_by(settings, test)
-    the_judge = build(by, experiment, machine)
-    rows = {"run": adapter_of(run, machine)} | ({"base": None} if against == "base" else {})
-    answered = answers_of(
-        machine.engine,
-        machine.template,
-        test,
-        rows,
-        weights=machine.base_hash,
-        max_new_tokens=experiment.evaluation.max_new_tokens,
-        cache=Cache(run / ANSWERS),
-    )
-    said = {row: [a.text for a in its] for row, its in answered.items()}
-    if against == "base":
-        theirs = said["base"]
-    elif against == "reference":
-        theirs = [e.response for e in test]
-    else:
-        theirs = answers(against, test, field)
-    kept = Cache(run / "judge" / "verdicts.jsonl")
-    tell_cost(
-        settings,
-        the_judge,
-        [(test, said["run"], theirs)],
-        kept,
-        agreed=yes,
-        say=lambda cost: note(escape(cost)),
-    )
-    found = compare(the_judge, test, said["run"], theirs, cache=kept, **how(settings))
-    identity = {name: value for name, value in the_judge.identity.items() if name != "prompt"}
-    write_json(run / "judge.json", {"against": against, "judge": identity, **found.plain()})
-    out.print(_table(found, f"run against {against}, judged by {JUDGED_BY.name(by)}"))
-    for line in _notes(found):
-        say(line)
-    say(f"Wrote {run / 'judge.json'}")
-    if found.judged == 0:
-        raise RunError(
-            "No pair could be judged; the reasons are listed above. Mend that and give the same command again."
-        )
-
-
-def _table(found: Comparison, title: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("run", justify="right")
-    table.add_column("95% interval", justify="right")
-    shares = {"win": found.win, "tie": found.tie, "lose": found.lose, "win or tie": found.win_or_tie}
-    if found.order_disagreement is not None:
-        shares["orders disagree"] = found.order_disagreement
-    for name, part in shares.items():
-        table.add_row(name, *_percent(part))
-    if found.difference is not None:
-        ci = found.difference.ci95
-        spread = (
-            "the same everywhere"
-            if found.difference.constant
-            else f"{ci[0]:+.3f} to {ci[1]:+.3f}"
-            if ci
-            else ""
-        )
-        table.add_row("score difference", f"{found.difference.mean:+.3f}", spread)
-        table.add_row("total scores", f"{found.totals[0]:.1f} : {found.totals[1]:.1f}", "")
-    if found.relative is not None:
-        ci = found.relative_ci95
-        table.add_row("relative score", f"{found.relative:.3f}", f"{ci[0]:.3f} to {ci[1]:.3f}" if ci else "")
-    for name, (ours, theirs) in found.aspects.items() if len(found.aspects) > 1 else ():
-        table.add_row(name, f"{ours:.2f} : {theirs:.2f}", "")
-    return table
-
-
-def _percent(part: Share) -> tuple[str, str]:
-    if part.share is None or part.ci95 is None:
-        return "-", ""
-    return f"{100 * part.share:.1f}%", f"{100 * part.ci95[0]:.1f} to {100 * part.ci95[1]:.1f}%"
-
-
-def _notes(found: Comparison) -> list[str]:
-    read = found.ratings - sum(found.unread.values())
-    lines = [f"{found.judged} of {found.questions} pairs judged; {read} of {found.ratings} ratings read."]
-    lines += [f"  {count} without scores: {reason}" for reason, count in sorted(found.unread.items())]
-    if not found.both_orders:
-        lines.append("Judged in one order, ours first: a liking for the first place counts as quality.")
-    if found.position_bias:
-        lines.append(f"The answer shown first scored {found.position_bias:+.3f} over the second, on average.")
-    return lines

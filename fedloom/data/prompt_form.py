@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from fedloom.data.template import CONTEXT, INSTRUCTION, Template
+from fedloom.data.chat_template import CONTEXT, INSTRUCTION
+from fedloom.data.template import Template
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:

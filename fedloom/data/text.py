@@ -71,7 +71,8 @@ def folded(text: str) -> str:
 def words(text: str) -> list[str]:
     """Folded words, numbers and emoji, without punctuation and without stemming."""
     plain = folded(text)
-    return (_ASCII_WORD if plain.isascii() else _WORD).findall(plain)
+    found: list[str] = (_ASCII_WORD if plain.isascii() else _WORD).findall(plain)
+    return found
 
 
 def length(said: Sequence[str]) -> float:

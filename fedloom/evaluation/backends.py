@@ -48,7 +48,7 @@ _SLOT = re.compile(r"\{(question|first|second|reference)\}")
 @dataclass(frozen=True)
 class Reply:
     text: str
-    prompt_tokens: int = 0  # as counted by whoever wrote it; 0: not told
+    prompt_tokens: int = 0  # as the writer counted them; 0: not told
     reply_tokens: int = 0
 
 
@@ -82,7 +82,7 @@ def load_prompt(path: Path) -> str:
 @dataclass(frozen=True)
 class PromptJudge:
     """Asks `writer` in the words of `prompt`, where {question}, {first}, {second} and, if wanted,
-    {reference} stand for what is shown. The reply must have the rubric's form, so a prompt of your own
+    {reference} stand for the texts shown. The reply must have the rubric's form, so a prompt of your own
     has to ask for that form."""
 
     writer: Writer

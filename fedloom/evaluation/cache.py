@@ -1,7 +1,7 @@
-"""What was once said is kept: an append-only file of JSON lines, each under the hash of all that determines it.
+"""Keep every answer and reply: an append-only file of JSON lines, each under the hash of all that determines it.
 
-An evaluation that was interrupted goes on where it stopped, and a repeated one asks nothing again. The
-files hold questions' answers and judges' replies, so they belong to whoever owns the test data.
+An interrupted evaluation goes on where it stopped, and a repeated one asks nothing again. The files hold
+answers and judges' replies, so they belong to the owner of the test data.
 """
 
 from __future__ import annotations

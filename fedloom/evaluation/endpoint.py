@@ -114,8 +114,8 @@ class Endpoint:
         return True  # even at temperature 0, since servers batch
 
     def write(self, prompts: Mapping[str, str]) -> Generator[tuple[str, Reply | Failed], None, None]:
-        """Replies in the order of their arrival. No more than `concurrency` are sent ahead of whoever takes
-        them, so that leaving early loses no more than that."""
+        """Replies in the order of their arrival. At most `concurrency` requests run ahead of the caller, so that
+        leaving early loses no more than that."""
         traffic = _Traffic(self.per_minute, self.give_up_after)
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         waiting, running = iter(prompts.items()), dict[Future[Reply | Failed], str]()

@@ -36,7 +36,7 @@ class Judge(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """JSON values that, together with what is shown, determine a verdict; no secrets: it is written down."""
+        """JSON values that determine a verdict together with the pair shown. It is written to disk, so it holds no secrets."""
         ...
 
     @property
@@ -74,9 +74,9 @@ def compare(
 ) -> Comparison:
     """Rate every pair in both orders, or in one with ours first, `repeats` times each, and sum up.
 
-    A malformed reply is asked for again at most `retries` times; what stays malformed is kept like any
-    other reply and not asked for again by a later evaluation. A rating that failed (no reply) is not
-    kept, so a later evaluation tries it again. `on_progress` is told how many ratings are settled.
+    A malformed reply is asked for again at most `retries` times; a reply that is still malformed after that is
+    stored like any other, and later evaluations do not ask again. A rating that failed (no reply) is not
+    stored, so a later evaluation tries it again. `on_progress` hears how many ratings are settled.
     """
     waiting = _places(judge, questions, ours, theirs, repeats, retries, both_orders)
     total, said = len(waiting), dict[_Place, Verdict | Failed]()
@@ -116,7 +116,7 @@ def missing(
     retries: int = 2,
     both_orders: bool = True,
 ) -> list[Shown]:
-    """What `compare` would still ask the judge, counting no retries of what is yet to come."""
+    """The pairs that `compare` would still show the judge, retries not counted."""
     out = {}
     identity = dict(judge.identity)
     for place in _places(judge, questions, ours, theirs, repeats, retries, both_orders):

@@ -1,10 +1,12 @@
-"""What each client decides: whether to take part or to tune alone, judged on held-out examples mixed as its own data is."""
+"""Should a client take part or tune alone? Judged on held-out examples in the mix of its own data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedloom.evaluation.metrics import LOWER
+from fedloom.rows import FEDERATED, local
 from fedloom.statistics import estimate
 
 Groups = Mapping[str, Mapping[str, float]]  # group -> metric -> value, of one row
@@ -24,34 +26,31 @@ def in_mix(groups: Groups, counts: Mapping[str, int], metric: str) -> float | No
 
 
 def resolution(metric: str, counts: Mapping[str, int], answered: Mapping[str, int]) -> float:
-    """The least difference in a client's mix that is one: of shares of answers what one answer weighs, else what is printed."""
+    """The smallest difference in a client's mix that counts: one answer's weight in shares of answers, else the last printed digit."""
     weights = [n / answered[g] for g, n in counts.items() if n and answered.get(g)]
     if metric not in COUNTED or not weights:
         return PRINTED
     return min(weights) / sum(counts.values())
 
 
-def outcomes(
-    results: Sequence[Mapping[str, Any]], *, shared: str, alone: str, lower: Sequence[str]
-) -> dict[str, Any]:
-    """metric -> what every client of every seed has of `shared` and of its own row, `alone` + its name; and how many
+def outcomes(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """metric -> what every client of every seed gets from the federated model and from tuning alone; and how many
     gain, tie and lose, the mean over seeds with its interval: clients of one seed share a model, so they are no sample.
 
-    `results` are as `measure` makes them; those without a mix, or without the rows, are left out. `lower`: metrics of
-    which less is better.
+    `results` are as `measure` makes them; those without a mix, or without the rows, are left out.
     """
     told: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         rows, answered = result["rows"], result.get("answered", {})
-        for metric in rows.get(shared, {}).get("metrics", {}):
+        for metric in rows.get(FEDERATED, {}).get("metrics", {}):
             clients: dict[str, dict[str, Any]] = {}
             for client, counts in result.get("mix", {}).items():
-                own = rows.get(alone + client)
-                ours = in_mix(rows[shared]["groups"], counts, metric)
+                own = rows.get(str(local(client)))
+                ours = in_mix(rows[FEDERATED]["groups"], counts, metric)
                 theirs = None if own is None else in_mix(own["groups"], counts, metric)
                 if ours is None or theirs is None:
                     continue
-                gap = theirs - ours if metric in lower else ours - theirs
+                gap = theirs - ours if metric in LOWER else ours - theirs
                 least = resolution(metric, counts, answered) * (1 - 1e-9)  # one answer more is a difference
                 outcome = TIE if abs(gap) < least else GAIN if gap > 0 else LOSE
                 clients[client] = {"shared": ours, "alone": theirs, "outcome": outcome}

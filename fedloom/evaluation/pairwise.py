@@ -1,10 +1,10 @@
-"""From ratings to a table: both orders averaged, win, tie or lose, and what is uncertain about it.
+"""From ratings to a table: both orders averaged, win, tie or lose, and intervals.
 
 FedPIT's rule: the overall score of each side is averaged over both orders (and over repeated ratings
 within an order); the greater wins, equal is a tie. A question counts as judged when both orders have at
-least one readable rating, since one order alone would carry the judge's liking for a position into the
+least one readable rating, since one order alone would carry the judge's position bias into the
 result. FedIT's: the scores of each side are summed over the questions, and the sums divided. It was judged in
-one order, ours first (`both_orders=False`): then nothing tells the judge's liking for a position from quality.
+one order, ours first (`both_orders=False`): then nothing tells position bias from quality.
 
 Intervals are over the questions, for these two sets of answers. They say nothing about training again
 with another seed.
@@ -20,11 +20,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import binomtest
 
 from fedloom.evaluation.verdicts import Failed, Rubric, Scores, Verdict, overall
 from fedloom.rng import numpy_stream
-from fedloom.statistics import Estimate, is_constant, paired
+from fedloom.statistics import Estimate, is_constant, paired, proportion
 
 Outcome = Literal["win", "tie", "lose"]
 DRAWS = 2000  # bootstrap resamples of the questions
@@ -51,8 +50,8 @@ class Share:
 def share(count: int, of: int) -> Share:
     if of == 0:
         return Share(count, of, None, None)
-    ci = binomtest(count, of).proportion_ci(0.95, method="exact")
-    return Share(count, of, count / of, (float(ci.low), float(ci.high)))
+    found = proportion(count, of)
+    return Share(count, of, found.value, found.ci95)
 
 
 @dataclass(frozen=True)

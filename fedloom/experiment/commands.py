@@ -1,10 +1,4 @@
-"""The two things one does with an experiment, as functions: `run` it, or `compare` its rows.
-
-from fedloom.experiment.toml import load
-from fedloom.experiment.commands import run
-
-summary = run(load("quickstart", ["rounds=4"]), Path("runs/mine"))
-"""
+"""Run an experiment, compare its rows, evaluate and export the result: what the commands of these names do."""
 
 from __future__ import annotations
 
@@ -17,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.data.prompt_form import chat_template
-from fedloom.engine.export_files import ExportFiles, recorded_base
+from fedloom.engine.export_files import ExportFiles
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.models import base_folder
-from fedloom.engine.peft_format import export_merged, load_adapter, save_adapter
-from fedloom.errors import ConfigError, ModelError, RunError
+from fedloom.engine.peft_format import export_merged, save_adapter
+from fedloom.errors import ConfigError, RunError
 from fedloom.evaluation.cache import Cache
-from fedloom.experiment import judging, preflight
+from fedloom.experiment import preflight, questions
 from fedloom.experiment.comparison import (
     Progress,
     all_seeds,
@@ -34,34 +28,47 @@ from fedloom.experiment.comparison import (
     unmeasured,
 )
 from fedloom.experiment.datasets import Dataset, load_data
+from fedloom.experiment.finished import adapter_of
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine, Skeleton, load_here, load_machine, load_skeleton, load_workers
+from fedloom.experiment.measure import measure
 from fedloom.experiment.settings import ALGORITHM, UNTRAINED, Experiment, changed
 from fedloom.experiment.simulation import batches, federated, trainings
-from fedloom.experiment.summary import ANSWERS, measure, read_summary, summarise, write_json
+from fedloom.experiment.summary import summarise
 from fedloom.experiment.toml import load, recorded
-from fedloom.experiment.training import INPUTS
 from fedloom.report import card, endings, page
 from fedloom.state import AdapterState
-from fedloom.storage import checkpoint, durable, folders, journal
+from fedloom.storage import checkpoint, durable, files, folders, journal
+from fedloom.storage.files import (
+    ADAPTER,
+    ANSWERS,
+    EXPERIMENT,
+    INPUTS,
+    METRICS,
+    QUARANTINE,
+    STATE,
+    SUMMARY,
+    read_summary,
+    write_json,
+)
 
 
 def run(
-    experiment: Experiment, folder: Path, *, resume: bool = False, listener: Listener = Listener()
+    experiment: Experiment, folder: Path | str, *, resume: bool = False, listener: Listener = Listener()
 ) -> dict[str, Any]:
     """Train, evaluate and export one experiment in `folder`; returns what summary.json holds.
 
     With `resume`, goes on from the newest committed round; a finished run is only read. However often
     it is interrupted and resumed, the adapter is the same to the bit. Raises: FedloomError.
     """
-    experiment = experiment.anchored()
+    folder, experiment = Path(folder), experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder, experiment)
         if finished is not None:
             return finished
         folders.expect_kind(folder, "run")
         listener.phase("reading the data")
-        dataset = load_data(experiment, quarantine=folder / "quarantine.jsonl")
+        dataset = load_data(experiment, quarantine=folder / QUARANTINE)
         listener.noted(dataset.notes)
         _checked(experiment, folder, [dataset], compared=False)
         listener.phase("loading the base model")
@@ -72,13 +79,13 @@ def run(
             state = simulated.finish(listener)
             conv1d = bool(machine.describe()["conv1d"])
             _save(
-                folder / "adapter",
+                folder / ADAPTER,
                 experiment,
                 machine,
                 state.adapter,
                 machine.base_sha256,
                 conv1d,
-                card.unmeasured(experiment),
+                card.unmeasured(experiment.name),
             )
             rows: dict[str, AdapterState | None] = {"base": None, **simulated.models("federated", state)}
             with measuring(folder, "run"):
@@ -92,7 +99,7 @@ def run(
                 experiment,
                 dataset,
                 [result],
-                records=journal.read(folder / "metrics.jsonl"),
+                records=journal.read(folder / METRICS),
                 adapter_sha256=state.adapter.sha256(),
                 engine=machine.describe(),
                 when=_when(folder),
@@ -103,7 +110,7 @@ def run(
 
 def compare(
     experiment: Experiment,
-    folder: Path,
+    folder: Path | str,
     *,
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -119,7 +126,7 @@ def compare(
             f'algorithm = "{ALGORITHM.name(experiment.algorithm)}" trains no shared model to compare with others. '
             "Choose one that does, and give this one a row: compare.methods."
         )
-    experiment = experiment.anchored()
+    folder, experiment = Path(folder), experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
         finished = _finished(folder, experiment)
         if finished is not None:
@@ -148,7 +155,7 @@ def compare(
             experiment,
             datasets[0],
             results,
-            records=journal.read(first / "federated" / "metrics.jsonl"),
+            records=journal.read(first / files.FEDERATED / METRICS),
             adapter_sha256=exported.sha256(),
             engine=results[0]["engine"],
             when=_when(folder),
@@ -170,22 +177,29 @@ def _seeds(experiment: Experiment, folder: Path, datasets: Sequence[Dataset]) ->
 def _export_first(folder: Path, seeds: Mapping[Path, Experiment], base: Skeleton) -> AdapterState | None:
     """A comparison's product, the federated adapter of its first seed, as soon as it is trained; None before."""
     first, experiment = next(iter(seeds.items()))
-    home = first / "federated"
-    if len(journal.read(home / "metrics.jsonl")) <= experiment.rounds:
+    home = first / files.FEDERATED
+    if len(journal.read(home / METRICS)) <= experiment.rounds:
         return None
-    found = checkpoint.newest(home / "state", fingerprint=experiment.fingerprint()).checkpoint
+    found = checkpoint.newest(home / STATE, fingerprint=experiment.fingerprint()).checkpoint
     if found is None or found.state.round < experiment.rounds:
         return None
     sha256 = json.loads((home / INPUTS).read_bytes())["base_sha256"]
     conv1d = any(t.kind == "conv1d" for t in AdapterLayout.of(base.model, experiment.adapter))
     _save(
-        folder / "adapter", experiment, base, found.state.adapter, sha256, conv1d, card.unmeasured(experiment)
+        folder / ADAPTER,
+        experiment,
+        base,
+        found.state.adapter,
+        sha256,
+        conv1d,
+        card.unmeasured(experiment.name),
     )
     return found.state.adapter
 
 
-def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def evaluate(experiment: Experiment, folder: Path | str) -> dict[str, Any]:
     """Measure a finished run's adapter beside the base, on the held-out part of `experiment`'s data."""
+    folder = Path(folder)
     dataset = load_data(experiment)
     preflight.check_examples(
         experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset)
@@ -196,56 +210,37 @@ def evaluate(experiment: Experiment, folder: Path) -> dict[str, Any]:
         experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS)
     )
     write_json(
-        folder / "evaluation.json",
+        folder / files.EVALUATION,
         {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()},
     )
     return result
 
 
-def adapter_of(folder: Path, machine: Machine) -> AdapterState:
-    """The exported adapter of a run. Raises where `machine` is not the base it was trained on, or scales it otherwise."""
-    home = folder / "adapter"
-    if not home.is_dir():
-        raise RunError(f"{folder} has no adapter yet. Finish it first: fedloom run --resume --out {folder}")
-    state, spec = load_adapter(home)
-    summary = read_summary(folder)
-    recorded = recorded_base(home) or (summary and summary["engine"]["base_sha256"])
-    if recorded and not machine.is_base(recorded):
-        raise ModelError(
-            f"The adapter of {folder} was trained on another base model (sha256 {recorded[:16]}…) than the one that is there now "
-            f"({machine.base_sha256[:16]}…). Put the old base back, or give its place: model.base=FOLDER."
-        )
-    machine.layout.to_vector(state)  # raises where names or shapes do not fit this model
-    if spec.scale != machine.layout.spec.scale:
-        raise ConfigError(
-            f"The adapter of {folder} was trained with a scale of {spec.scale:g}, and these settings scale it by "
-            f"{machine.layout.spec.scale:g}. Leave adapter.alpha, adapter.rank and adapter.rslora as they are."
-        )
-    return state
-
-
-def export(run: Path, folder: Path, *, merged: bool, overrides: Sequence[str] = ()) -> None:
+def export(
+    run: Path | str, folder: Path | str, *, merged: bool = False, overrides: Sequence[str] = ()
+) -> None:
     """The run's model for other tools: its PEFT adapter, or base and adapter merged into a plain model.
 
     `overrides` may change what decides no training: where the base lies, say, or the device.
     """
+    run, folder = Path(run), Path(folder)
     saved, experiment = load(run), load(run, overrides).anchored()
-    _same_training(saved, experiment, run / "experiment.toml")
+    _same_training(saved, experiment, run / EXPERIMENT)
     if folder.exists():
         raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
     machine, engine = load_here(experiment)
     adapter = adapter_of(run, machine)
     summary = read_summary(run)
     if merged:
-        words = card.model_card(summary, merged=True) if summary else card.unmeasured(experiment)
+        words = card.model_card(summary, merged=True) if summary else card.unmeasured(experiment.name)
 
         def beside(draft: Path) -> None:
             _export_files(machine, machine.base_sha256).save(draft)
-            (draft / "README.md").write_text(words.strip() + "\n", "utf-8")
+            (draft / files.CARD).write_text(words.strip() + "\n", "utf-8")
 
         export_merged(engine.model, machine.tokenizer, adapter, machine.layout, folder, beside=beside)
     else:
-        words = card.model_card(summary) if summary else card.unmeasured(experiment)
+        words = card.model_card(summary) if summary else card.unmeasured(experiment.name)
         with _whole(folder) as draft:
             _save(
                 draft,
@@ -277,10 +272,10 @@ def _checked(
     base = load_skeleton(experiment)
     preflight.check(experiment, datasets, base)
     for dataset in datasets:
-        judging.check(experiment, dataset)
+        questions.check(experiment, dataset)
     size = AdapterLayout.of(base.model, experiment.adapter).size
     preflight.check_disk(folder, preflight.disk(experiment, datasets[0], size, compared=compared))
-    durable.write(folder / "experiment.toml", experiment.to_toml().encode())
+    durable.write(folder / EXPERIMENT, experiment.to_toml().encode())
     return base
 
 
@@ -290,12 +285,9 @@ def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
     Where only settings of measuring differ, the training is finished and is measured again.
     """
     summary = read_summary(folder)
-    if (
-        summary is None
-        or recorded(summary["experiment"], "summary.json").anchored().plain() != experiment.plain()
-    ):
+    if summary is None or recorded(summary["experiment"], SUMMARY).anchored().plain() != experiment.plain():
         return None
-    if not (folder / "report.html").exists():
+    if not (folder / files.REPORT).exists():
         page.write(folder)
     return summary
 
@@ -316,7 +308,7 @@ def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[
 
     Where nothing is committed in the end, what was made here is taken away again.
     """
-    saved = folder / "experiment.toml"
+    saved = folder / EXPERIMENT
     if resume and not saved.exists():
         raise RunError(f"Nothing to resume: there is no {saved}.")
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -336,7 +328,7 @@ def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[
 
 
 def _quarantined(folder: Path) -> bool:
-    return any(file.stat().st_size for file in folder.rglob("quarantine.jsonl"))
+    return any(file.stat().st_size for file in folder.rglob(QUARANTINE))
 
 
 def _remove_empty(places: Sequence[Path]) -> None:
@@ -392,6 +384,6 @@ def _export_files(base: Machine | Skeleton, base_sha256: str) -> ExportFiles:
 
 def _finish(folder: Path, summary: Mapping[str, Any]) -> None:
     """The card of what was measured, then the summary, which marks the run as finished, then the page made of it."""
-    durable.write(folder / "adapter" / "README.md", (card.model_card(summary).strip() + "\n").encode())
-    write_json(folder / "summary.json", summary)
+    durable.write(folder / ADAPTER / files.CARD, (card.model_card(summary).strip() + "\n").encode())
+    write_json(folder / SUMMARY, summary)
     page.write(folder)

@@ -15,18 +15,17 @@ from fedloom.algorithms.base import ServerState
 from fedloom.errors import FedloomError, RunError
 from fedloom.evaluation.cache import Cache
 from fedloom.experiment.datasets import Dataset
-from fedloom.experiment.leakage import leakage
 from fedloom.experiment.listener import Listener
 from fedloom.experiment.machine import Machine
+from fedloom.experiment.measure import leaks, measure, shared
 from fedloom.experiment.settings import Experiment
 from fedloom.experiment.simulation import Maker, Simulated, trainings
-from fedloom.experiment.summary import ANSWERS, measure, shared, write_json
 from fedloom.federation import Round
 from fedloom.messages import ClientId
 from fedloom.state import AdapterState
-from fedloom.storage import checkpoint, journal
+from fedloom.storage import checkpoint, files, journal
+from fedloom.storage.files import ANSWERS, METRICS, RESULT, write_json
 
-RESULT = "result.json"  # of one seed; written last
 POLL = 1.0  # seconds between looks at the journals
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,9 +46,17 @@ def one_seed(
         with measuring(folder.parent, "compare"):
             if experiment.compare.leakage:
                 watch.phase("measuring leakage")
-            leaks = leakage(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
+            given_away = (
+                leaks(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
+            )
             measured = measure(
-                experiment, dataset, machine, rows, leaks, cache=Cache(folder / ANSWERS), say=watch.phase
+                experiment,
+                dataset,
+                machine,
+                rows,
+                given_away,
+                cache=Cache(folder / ANSWERS),
+                say=watch.phase,
             )
         result = {
             **measured,
@@ -128,12 +135,13 @@ def untrained(experiment: Experiment, folder: Path) -> list[str]:
     return [
         label
         for name, (label, _) in trainings(experiment).items()
-        if len(journal.read(folder / name / "metrics.jsonl")) <= experiment.rounds
+        if len(journal.read(folder / name / METRICS)) <= experiment.rounds
     ]
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / RESULT).read_text("utf-8"))
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text("utf-8"))
+    return result
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,7 @@ def seed_folders(experiment: Experiment, folder: Path) -> Mapping[Path, Experime
 
 def _names(experiment: Experiment, folder: Path) -> dict[Path, int]:
     return {
-        folder / f"seed-{seed}": seed
+        folder / files.seed(seed): seed
         for seed in range(experiment.seed, experiment.seed + experiment.compare.seeds)
     }
 
@@ -276,6 +284,6 @@ def progress(experiment: Experiment, folder: Path, doing: Mapping[int, Doing] = 
     for seed in names:
         finished += _measured(experiment, seed) is not None
         for row in rows:
-            rounds += max(0, len(journal.read(seed / row / "metrics.jsonl")) - 1)
+            rounds += max(0, len(journal.read(seed / row / METRICS)) - 1)
     total = len(rows) * experiment.rounds * experiment.compare.seeds
     return Progress(rounds, total, finished, doing)

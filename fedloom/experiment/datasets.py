@@ -50,7 +50,8 @@ class Dataset:
     @property
     def notes(self) -> Sequence[str]:
         """Sentences for the user: what was read otherwise than expected, left out, or not used."""
-        return self.read.get("notes", ())
+        notes: Sequence[str] = self.read.get("notes", ())
+        return notes
 
     def mix(self, client: ClientId) -> Mapping[str, float]:
         """The shares of this client's training examples over the groups of the held-out set."""

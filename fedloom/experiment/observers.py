@@ -9,12 +9,13 @@ from fedloom.algorithms.base import UNSENT, Algorithm, ServerState
 from fedloom.client import Client
 from fedloom.evaluation.loss import held_out_loss
 from fedloom.experiment.datasets import Dataset
-from fedloom.experiment.leakage import leakage
 from fedloom.experiment.machine import Machine
+from fedloom.experiment.measure import leaks
 from fedloom.experiment.settings import Experiment
 from fedloom.experiment.training import Observer
 from fedloom.federation import Round
 from fedloom.messages import ClientId
+from fedloom.statistics import evenly
 from fedloom.storage.journal import finite
 
 
@@ -60,7 +61,7 @@ def leaked(experiment: Experiment, dataset: Dataset, machine: Machine, algorithm
         if not due or not algorithm.shared:
             return {"leakage": None}
         rows = {"global": state.adapter} if state.round else {}
-        found = leakage(experiment, dataset, machine, rows)
+        found = leaks(experiment, dataset, machine, rows)
         return {"leakage": finite(found["global" if state.round else "base"])}
 
     return observe
@@ -69,8 +70,5 @@ def leaked(experiment: Experiment, dataset: Dataset, machine: Machine, algorithm
 def held_out_part(dataset: Dataset, wanted: int | None) -> tuple[Sequence[Any], list[str]]:
     """The held-out examples that periodic evaluation looks at: all, or the same few every time."""
     groups = dataset.groups()
-    if wanted is None or wanted >= len(groups):
-        return dataset.test, groups
-    step = len(groups) / wanted  # held-out examples lie group by group, so equal steps keep the mix
-    chosen = [int(i * step) for i in range(wanted)]
+    chosen = evenly(range(len(groups)), wanted)
     return [dataset.test[i] for i in chosen], [groups[i] for i in chosen]

@@ -14,13 +14,14 @@ from fedloom import rng
 from fedloom.engine import models
 from fedloom.engine.layout import AdapterLayout
 from fedloom.errors import ConfigError, FedloomError
-from fedloom.experiment import judging, machine, preflight
+from fedloom.experiment import machine, preflight, questions
 from fedloom.experiment.build import cohorts
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_skeleton
 from fedloom.experiment.settings import Experiment
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
+from fedloom.statistics import evenly
 from fedloom.transport import wire
 from fedloom.transport.codec import Codec
 from fedloom.transport.downlink import Downlink
@@ -75,7 +76,7 @@ def plan(experiment: Experiment) -> Plan:
         dataset = load_data(experiment)
         notes = dataset.notes
         examples = [e for own in dataset.clients.values() for e in own]
-        sample = examples[:: max(1, len(examples) // 2000)]
+        sample = evenly(examples, 2000)
         data = [
             f"{len(examples):,} training examples with {len(dataset.clients)} clients, {len(dataset.test):,} held out",
             f"in {len(sample):,} of them: "
@@ -93,7 +94,7 @@ def plan(experiment: Experiment) -> Plan:
         clients = sorted(dataset.clients)
         disk = preflight.disk(experiment, dataset, layout.size, compared=False)
         preflight.check(experiment, [dataset], skeleton)
-        judging.check(experiment, dataset)
+        questions.check(experiment, dataset)
     except (FedloomError, OSError) as found:
         problem = str(found)
     cohorts = _cohorts(experiment, clients)
@@ -172,7 +173,7 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: 
     a_token = (
         24 * config.hidden_size + 6 * wide + 2 * config.num_attention_heads * experiment.prompt.max_length
     )
-    activations = (
+    activations: float = (
         1.5
         * machine.tokens_per_pass
         * config.num_hidden_layers

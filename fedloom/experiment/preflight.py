@@ -12,7 +12,7 @@ from fedloom.experiment.build import cohorts, specialist_client, tools
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.machine import Skeleton
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.summary import evenly
+from fedloom.statistics import evenly
 from fedloom.storage import checkpoint
 
 NUMBER = 4  # bytes of an adapter's number on disk

@@ -19,15 +19,16 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tomli_w
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.base import Algorithm, ServerOptimizer
 from fedloom.algorithms.fedavg import FedAvg
 from fedloom.algorithms.names import ALGORITHMS, ALIASES
-from fedloom.algorithms.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from fedloom.algorithms.server_optimizers import SERVER_OPTIMIZERS
 from fedloom.data.canaries import Canaries
 from fedloom.data.partition import IID, PARTITIONS, Partitioner
 from fedloom.errors import ConfigError
 from fedloom.experiment.choices import STRICT, OneOf, did_you_mean, keys
 from fedloom.gate import Gate
+from fedloom.rows import Row
 from fedloom.selection import SELECTORS, All, Selector
 from fedloom.steps import LocalTraining, LoraSpec
 from fedloom.synthesis.pool import HeldBack, OtherStyle
@@ -104,6 +105,10 @@ def _label(text: str) -> str:
         raise ValueError("expected a name of up to 32 letters, digits, blanks and .+=_-")
     if re.fullmatch(r"base|reference|local(-\d+)?|federated|centralised", text.lower()):
         raise ValueError("this name is that of a row which is always there")
+    if Row.parse(text) != Row(text, "global"):
+        raise ValueError(
+            'expected a name that does not end in "mean", "best" or "personal", as rows of clients do'
+        )
     return text
 
 

@@ -32,9 +32,10 @@ from fedloom.experiment.settings import Experiment
 from fedloom.experiment.training import Training
 from fedloom.messages import ClientId
 from fedloom.rng import numpy_stream
+from fedloom.rows import FEDERATED, LOCAL, Row
 from fedloom.selection import All
 from fedloom.state import AdapterState
-from fedloom.storage import journal
+from fedloom.storage import files, journal
 from fedloom.transport.in_process import Simulation
 
 SAMPLES = 3  # generated texts kept for each fate
@@ -54,10 +55,12 @@ class Simulated:
         """The rows a finished training makes: the shared model, and the personal ones of its clients."""
         algorithm = self.training.algorithm
         rows = {label: state.adapter} if algorithm.shared else {}
-        prefix = f"{label} personal" if algorithm.shared else "local" if label == "federated" else label
+        made_by = LOCAL if label == FEDERATED and not algorithm.shared else label
         own = {c.id: algorithm.personal(c) for c in self.clients.values()}
         return rows | {
-            f"{prefix}:{client}": adapter for client, adapter in own.items() if adapter is not None
+            str(Row(made_by, "personal", client, beside=algorithm.shared)): adapter
+            for client, adapter in own.items()
+            if adapter is not None
         }
 
     def synthesis(self) -> dict[str, Any] | None:
@@ -66,7 +69,7 @@ class Simulated:
         Both are in a simulation's reports alone; on a network they would stay with their clients.
         """
         counts: Counter[str] = Counter()
-        for record in journal.read(self.training.folder / "metrics.jsonl"):
+        for record in journal.read(self.training.folder / files.METRICS):
             for metrics in record.get("unsent", {}).values():
                 counts.update(
                     {k.removeprefix(FATES): int(n) for k, n in metrics.items() if k.startswith(FATES)}
@@ -89,10 +92,7 @@ Maker = Callable[[Experiment, Dataset, Machine, Path], Simulated]
 def trainings(experiment: Experiment) -> dict[str, tuple[str, Maker]]:
     """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
     owners = {label.lower(): (label, partial(specialist, label)) for label in experiment.compare.local_labels}
-    methods = {
-        "method-" + label.lower().replace(" ", "-"): (label, partial(method, label))
-        for label in experiment.compare.methods
-    }
+    methods = {files.method(label): (label, partial(method, label)) for label in experiment.compare.methods}
     return {
         "local_only": ("local", local_only),
         **owners,

@@ -13,6 +13,7 @@ from typing import Any
 from fedloom.errors import ConfigError
 from fedloom.experiment.choices import choice_of, did_you_mean, keys
 from fedloom.experiment.settings import Experiment, checked
+from fedloom.storage.files import EXPERIMENT
 
 # What version 0.1.0 called otherwise: a key, or a name that stands at a key.
 RENAMED = {
@@ -46,7 +47,7 @@ def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     The folder may be of version 0.1.0. Files and overrides must use the names of today.
     """
     if Path(what).is_dir() and str(what) not in recipes():
-        file = Path(what) / "experiment.toml"
+        file = Path(what) / EXPERIMENT
         return _overridden(_today(_tree(_text(file), str(file))), str(file), overrides)
     shipped = recipes()
     if str(what) in shipped:

@@ -27,12 +27,12 @@ from fedloom.messages import ClientId
 from fedloom.state import AdapterState
 from fedloom.storage import checkpoint, durable, journal
 from fedloom.storage.checkpoint import Checkpoint
+from fedloom.storage.files import INPUTS, METRICS, STATE
 from fedloom.transport.base import Transport
 
 # (the server's state after a round, what happened in it) -> further fields of the round's line in the journal.
 # Also called before the first round, with a round that has no cohort.
 Observer = Callable[[ServerState, Round], Mapping[str, Any]]
-INPUTS = "inputs.json"
 WHAT = {"data_sha256": "data are", "base_sha256": "base model is", "prompt_sha256": "prompts' format is"}
 
 
@@ -56,7 +56,7 @@ class Training:
 
         The result does not depend on where or how often the training was interrupted before.
         """
-        state_folder, metrics = self.folder / "state", self.folder / "metrics.jsonl"
+        state_folder, metrics = self.folder / STATE, self.folder / METRICS
         # Create `state` before the journal's first write: that write syncs the parent folder, so a power cut cannot lose it.
         state_folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.newest(state_folder, fingerprint=self.fingerprint)
@@ -108,8 +108,8 @@ class Training:
 
     def _commit(self, state: ServerState, record: Mapping[str, Any]) -> None:
         made = Checkpoint(state, self.transport.snapshot(), record)
-        checkpoint.commit(self.folder / "state", made, fingerprint=self.fingerprint)
-        journal.append(self.folder / "metrics.jsonl", record)
+        checkpoint.commit(self.folder / STATE, made, fingerprint=self.fingerprint)
+        journal.append(self.folder / METRICS, record)
 
     def _record(self, state: ServerState, seen: Round, *, seconds: float) -> dict[str, Any]:
         losses = {c: (u.metrics["loss"], u.weight) for c, u in seen.updates.items() if "loss" in u.metrics}

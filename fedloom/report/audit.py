@@ -10,19 +10,19 @@ from typing import Any
 import plotly.graph_objects as go
 
 from fedloom.errors import RunError
-from fedloom.report import figures
-from fedloom.report.findings import NOT_SEEN
+from fedloom.report import drawing, marks
 from fedloom.report.pictures import Picture
 from fedloom.report.readings import SCORES, gate, interval, lines
+from fedloom.report.terms import NOT_SEEN
+from fedloom.storage.files import AUDIT
 
-FILE = "audit.json"
 SCHEMA = 1
-PLANTED, UNSEEN, BASE = "#cc6677", "#3b7dd8", figures.ROW_COLOURS["base"]
+PLANTED, UNSEEN, BASE = "#cc6677", "#3b7dd8", marks.ROW_COLOURS["base"]
 
 
 def read(folder: Path) -> Mapping[str, Any] | None:
     """None where nobody audited the run. Raises: RunError."""
-    path = folder / FILE
+    path = folder / AUDIT
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
                 x=[i + 0.5 for i in range(bins)],
                 y=[100 * n / max(1, len(bits)) for n in counts],
                 name=f"{name}, mean {known[side]['mean']:.2f} bits" if bits else name,
-                marker=figures.bar(hue, nth),
+                marker=marks.bar(hue, nth),
                 hovertext=[f"{name}, {i} to {i + 1} bits: {n} of {len(bits)}" for i, n in enumerate(counts)],
                 hoverinfo="text",
             )
@@ -102,7 +102,7 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
             hoverinfo="text",
         )
     )
-    return figures.figure(
+    return drawing.figure(
         traces,
         height=340,
         barmode="group",
@@ -110,11 +110,11 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
         hovermode="closest",
         showlegend=True,
         xaxis={
-            "title": figures.axis_title("exposure, bits"),
+            "title": drawing.axis_title("exposure, bits"),
             "range": [0, bins],
             "dtick": max(1, bins // 12),
         },
-        yaxis={"title": figures.axis_title("share of secrets, %"), "rangemode": "tozero"},
+        yaxis={"title": drawing.axis_title("share of secrets, %"), "rangemode": "tozero"},
     )
 
 
@@ -169,16 +169,16 @@ def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:
             )
         )
     coin = {"type": "line", "x0": 0.5, "x1": 0.5, "yref": "paper", "y0": 0, "y1": 1}
-    return figures.figure(
+    return drawing.figure(
         traces,
         height=340,
         hovermode="closest",
         showlegend=True,
         shapes=[{**coin, "line": {"color": BASE, "width": 1.5, "dash": "dot"}}],
-        xaxis={"title": figures.axis_title("AUC (0.5: a coin)"), "range": [0, 1.02]},
+        xaxis={"title": drawing.axis_title("AUC (0.5: a coin)"), "range": [0, 1.02]},
         yaxis={
             "tickvals": list(range(len(names))),
-            "ticktext": [figures.label(SCORES.get(s, s)) for s in names],
+            "ticktext": [drawing.label(SCORES.get(s, s)) for s in names],
             "range": [len(names) - 0.5, -0.5],
         },
     )

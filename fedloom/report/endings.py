@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedloom.report import findings
+from fedloom.report import findings, terms
 
 FEW = 0.95  # share of answers that end by themselves below which it is worth a word
 UNLEARNT = math.log(
@@ -35,7 +35,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         return []
     limit = summary["experiment"]["evaluation"]["max_new_tokens"]
     said = (
-        f"{findings.title(row)}: {findings.value('ended', ended['mean'])} of the answers end by themselves; the others are cut "
+        f"{terms.title(row)}: {terms.value('ended', ended['mean'])} of the answers end by themselves; the others are cut "
         f"at {limit} tokens and count as wrong."
     )
     if loss is not None and loss["mean"] < UNLEARNT:

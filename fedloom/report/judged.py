@@ -1,4 +1,4 @@
-"""What a judge found of a comparison's models, in the papers' own form; the only reading of judged.json.
+"""Read what judges found: a run's answers against an opponent's, or a comparison's models in the papers' own form.
 
 The terminal prints these tables and the page draws them.
 """
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.report.findings import arrow, half_width, metric_title, short, value
+from fedloom.report.terms import arrow, half_width, metric_title, short, value
+from fedloom.rows import Row
 
 Judged = Mapping[str, Any]  # one table of judged.json
 
@@ -29,6 +30,7 @@ PAPER_WINS = {
     ("global", "fewfedpit"): (26.2, 35.8, 38.0),
 }
 PAPER_SHARE = 0.5  # beta of its row
+ONE_ORDER = "Judged in one order, so position bias passes for quality."
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,56 @@ class Table:
     body: Sequence[Sequence[str]]
     bold: Sequence[bool]  # of each line: is it the experiment's own method
     notes: Sequence[str]
+
+
+def pair(judged: Judged) -> Table:
+    """A run's answers against an opponent's, as judge.json has them."""
+    body = [
+        [name, *_with_interval(judged[key])]
+        for name, key in (("win", "win"), ("tie", "tie"), ("lose", "lose"), ("win or tie", "win_or_tie"))
+    ]
+    if judged["order_disagreement"] is not None:
+        body.append(["orders disagree", *_with_interval(judged["order_disagreement"])])
+    if (apart := judged["difference"]) is not None:
+        ci = apart["ci95"]
+        spread = "the same everywhere" if apart["constant"] else f"{ci[0]:+.3f} to {ci[1]:+.3f}" if ci else ""
+        body.append(["score difference", f"{apart['mean']:+.3f}", spread])
+        body.append(["total scores", f"{judged['totals'][0]:.1f} : {judged['totals'][1]:.1f}", ""])
+    if judged["relative"] is not None:
+        ci = judged["relative_ci95"]
+        body.append(
+            ["relative score", f"{judged['relative']:.3f}", f"{ci[0]:.3f} to {ci[1]:.3f}" if ci else ""]
+        )
+    if len(judged["aspects"]) > 1:
+        body += [
+            [name, f"{ours:.2f} : {theirs:.2f}", ""] for name, (ours, theirs) in judged["aspects"].items()
+        ]
+    title = f"run against {judged['against']}, judged by {judge_name(judged)}"
+    return Table(title, ["", "run", "95% interval"], body, [False] * len(body), _pair_notes(judged))
+
+
+def _with_interval(part: Mapping[str, Any]) -> tuple[str, str]:
+    if part["share"] is None:
+        return "–", ""
+    low, high = part["ci95"]
+    return f"{100 * part['share']:.1f}%", f"{100 * low:.1f} to {100 * high:.1f}%"
+
+
+def _pair_notes(judged: Judged) -> list[str]:
+    read = judged["ratings"] - sum(judged["unread"].values())
+    notes = [
+        f"{judged['judged']} of {judged['questions']} pairs judged; {read} of {judged['ratings']} ratings read.",
+        *(f"  {count} without scores: {reason}" for reason, count in sorted(judged["unread"].items())),
+    ]
+    if not judged["both_orders"]:
+        notes.append(ONE_ORDER)
+    if judged["position_bias"]:
+        notes.append(_bias(judged["position_bias"]))
+    return notes
+
+
+def _bias(bias: float) -> str:
+    return f"The answer shown first scored {bias:+.3f} over the second, on average."
 
 
 def tables(judged: Judged, own: str) -> list[Table]:
@@ -81,7 +133,7 @@ def judge_name(judged: Judged) -> str:
 def _relative(judged: Judged, own: str) -> list[Table]:
     body = []
     paper = any(
-        (r["row"], r["task"]) in PAPER_RELATIVE for r in judged["rows"] if r["row"].startswith("Local-")
+        (r["row"], r["task"]) in PAPER_RELATIVE for r in judged["rows"] if Row.parse(r["row"]).specialist
     )
     for r in judged["rows"]:
         line = [_name(r["row"], own), r["task"], f"{r['scores'][0]:.1f} : {r['scores'][1]:.1f}", _ratio(r)]
@@ -203,12 +255,10 @@ def _notes(judged: Judged) -> list[str]:
             f"{left_out} question{'s' if left_out > 1 else ''} of the file left out, since a client holds {'them' if left_out > 1 else 'it'}."
         )
     if not judged["both_orders"]:
-        notes.append("Judged in one order, so a liking for the first place passes for quality.")
+        notes.append(ONE_ORDER)
     biases = [r["position_bias"] for r in judged["rows"] if r["position_bias"]]
     if biases:
-        notes.append(
-            f"The answer shown first scored {sum(biases) / len(biases):+.3f} over the second, on average."
-        )
+        notes.append(_bias(sum(biases) / len(biases)))
     return notes
 
 

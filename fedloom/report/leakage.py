@@ -1,4 +1,4 @@
-"""What shared models give away: quality against leakage, and leakage by round."""
+"""Draw the leakage of shared models: quality against leakage, and leakage by round."""
 
 from __future__ import annotations
 
@@ -8,28 +8,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from fedloom.algorithms.names import canonical
-from fedloom.report import figures
-from fedloom.report.findings import (
-    LEAKS,
-    NOT_SEEN,
-    Interval,
-    Summary,
-    axis,
-    entry,
-    factor,
-    leaks,
-    less,
-    main_metric,
-    methods,
-    metric_title,
-    own,
-    rows,
-    short,
-    title,
-    value,
-)
+from fedloom.evaluation.metrics import LEAKS
+from fedloom.report import drawing, marks, round_figures
+from fedloom.report.findings import Summary, entry, leaks, main_metric, methods, own, rows
 from fedloom.report.pictures import Journals, Picture
 from fedloom.report.rounds import Record
+from fedloom.report.terms import NOT_SEEN, Interval, axis, factor, less, metric_title, short, title, value
 from fedloom.statistics import Estimate, estimate
 
 CHANCE = {"exposure": (NOT_SEEN, "never seen"), "auc": (0.5, "a coin")}  # what a model that saw nothing gets
@@ -66,7 +50,7 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
                 x=[factor(leak) * e[1]["mean"] for e in ends if e],
                 y=[factor(metric) * e[0]["mean"] for e in ends if e],
                 mode="lines",
-                line={"color": figures.ROW_COLOURS["federated"], "width": 1.5, "dash": "dot"},
+                line={"color": marks.ROW_COLOURS["federated"], "width": 1.5, "dash": "dot"},
                 showlegend=False,
                 hoverinfo="skip",
             )
@@ -78,30 +62,30 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
             continue
         up, right = found
         named = title(row, own(summary)) + (f", β = {swept[row]:g}" if row in swept else "")
-        hue = figures.colour(row, labels)
+        hue = marks.colour(row, labels)
         traces.append(
             go.Scatter(
                 x=[factor(leak) * right["mean"]],
                 y=[factor(metric) * up["mean"]],
                 mode="markers+text",
-                text=[figures.label(short(row) + (f", β = {swept[row]:g}" if row in swept else ""), 32)],
+                text=[drawing.label(short(row) + (f", β = {swept[row]:g}" if row in swept else ""), 32)],
                 textposition="top center",  # the page moves it to where it covers nothing, or leaves it to the legend
                 textfont={"size": 12},
-                marker={"size": 12, "color": hue, "symbol": figures.symbol(row, labels)},
+                marker={"size": 12, "color": hue, "symbol": marks.symbol(row, labels)},
                 error_x=_bar(right, leak, hue),
                 error_y=_bar(up, metric, hue),
-                name=figures.label(named),
+                name=drawing.label(named),
                 hovertext=[
-                    f"{figures.label(named)}<br>{metric_title(metric)} {_said(metric, up)}"
+                    f"{drawing.label(named)}<br>{metric_title(metric)} {_said(metric, up)}"
                     f"<br>{metric_title(leak)} {_said(leak, right)}"
                 ],
                 hoverinfo="text",
             )
         )
-    across = {"title": figures.axis_title(f"{axis(leak)} ({less(leak)})"), **figures.within(leak)}
-    upwards = {"title": figures.axis_title(axis(metric)), **figures.within(metric)}
+    across = {"title": drawing.axis_title(f"{axis(leak)} ({less(leak)})"), **drawing.within(leak)}
+    upwards = {"title": drawing.axis_title(axis(metric)), **drawing.within(metric)}
     shapes, notes = _chance(leak, vertical=True)
-    return figures.figure(
+    return drawing.figure(
         traces,
         height=460,
         hovermode="closest",
@@ -140,13 +124,13 @@ def _said(metric: str, found: Mapping[str, Any]) -> str:
 
 
 def _chance(leak: str, *, vertical: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A line, and what it says, where a model lies that never saw what is looked for."""
+    """A labelled line where a model lies that never saw the secrets or records."""
     if leak not in CHANCE:
         return [], []
     at, said = CHANCE[leak]
     here, there = ("x", "y") if vertical else ("y", "x")
     line = {f"{here}0": at, f"{here}1": at, f"{there}0": 0, f"{there}1": 1, f"{there}ref": "paper"}
-    hue = figures.ROW_COLOURS["base"]
+    hue = marks.ROW_COLOURS["base"]
     shape = {"type": "line", **line, "line": {"color": hue, "width": 1.5, "dash": "dot"}}
     note = {
         here: at,
@@ -185,7 +169,7 @@ def _by_round(summary: Summary, journals: Journals) -> Iterator[Picture]:
         curves = {row: found for row, found in curves.items() if any(r > 0 for r in found)}
         if curves:
             across = sorted({r for found in curves.values() for r in found})
-            head = ["round", *(figures.curve_title(row, own(summary)) for row in curves)]
+            head = ["round", *(round_figures.curve_title(row, own(summary)) for row in curves)]
             body: list[list[str | int]] = [
                 [r, *(value(metric, f[r].mean if r in f else None) for f in curves.values())] for r in across
             ]
@@ -198,7 +182,7 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
     traces: list[Any] = []
     for row, found in curves.items():
         labels = list(methods(summary))
-        hue, named = figures.colour(row, labels), figures.curve_title(row, own(summary))
+        hue, named = marks.colour(row, labels), round_figures.curve_title(row, own(summary))
         later = [r for r in found if r > 0]
         bands = [(r, ci95) for r in later if (ci95 := found[r].ci95) is not None]
         if bands:
@@ -221,10 +205,10 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
                 x=later,
                 y=[factor(metric) * found[r].mean for r in later],
                 mode="lines+markers" if len(later) <= 30 else "lines",
-                line={"color": hue, "width": 2.5, "dash": figures.dash(row, labels)},
-                marker={"size": 7, "symbol": figures.symbol(row, labels)},
-                name=figures.label(named),
-                hovertext=[f"{figures.label(named)}: {value(metric, found[r].mean)}" for r in later],
+                line={"color": hue, "width": 2.5, "dash": marks.dash(row, labels)},
+                marker={"size": 7, "symbol": marks.symbol(row, labels)},
+                name=drawing.label(named),
+                hovertext=[f"{drawing.label(named)}: {value(metric, found[r].mean)}" for r in later],
                 hoverinfo="text",
             )
         )
@@ -236,19 +220,19 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
                 x=[1, last],
                 y=[factor(metric) * base] * 2,
                 mode="lines",
-                line={"color": figures.ROW_COLOURS["base"], "width": 2, "dash": "dash"},
+                line={"color": marks.ROW_COLOURS["base"], "width": 2, "dash": "dash"},
                 name=f"base {value(metric, base)}",
                 hoverinfo="skip",
             )
         )
     shapes, notes = _chance(metric, vertical=False)
-    return figures.figure(
+    return drawing.figure(
         traces,
         height=360 + 20 * len(curves),  # the legend takes a line a row
         hovermode="x unified",
         showlegend=True,
         shapes=shapes,
         annotations=notes,
-        xaxis=figures.rounds_axis(last),
-        yaxis={"title": figures.axis_title(axis(metric)), **figures.within(metric)},
+        xaxis=drawing.rounds_axis(last),
+        yaxis={"title": drawing.axis_title(axis(metric)), **drawing.within(metric)},
     )

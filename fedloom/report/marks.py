@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedloom.rows import Row
+
 ROW_COLOURS = {
     "base": "#8a919c",
     "local mean": "#be8926",
@@ -74,7 +76,7 @@ def dash(row: str, labels: Sequence[str] = ()) -> str:
 def _of(row: str, labels: Sequence[str], rows: Mapping[str, str], methods: Sequence[str]) -> str:
     if row in rows:
         return rows[row]
-    method = row.split(":")[0].removesuffix(" mean").removesuffix(" best").removesuffix(" personal")
+    method = Row.parse(row).label
     if method in labels:
         return methods[list(labels).index(method) % len(methods)]
     return rows.get("local_only" if method == "local" else method, methods[0])

@@ -11,24 +11,11 @@ import plotly.graph_objects as go
 from jinja2.utils import htmlsafe_json_dumps
 
 from fedloom.evaluation.own_mix import in_mix
-from fedloom.experiment.summary import LOCAL, is_single
-from fedloom.report import figures, rounds
-from fedloom.report.findings import (
-    Summary,
-    byte_size,
-    duration,
-    entry,
-    main_metric,
-    methods,
-    metric_title,
-    own,
-    rows,
-    seeds,
-    single_clients,
-    title,
-    value,
-)
+from fedloom.report import drawing, figures, round_figures, rounds
+from fedloom.report.findings import Summary, entry, main_metric, methods, own, rows, seeds, single_clients
 from fedloom.report.rounds import Record, What
+from fedloom.report.terms import byte_size, duration, metric_title, title, value
+from fedloom.rows import Row, is_single, local
 
 Journals = Mapping[str, Sequence[Sequence[Record]]]  # row -> seeds -> records
 
@@ -104,13 +91,15 @@ def _by_group(summary: Summary) -> dict[str, dict[str, float]]:
     }
     single = {row: table.pop(row) for row in list(table) if is_single(row)}
     base = {"base": table.pop("base")} if "base" in table else {}
-    local = {row: found for row, found in single.items() if row.startswith(LOCAL)}
+    alone = {row: found for row, found in single.items() if Row.parse(row).alone}
+    over: dict[str, list[Mapping[str, float]]] = {}  # mean -> the clients' rows
+    for row, found in single.items():
+        over.setdefault(str(Row.parse(row).over("mean")), []).append(found)
     means = {}
-    for label in dict.fromkeys(row.split(":")[0] for row in single):
-        its = [found for row, found in single.items() if row.startswith(f"{label}:")]
+    for mean, its in over.items():
         groups = dict.fromkeys(g for found in its for g in found)
-        means[f"{label} mean"] = {g: fmean(found[g] for found in its if g in found) for g in groups}
-    return {**base, **(local if len(local) <= figures.ROW_BY_ROW else {}), **means, **table}
+        means[mean] = {g: fmean(found[g] for found in its if g in found) for g in groups}
+    return {**base, **(alone if len(alone) <= drawing.ROW_BY_ROW else {}), **means, **table}
 
 
 def _clients(summary: Summary) -> Iterator[Picture]:
@@ -135,8 +124,8 @@ def _by_client(summary: Summary) -> dict[str, dict[str, float]]:
     metric, groups = main_metric(summary), summary["groups"]
     clients = summary["partition"]["clients"]
     table: dict[str, dict[str, float]] = {}
-    for client in [c for c in clients if LOCAL + c["client"] in groups] or clients:
-        names = {"base": "base", "local_only": LOCAL + client["client"]}
+    for client in [c for c in clients if str(local(c["client"])) in groups] or clients:
+        names = {"base": "base", "local_only": str(local(client["client"]))}
         names |= {"federated": "federated", "centralised": "centralised"}
         found = {
             row: x
@@ -178,7 +167,7 @@ def _bytes(summary: Summary) -> Iterator[Picture]:
             for r in records
         ]
         label = "Bytes sent so far by round, in both directions."
-        yield Picture("bytes", label, figures.bytes_figure(records), head, body)
+        yield Picture("bytes", label, round_figures.bytes_figure(records), head, body)
 
 
 def _rounds(summary: Summary, journals: Journals) -> Iterator[Picture]:
@@ -192,7 +181,7 @@ def _rounds(summary: Summary, journals: Journals) -> Iterator[Picture]:
         yield Picture(
             "participation",
             "Which clients took part in which round.",
-            figures.participation_figure(clients, records),
+            round_figures.participation_figure(clients, records),
             ["client", "selected", "took part", "refused"],
             [[client, *rounds.counts(client, records)] for client in clients],
         )
@@ -202,11 +191,11 @@ def _loss(what: What, label: str, journals: Journals, summary: Summary) -> Itera
     curves = {row: [rounds.loss_curve(r, what=what) for r in of_seeds] for row, of_seeds in journals.items()}
     means = {row: mean for row, found in curves.items() if (mean := rounds.mean_curve(found))}
     if means:
-        head = ["round", *(figures.curve_title(row, own(summary)) for row in means)]
+        head = ["round", *(round_figures.curve_title(row, own(summary)) for row in means)]
         across = sorted({r for mean in means.values() for r in mean})
         body: list[list[str | int]] = [
             [r, *(value("loss", mean.get(r)) for mean in means.values())] for r in across
         ]
         labels = list(methods(summary))
-        figure = figures.loss_figure(journals, what=what, own=own(summary), labels=labels)
+        figure = round_figures.loss_figure(journals, what=what, own=own(summary), labels=labels)
         yield Picture(what, label, figure, head, body)

@@ -1,4 +1,4 @@
-"""What an audit says, in words: the one reading of audit.json, for the terminal and the page alike.
+"""An audit in words: the one reading of audit.json, for the terminal and the page alike.
 
 Every figure stands beside its control, and its reading compares the two. A reading is `clear` only where the
 interval leaves chance and the control behind.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.attacks.release import best_auc
-from fedloom.report.findings import NOT_SEEN
+from fedloom.report.terms import NOT_SEEN
 
 SCORES = {
     "loss": "loss",
@@ -60,7 +60,7 @@ def lines(audit: Mapping[str, Any]) -> dict[str, list[Line]]:
     """Position -> its lines, where there are any."""
     positions = audit["positions"]
     found = {
-        "Whoever gets the adapter": [*_public(positions["public"])],
+        "Anyone with the adapter": [*_public(positions["public"])],
         "Another client": [*_client(positions["client"])],
         "The server": [*_server(positions["server"])],
         "Generated examples": [*_synthesis(audit["synthesis"])],
@@ -221,14 +221,14 @@ def _exposure(exposure: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def _client(client: Mapping[str, Any]) -> Iterator[Line]:
-    fished = client["cross_client"]
-    if "reason" in fished:
-        yield Line("Secrets of others", "–", reading=fished["reason"])
+    extracted = client["cross_client"]
+    if "reason" in extracted:
+        yield Line("Secrets of others", "–", reading=extracted["reason"])
         return
-    for attacker, got in fished["released"].items():
+    for attacker, got in extracted["released"].items():
         if got["coverage"] is None:
             continue
-        base, decoys = fished["base"][attacker]["coverage"], got["decoys"]
+        base, decoys = extracted["base"][attacker]["coverage"], got["decoys"]
         some = got["coverage"]["hits"] > 0
         # Codes are short: a model that says many digits hits some by luck, and decoys as often.
         lucky = [c for c in (base, decoys) if c is not None and c["value"] >= got["coverage"]["value"]]

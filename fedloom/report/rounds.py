@@ -1,4 +1,4 @@
-"""What the journals say: losses by round, and who took part."""
+"""Read the journals: losses by round, and who took part."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedloom.report import figures
-from fedloom.report.findings import Summary, own, title
+from fedloom.report import drawing, marks
+from fedloom.report.findings import Summary, own
 from fedloom.report.pictures import Picture
+from fedloom.report.terms import title
 from fedloom.synthesis.candidates import KEPT
 
 # In the order in which a candidate meets them.
@@ -80,23 +81,23 @@ def fates_figure(summary: Summary) -> go.Figure:
                 x=shares,
                 y=list(range(len(made))),
                 orientation="h",
-                name=figures.label(fate),
-                marker=figures.bar(colour(fate), nth),
+                name=drawing.label(fate),
+                marker=marks.bar(colour(fate), nth),
                 hovertext=[
-                    f"{figures.label(fate)}: {n} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)
+                    f"{drawing.label(fate)}: {n} ({s:.1f}%)" for n, s in zip(counts, shares, strict=True)
                 ],
                 hoverinfo="text",
             )
         )
-    names = [figures.label(title(label, own(summary)), 28) for label in made]
-    return figures.figure(
+    names = [drawing.label(title(label, own(summary)), 28) for label in made]
+    return drawing.figure(
         traces,
         height=46 * len(made) + 150,
         barmode="stack",
         bargap=0.3,
         hovermode="closest",
         showlegend=True,
-        xaxis={"title": figures.axis_title("share of candidates, %"), "range": [0, 100]},
+        xaxis={"title": drawing.axis_title("share of candidates, %"), "range": [0, 100]},
         yaxis={"tickvals": list(range(len(made))), "ticktext": names, "autorange": "reversed"},
     )
 

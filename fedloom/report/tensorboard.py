@@ -7,15 +7,16 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.storage import journal
+from fedloom.storage.files import METRICS
 
 
 def export(run: Path, folder: Path) -> None:
     """Write event files of metrics.jsonl: losses, traffic and speed by round, one curve for each client."""
     if not find_spec("tensorboard"):
         raise RunError("TensorBoard files need the package tensorboard: pip install 'fedloom[tensorboard]'.")
-    records = journal.read(run / "metrics.jsonl")
+    records = journal.read(run / METRICS)
     if not records:
-        raise RunError(f"{run} has no rounds to show: expected {run / 'metrics.jsonl'}.")
+        raise RunError(f"{run} has no rounds to show: expected {run / METRICS}.")
     from torch.utils.tensorboard.writer import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:

@@ -1,9 +1,16 @@
-"""What metrics and rows are called on a page."""
+"""What metrics, rows and algorithms are called, and how their values are written."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from fedloom.evaluation.metrics import COIN, LOWER
+from fedloom.rows import Row
+
+Interval = Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,18 @@ METRICS = {
     ),
     "extraction": Metric(
         "Extraction, ROUGE-L",
-        "Asked what its training asked, how much of the trained response the model gives. A model that has "
+        "Prompted with a training instruction, how much of the training response comes back. A model that has "
         "learnt the task scores without having memorised anything, and the untuned base is not at zero either.",
     ),
     "auc": Metric(
         "Membership AUC",
         "How well the model's losses tell examples it was trained on from held-out ones, compared with the base's "
-        "losses (of the base itself: its own): 0.5 is a coin, and 1 is always. So is 0, for whoever turns it round: what "
-        "counts is the distance from 0.5, and differences are differences of it.",
+        "losses (of the base itself: its own): 0.5 is a coin, and 1 is always. So is 0, turned round: the distance "
+        "from 0.5 counts, and differences are differences of it.",
         unit="",
         digits=2,
     ),
 }
-LEAKS = ("exposure", "extraction", "auc")  # the first that a summary holds is the one drawn against quality
 NOT_SEEN = 1 / math.log(2)  # bits: mean exposure of a secret that a model never saw
 
 TITLES = {
@@ -83,3 +89,103 @@ SHORT = {
     "federated": "Federated",
     "centralised": "Centralised",
 }
+
+
+def title(row: str, own: str | None = None) -> str:
+    """`own` is the name of the algorithm behind "federated", where the title should tell it."""
+    if row in TITLES:
+        return f"{TITLES[row]} ({own})" if row == "federated" and own else TITLES[row]
+    its = Row.parse(row)
+    if its.alone:
+        return f"{its.client}, alone"
+    beside = ["personal"] if its.beside else []
+    one = [{"mean": "mean of clients", "best": "best client"}[its.statistic]] if its.statistic else []
+    if not (beside or one or its.client):
+        return row
+    return ", ".join([title(its.label, own), *beside, *one, *([its.client] if its.client else [])])
+
+
+def short(row: str) -> str:
+    return SHORT.get(row) or title(row)
+
+
+def model(row: str) -> str:
+    """Whose model it is, in words: everybody's, a client's, or one owner's of everything."""
+    its = Row.parse(row)
+    return f"{its.of}, {its.statistic}" if its.statistic else its.of
+
+
+def metric_title(metric: str) -> str:
+    return METRICS[metric].title if metric in METRICS else metric
+
+
+def arrow(metric: str) -> str:
+    return f"→ {COIN:g}" if metric == "auc" else "↓" if metric in LOWER else "↑"
+
+
+def less(metric: str) -> str:
+    """How a metric of leakage is judged, in words for an axis or a caption."""
+    return f"nearer {COIN:g} is better" if metric == "auc" else "less is better"
+
+
+# --- numbers ---------------------------------------------------------------------------------------------
+
+
+def factor(metric: str) -> int:
+    """What a value is multiplied with to be written: shares are percentages."""
+    return 100 if _scale(metric).unit == "points" else 1
+
+
+def unit(metric: str) -> str:
+    """Of a difference."""
+    return _scale(metric).unit
+
+
+def axis(metric: str) -> str:
+    """The metric as an axis names it."""
+    if metric == "loss":
+        return f"{metric_title(metric)}, nats per token (lower is better)"
+    return metric_title(metric) + (", %" if factor(metric) == 100 else "")
+
+
+def value(metric: str, x: float | None) -> str:
+    """A value as the page writes it: shares in percent, the rest in their unit."""
+    if x is None:
+        return "–"
+    return f"{factor(metric) * x:.{_scale(metric).digits}f}{'%' if factor(metric) == 100 else ''}"
+
+
+def half_width(metric: str, ci95: Interval) -> str:
+    return "" if ci95 is None else f"± {factor(metric) * (ci95[1] - ci95[0]) / 2:.{_scale(metric).digits}f}"
+
+
+def change(metric: str, x: float, *, digits: int | None = None) -> str:
+    """A signed difference, without its unit; `digits` are of points only."""
+    fixed = digits if digits is not None and factor(metric) == 100 else _scale(metric).digits
+    return f"{factor(metric) * x:+.{fixed}f}".replace("-", "−")
+
+
+def _scale(metric: str) -> Metric:
+    return METRICS.get(metric, Metric(metric, ""))
+
+
+def count(found: Mapping[str, Any], *, most: int) -> str:
+    """A mean number of clients; the interval is cut to counts that can occur."""
+    low, high = (min(max(x, 0.0), float(most)) for x in found["ci95"])
+    return f"{found['mean']:.1f} ({low:.1f} to {high:.1f})"
+
+
+def byte_size(count: float) -> str:
+    for name in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {name}" if name == "B" else f"{count:.1f} {name}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,6 +1,6 @@
-"""What a folder is, told by its files alone: a run, a comparison, a part of one, or something else.
+"""Tell a run, a comparison, a part of one and anything else apart by their files alone.
 
-Whoever names the wrong one hears what it is and which was meant. Nothing here needs torch.
+Whoever names the wrong folder is told what it is and which one was probably meant. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 from fedloom.errors import RunError
-from fedloom.experiment.toml import load, recipes
 from fedloom.storage import journal
+from fedloom.storage.files import ADAPTER, EXPERIMENT, METRICS, RESULT, STATE, SUMMARY
 
-EXPERIMENT = "experiment.toml"  # what makes a folder a run
 RUNS = Path("runs")  # where runs go that are given no folder
 LISTED = 4  # runs that a message names at most
 
@@ -34,31 +33,28 @@ def resume(folder: Path) -> str:
 
 def begun(folder: Path) -> bool:
     """Was a round committed here?"""
-    return any(folder.rglob("metrics.jsonl"))
+    return any(folder.rglob(METRICS))
 
 
-def expect_run(path: Path) -> None:
-    """Raises RunError for what is no run, and says what it is instead."""
+def expect_run(path: Path, *, recipes: Collection[str] = ()) -> None:
+    """Raises RunError for anything that is no run, and says what it is instead: one of the `recipes`, perhaps."""
     if not _is_run(path):
-        raise RunError(f"{_not_a_run(path)} {_instead(path)}".rstrip())
+        raise RunError(f"{_not_a_run(path, recipes)} {_instead(path, recipes)}".rstrip())
 
 
-def expect_finished(path: Path) -> None:
-    """As `expect_run`, and its training must have ended."""
-    expect_run(path)
-    if (path / "adapter").is_dir() or (path / "summary.json").exists():
+def expect_finished(path: Path, *, rounds: int, seeds: int) -> None:
+    """Raises RunError for a run of `rounds` rounds, or a comparison of `seeds` seeds, whose training has not ended."""
+    if (path / ADAPTER).is_dir() or (path / SUMMARY).exists():
         return
-    experiment = load(path / EXPERIMENT)
     if kind(path) == "compare":
-        seeds = experiment.compare.seeds
-        finished = len(list(path.glob("seed-*/result.json")))
+        finished = len(list(path.glob(f"seed-*/{RESULT}")))
         raise RunError(
             f"{path} is not finished: {finished} of {seeds} seeds are done. Go on with it: {resume(path)}"
         )
-    done = max((record["round"] for record in journal.read(path / "metrics.jsonl")), default=0)
-    if done < experiment.rounds:
+    done = max((record["round"] for record in journal.read(path / METRICS)), default=0)
+    if done < rounds:
         raise RunError(
-            f"{path} is not finished: {done} of {experiment.rounds} rounds are done. Go on with it: {resume(path)}"
+            f"{path} is not finished: {done} of {rounds} rounds are done. Go on with it: {resume(path)}"
         )
 
 
@@ -73,7 +69,7 @@ def expect_room(path: Path) -> None:
 def expect_kind(path: Path, wanted: Kind) -> None:
     """Raises RunError where the run that is gone on with, or begun here, is of the other kind."""
     found = kind(path)
-    if found != wanted and (found == "compare" or (path / "state").exists()):
+    if found != wanted and (found == "compare" or (path / STATE).exists()):
         what = {"run": "a run", "compare": "a comparison"}[found]
         raise RunError(f"{path} holds {what}. Go on with it: {resume(path)}")
 
@@ -90,11 +86,11 @@ def _is_run(path: Path) -> bool:
     return os.path.isfile(path / EXPERIMENT)  # which is False, not an error, for a name that no disk takes
 
 
-def _not_a_run(path: Path) -> str:
-    """What it is instead."""
+def _not_a_run(path: Path, recipes: Collection[str]) -> str:
+    """Says what `path` is instead."""
     name = str(path)
     if not os.path.exists(path):
-        if name in recipes():
+        if name in recipes:
             return f"{name!r} is a recipe, not the folder of a run. Run it first: fedloom run {name}."
         return f"There is no folder {name!r}."
     for above in path.absolute().parents:
@@ -125,8 +121,8 @@ def _shortest(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) and path != here else path
 
 
-def _instead(path: Path) -> str:
-    """Which run was meant, as far as names tell."""
+def _instead(path: Path, recipes: Collection[str]) -> str:
+    """Says which run was probably meant, as far as names tell."""
     exists = os.path.exists(path)
     if exists and any(_is_run(above) for above in path.absolute().parents):
         return ""
@@ -135,7 +131,7 @@ def _instead(path: Path) -> str:
     if not runs:
         return (
             ""
-            if exists or str(path) in recipes()
+            if exists or str(path) in recipes
             else "There are no runs here yet; make one: fedloom run quickstart."
         )
     if close := [run for run in runs if _alike(path.name, run.name)]:

@@ -109,9 +109,11 @@ def _pieces(sizes: Sequence[int], bits: int, block: int) -> Iterator[tuple[int, 
 def _packed(codes: Codes) -> Codes:
     """Two values a byte, the first in its lower half."""
     pairs = codes.reshape(-1).view("<u2")
-    return (pairs | pairs >> 4).astype(np.uint8)
+    packed: Codes = (pairs | pairs >> 4).astype(np.uint8)
+    return packed
 
 
 def _unpacked(codes: Codes) -> Codes:
     pairs = codes.astype("<u2")
-    return ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
+    codes = ((pairs | pairs << 4) & 0x0F0F).view(np.uint8)
+    return codes

@@ -87,7 +87,7 @@ def test_every_prefix_is_asked_as_often_as_samples_say() -> None:
     assert (got.efficiency.hits, got.efficiency.of) == (6, 24)
 
 
-def test_an_attackers_own_secret_is_no_prey() -> None:
+def test_an_attackers_own_secret_does_not_count() -> None:
     got = mounted("11 11")["tuned"]["a"]
     assert (got.coverage.hits, got.efficiency.hits) == (0, 0)
     named = mounted("77 77", secrets={**SECRETS, "a": ["77 77"]})["tuned"][
@@ -142,10 +142,10 @@ def test_an_overfitted_model_tells_one_client_what_only_another_knew_and_an_untr
         samples=12,
         max_new_tokens=16,
     )
-    fished = {row: found["attacker"] for row, found in got.items()}
-    assert fished["overfitted"].coverage.hits >= 3  # type: ignore[union-attr]
-    assert fished["untrained"].coverage.hits == fished["base"].coverage.hits == 0  # type: ignore[union-attr]
-    assert all(found.decoys.hits == 0 for found in fished.values() if found.decoys)
+    extracted = {row: found["attacker"] for row, found in got.items()}
+    assert extracted["overfitted"].coverage.hits >= 3  # type: ignore[union-attr]
+    assert extracted["untrained"].coverage.hits == extracted["base"].coverage.hits == 0  # type: ignore[union-attr]
+    assert all(found.decoys.hits == 0 for found in extracted.values() if found.decoys)
 
 
 def code(fact: Example) -> str:

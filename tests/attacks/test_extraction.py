@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedloom.attacks.extraction import draw, extract
-from fedloom.attacks.measures import BASE, difference, mean, with_base
+from fedloom.attacks.extraction import extract
+from fedloom.attacks.targets import draw, with_base
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, DataError
+from fedloom.rows import BASE
 from fedloom.state import AdapterState
+from fedloom.statistics import difference, mean
 from fedloom.steps import Generate, Tokens
 from tests.attacks.overfitted import overfitted
 from tests.data.many_scripts import TEXTS

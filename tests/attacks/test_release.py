@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.attacks.intervals import bounded_mean, proportion
-from fedloom.attacks.measures import difference
 from fedloom.attacks.membership import separation
 from fedloom.attacks.release import Limits, best_auc, gate, most_exposed
 from fedloom.errors import ConfigError, DataError
+from fedloom.statistics import bounded_mean, difference, proportion
 
 CEILING = 9.0  # bits: 512 references
 DRAWS = 400

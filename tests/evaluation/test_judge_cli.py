@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import fedloom.experiment.commands  # noqa: F401  before a test replaces what it imports
+import fedloom.experiment.judging  # noqa: F401  before a test replaces what it imports
 from fedloom.cli import judge
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
@@ -68,8 +68,8 @@ def run(tmp_path, monkeypatch) -> Path:
     test = load_data(experiment).test
     engine = Parrot({e.instruction: e.response for e in test})
     machine = Machine(engine, Letters(), None, None, FACTS)  # type: ignore[arg-type]
-    monkeypatch.setattr("fedloom.experiment.machine.load_machine", lambda _: machine)
-    monkeypatch.setattr("fedloom.experiment.commands.adapter_of", lambda *_: state(1.0))
+    monkeypatch.setattr("fedloom.experiment.judging.load_machine", lambda _: machine)
+    monkeypatch.setattr("fedloom.experiment.judging.adapter_of", lambda *_: state(1.0))
     return folder
 
 
@@ -196,3 +196,11 @@ def test_a_prompt_of_ones_own_is_used(run, longer, tmp_path):
     judged(run, *endpoint(longer, "--yes", "--prompt", str(tmp_path / "p.txt")))
     assert all(p.startswith("MINE ") for p in longer.prompts)
     assert len(longer.prompts) == 16
+
+
+def test_python_gets_what_the_command_writes(run):
+    import fedloom
+
+    found = fedloom.judge(run, against=["reference"])
+    assert json.loads(json.dumps(found)) == json.loads((run / "judge.json").read_text("utf-8"))
+    assert found["tie"]["count"] == 8

@@ -13,10 +13,11 @@ import pytest
 from fedloom.attacks.release import Limits, gate
 from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
-from fedloom.experiment.audit import audit, code, in_the_mix_of, of_synthesis, replay
+from fedloom.experiment.audit import audit, replay
 from fedloom.experiment.commands import run
 from fedloom.experiment.datasets import load_data
 from fedloom.experiment.machine import load_machine
+from fedloom.experiment.positions import code, in_the_mix_of, of_synthesis
 from fedloom.experiment.simulation import federated
 from fedloom.experiment.toml import load
 from fedloom.storage import checkpoint
@@ -91,14 +92,14 @@ def test_exposure_is_told_by_number_of_copies(found: dict[str, Any]) -> None:
     assert exposure["released"]["calibrated"]["planted"]["mean"] == pytest.approx(mean)
 
 
-def test_attackers_fish_for_what_is_not_theirs(found: dict[str, Any]) -> None:
-    fished = found["positions"]["client"]["cross_client"]
-    assert fished["base"].keys() == fished["released"].keys()
-    assert [got["coverage"]["of"] for got in fished["released"].values()] == [
+def test_attackers_are_after_the_secrets_of_others(found: dict[str, Any]) -> None:
+    extracted = found["positions"]["client"]["cross_client"]
+    assert extracted["base"].keys() == extracted["released"].keys()
+    assert [got["coverage"]["of"] for got in extracted["released"].values()] == [
         4,
         4,
     ]  # 2 clients with 2 secrets each
-    assert [got["decoys"]["of"] for got in fished["released"].values()] == [6, 6]
+    assert [got["decoys"]["of"] for got in extracted["released"].values()] == [6, 6]
 
 
 def test_the_server_looks_at_the_client_with_the_fewest_examples(
@@ -195,6 +196,7 @@ def test_a_limit_on_canaries_that_were_not_planted_is_refused_before_anything_is
     tmp_path: Path,
 ) -> None:
     (tmp_path / "experiment.toml").write_text(load("quickstart", TINY).to_toml())
+    (tmp_path / "adapter").mkdir()  # its training has ended
     begun: list[str] = []
     with pytest.raises(ConfigError, match=r"--max-exposure is about planted canaries.*data\.canaries"):
         audit(tmp_path, limits=Limits(exposure=3.0), say=begun.append)
@@ -244,6 +246,7 @@ def test_how_is_measured_can_be_changed(finished: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_shares_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "experiment.toml").write_text(load("quickstart", ["algorithm=local_only"]).to_toml())
+    (tmp_path / "adapter").mkdir()  # its training has ended
     with pytest.raises(RunError, match="shares no model"):
         audit(tmp_path)
 

@@ -15,8 +15,8 @@ from fedloom.experiment import commands, comparison, simulation
 from fedloom.experiment import summary as summaries
 from fedloom.experiment.build import pooled_client
 from fedloom.experiment.listener import Listener
-from fedloom.experiment.summary import is_single
 from fedloom.report import card, page
+from fedloom.rows import is_single
 from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
 
 TOY = experiment(adapter={"rank": 1}, compare={"seeds": 2}, cohort={"kind": "uniform", "count": 2}, rounds=4)

@@ -13,12 +13,13 @@ from fedloom.data.example import Example
 from fedloom.errors import ConfigError, RunError
 from fedloom.experiment import commands, judging
 from fedloom.experiment.datasets import load_data
+from fedloom.experiment.questions import questions_of, stored_of
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.summary import read_judged
 from fedloom.experiment.toml import load
 from fedloom.report import judged as reading
 from fedloom.report import page
 from fedloom.steps import Fit
+from fedloom.storage.files import read_judged
 
 SETTINGS = [
     "rounds=1",
@@ -174,7 +175,7 @@ def test_questions_that_a_client_holds_are_not_asked(
     ]
     path.write_text("".join(json.dumps(q) + "\n" for q in records), "utf-8")
     words = {"kind": "endpoint", "url": "http://localhost:1", "model": "m"}
-    questions, left_out = judging.questions_of(settings(finished[1], path, by=words), dataset)
+    questions, left_out = questions_of(settings(finished[1], path, by=words), dataset)
     assert ([q.instruction for q in questions], left_out) == (["Nobody's?"], 1)
 
 
@@ -182,7 +183,7 @@ def test_stored_answers_are_opponents_by_the_names_of_their_columns(
     finished: tuple[Path, Experiment], file: Path
 ) -> None:
     asked = [Example(q["instruction"], "") for q in QUESTIONS]
-    assert judging.stored_of(settings(finished[1], file), asked) == {
+    assert stored_of(settings(finished[1], file), asked) == {
         "gpt": [f"G{i}" for i in range(6)],
         "claude": [f"C{i}" for i in range(6)],
     }

@@ -16,7 +16,8 @@ import pytest
 
 from fedloom.experiment import commands, machine
 from fedloom.experiment.machine import load_here, load_machine, load_workers
-from fedloom.experiment.settings import Experiment, load
+from fedloom.experiment.settings import Experiment
+from fedloom.experiment.toml import load
 from tests.engine.test_pool import children, gone
 
 TINY = [
@@ -25,7 +26,7 @@ TINY = [
     "data.hold_out=2",
     "data.clients=5",
     "rounds=2",
-    "transport.width=2",
+    "machine.clients_per_batch=2",
     "evaluation.answers=4",
     "evaluation.max_new_tokens=6",
 ]
@@ -150,7 +151,7 @@ def test_a_worker_that_is_killed_costs_no_bit_of_a_run(tmp_path: Path) -> None:
     plain = tiny("machine.workers=1", "rounds=3", "evaluation.answers=0")
     expected = commands.run(plain, tmp_path / "whole")["adapter_sha256"]
     file = tmp_path / "same.toml"
-    file.write_text(plain.with_(machine={"workers": 2}).to_toml(), "utf-8")
+    file.write_text(plain.with_(machine={"workers": 2, "clients_per_batch": 2}).to_toml(), "utf-8")
     words = [sys.executable, "-m", "fedloom", "run", str(file), "--out", str(tmp_path / "x")]
     killed = 0
     with subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as parent:

@@ -225,3 +225,9 @@ def test_what_writes_synthetic_examples_is_part_of_the_fingerprint_where_any_are
     vllm = "machine.vllm.python=python"
     assert read(vllm).fingerprint() == read().fingerprint()
     assert read("algorithm=fedpit", vllm).fingerprint() != read("algorithm=fedpit").fingerprint()
+
+
+@pytest.mark.parametrize("label", ["FedIT mean", "The best", "My personal"])
+def test_a_method_cannot_be_called_like_a_row_of_clients(label: str) -> None:
+    with pytest.raises(ConfigError, match='does not end in "mean", "best" or "personal"'):
+        load("quickstart", [f'compare.methods={{"{label}" = "fedavg"}}'])

@@ -14,8 +14,9 @@ from fedloom.data import partition
 from fedloom.data.example import Example
 from fedloom.experiment.datasets import Dataset
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.summary import summarise, write_json
+from fedloom.experiment.summary import summarise
 from fedloom.experiment.toml import parse
+from fedloom.storage.files import write_json
 
 KINDS = (
     "brainstorming",
@@ -269,7 +270,7 @@ def audited() -> dict[str, Any]:
         },
         "membership": separation(0.55),
     }
-    fished = {"client-000": {"coverage": share(0, 6), "decoys": share(0, 8)}}
+    extracted = {"client-000": {"coverage": share(0, 6), "decoys": share(0, 8)}}
     return {
         "schema": 1,
         "name": "invented",
@@ -298,7 +299,7 @@ def audited() -> dict[str, Any]:
                     "by_copies": [{"copies": 2, "canaries": 4, "mean": 5.4, "p_value": 0.0001}],
                 },
             },
-            "client": {"cross_client": {"base": fished, "released": fished}},
+            "client": {"cross_client": {"base": extracted, "released": extracted}},
             "server": {"client": "client-000", **told, "aggregated": {"clients": 4, **told}},
         },
         "synthesis": {"reason": "no client keeps synthetic examples"},

@@ -10,6 +10,7 @@ import pytest
 
 from fedloom.errors import RunError
 from fedloom.report import audit, page, readings
+from fedloom.storage.files import AUDIT
 
 Folder = Callable[..., Path]
 Audit = dict[str, Any]
@@ -18,7 +19,7 @@ Audit = dict[str, Any]
 def text(folder: Path, audited: Audit | None) -> str:
     """Of the page, without its scripts and tags."""
     if audited is not None:
-        (folder / audit.FILE).write_text(json.dumps(audited))
+        (folder / AUDIT).write_text(json.dumps(audited))
     plain = re.sub(r"<script.*?</script>|<style.*?</style>", "", page.write(folder).read_text(), flags=re.S)
     return " ".join(re.sub(r"<[^>]+>", " ", plain).split())
 
@@ -41,7 +42,7 @@ def test_a_run_that_shares_no_model_is_not_told_to_be_audited(run_folder: Folder
 
 def test_an_audit_is_a_section_of_the_page(run_folder: Folder, audited: Audit) -> None:
     said = text(run_folder(), audited)
-    assert "Whoever gets the adapter" in said
+    assert "Anyone with the adapter" in said
     assert "fedloom audit RUN measures" not in said
 
 
@@ -99,6 +100,6 @@ def test_the_gate_is_told_in_words(run_folder: Folder, audited: Audit, passed: b
 @pytest.mark.parametrize("damage", [b"{", b"\xff", b"[]", b'{"schema": 2}'])
 def test_a_damaged_audit_is_refused_with_what_to_do(run_folder: Folder, damage: bytes) -> None:
     folder = run_folder()
-    (folder / audit.FILE).write_bytes(damage)
+    (folder / AUDIT).write_bytes(damage)
     with pytest.raises(RunError, match=r"audit\.json.*fedloom audit"):
         page.write(folder)

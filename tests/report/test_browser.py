@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.experiment.summary import read_summary
 from fedloom.report import page
 from fedloom.report.pictures import Picture, pictures
+from fedloom.storage.files import read_summary
 
 BROWSER = next(
     (b for name in ("chromium", "chromium-browser", "google-chrome") if (b := shutil.which(name))), None

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.report import figures, rounds
+from fedloom.report import drawing, figures, round_figures, rounds
 
 
 def partition(clients: int, groups: int, *, each: int = 2) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_a_hundred_clients_stand_and_only_some_are_named() -> None:
 
 
 def test_ten_thousand_clients_are_thinned() -> None:
-    assert len(figures.partition_figure(partition(10_000, 2)).data[0].x) == figures.SHOWN_CLIENTS
+    assert len(figures.partition_figure(partition(10_000, 2)).data[0].x) == drawing.SHOWN_CLIENTS
 
 
 def test_one_group_a_client_needs_no_legend() -> None:
@@ -91,12 +91,14 @@ def test_what_a_client_did_in_a_round(client: str, did: str) -> None:
 
 
 def test_participation_leaves_out_the_round_before_the_first() -> None:
-    figure = figures.participation_figure(["a", "b"], [record(0, took_part=[]), record(1, took_part=["a"])])
+    figure = round_figures.participation_figure(
+        ["a", "b"], [record(0, took_part=[]), record(1, took_part=["a"])]
+    )
     assert list(figure.data[0].x) == [1]
 
 
 def test_the_legend_of_participation_names_only_what_happened() -> None:
-    figure = figures.participation_figure(["a"], [record(1, took_part=["a"])])
+    figure = round_figures.participation_figure(["a"], [record(1, took_part=["a"])])
     assert [trace.name for trace in figure.data[1:]] == ["took part"]
 
 
@@ -107,7 +109,7 @@ def losses(*values: float | None) -> list[dict[str, Any]]:
 
 
 def test_the_thick_line_is_the_mean_over_seeds() -> None:
-    figure = figures.loss_figure({"federated": [losses(3.0, 1.0), losses(4.0, 2.0)]}, what="held_out")
+    figure = round_figures.loss_figure({"federated": [losses(3.0, 1.0), losses(4.0, 2.0)]}, what="held_out")
     assert list(figure.data[-1].y) == [3.5, 1.5]  # (3 + 4) / 2, (1 + 2) / 2
 
 
@@ -125,13 +127,13 @@ def test_curves_of_seeds_that_are_not_as_far_average_what_they_share() -> None:
 
 def test_bytes_add_up() -> None:
     rounds = [record(r, took_part=[], bytes_up=2_000_000, bytes_down=3_000_000) for r in range(3)]
-    figure = figures.bytes_figure(rounds)
+    figure = round_figures.bytes_figure(rounds)
     assert list(figure.data[0].y) == [2.0, 4.0, 6.0]  # MB
     assert figure.layout.yaxis.title.text == "MB"
 
 
 def test_a_run_that_sends_nothing_has_a_figure_all_the_same() -> None:
-    assert figures.bytes_figure([record(1, took_part=[])]).layout.yaxis.title.text == "bytes"
+    assert round_figures.bytes_figure([record(1, took_part=[])]).layout.yaxis.title.text == "bytes"
 
 
 def test_groups_that_a_row_lacks_are_left_empty() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.report import findings
+from fedloom.report import findings, terms, verdict
 from fedloom.statistics import estimate
 
 
@@ -36,7 +36,7 @@ TABLE = {"base": 0.1, "local mean": 0.2, "local best": 0.3, "federated": 0.71}
 
 
 def test_the_verdict_names_both_rows_the_difference_its_interval_and_the_seeds() -> None:
-    assert findings.verdict(summary(TABLE, (0.41, 0.35, 0.47)))[0] == (
+    assert verdict.verdict(summary(TABLE, (0.41, 0.35, 0.47)))[0] == (
         "Federated tuning answers 71% of held-out instructions right, against 30% for the best single "
         "client: 41 points more (95% interval +35 to +47, 5 seeds)."
     )
@@ -45,37 +45,36 @@ def test_the_verdict_names_both_rows_the_difference_its_interval_and_the_seeds()
 @pytest.mark.parametrize("name", ["fewfedpit", "ppfedit"])
 def test_the_federated_row_is_called_by_the_title_of_its_algorithm(name: str) -> None:
     said = {**summary(TABLE), "experiment": {"algorithm": {"name": name}}}
-    assert findings.title("federated", findings.own(said)) == "Federated (FewFedPIT)"
+    assert terms.title("federated", findings.own(said)) == "Federated (FewFedPIT)"
 
 
 def test_an_interval_that_includes_zero_is_said_to_show_nothing() -> None:
-    said = findings.verdict(summary({**TABLE, "federated": 0.33}, (0.03, -0.02, 0.08)))
+    said = verdict.verdict(summary({**TABLE, "federated": 0.33}, (0.03, -0.02, 0.08)))
     assert "includes zero" in said[1]
 
 
 def test_an_interval_that_excludes_zero_is_not_hedged() -> None:
-    assert "includes zero" not in " ".join(findings.verdict(summary(TABLE, (0.41, 0.35, 0.47))))
+    assert "includes zero" not in " ".join(verdict.verdict(summary(TABLE, (0.41, 0.35, 0.47))))
 
 
 def test_a_single_seed_is_said_to_give_no_interval() -> None:
-    said = findings.verdict(summary(TABLE, seeds=1))
+    said = verdict.verdict(summary(TABLE, seeds=1))
     assert "interval" not in said[0]
     assert "one seed, which gives no interval" in said[1]
 
 
 def test_a_federated_row_that_loses_is_said_to_be_less() -> None:
     assert (
-        "20.0 points less"
-        not in findings.verdict(summary({**TABLE, "federated": 0.1}, (-0.2, -0.3, -0.1)))[0]
+        "20.0 points less" not in verdict.verdict(summary({**TABLE, "federated": 0.1}, (-0.2, -0.3, -0.1)))[0]
     )
     assert (
         "20 points less (95% interval −30 to −10"
-        in findings.verdict(summary({**TABLE, "federated": 0.1}, (-0.2, -0.3, -0.1)))[0]
+        in verdict.verdict(summary({**TABLE, "federated": 0.1}, (-0.2, -0.3, -0.1)))[0]
     )
 
 
 def test_of_losses_the_lower_is_said_to_be_lower() -> None:
-    said = findings.verdict(
+    said = verdict.verdict(
         summary({"base": 3.0, "local best": 2.1, "federated": 1.9}, (-0.2, -0.3, -0.1), metric="loss")
     )
     assert said[0].startswith(
@@ -96,30 +95,30 @@ def compared(**means: float) -> dict[str, Any]:
 
 
 def test_the_headline_names_the_strongest_rival_and_not_the_first() -> None:
-    said = findings.verdict(compared(**{"FedMIT": 0.54, "LocIT+SA mean": 0.2, "LocIT+SA best": 0.46}))
+    said = verdict.verdict(compared(**{"FedMIT": 0.54, "LocIT+SA mean": 0.2, "LocIT+SA best": 0.46}))
     assert "against 54% for FedMIT: 16 points less" in said[0]
     assert "Better on average are FedMIT (54.0%) and the best client of LocIT+SA (46.0%)." in said
 
 
 def test_clients_alone_are_a_rival_whatever_method_they_tune_by() -> None:
-    said = findings.verdict(compared(**{"FedMIT": 0.2, "LocIT+SA best": 0.46}))
+    said = verdict.verdict(compared(**{"FedMIT": 0.2, "LocIT+SA best": 0.46}))
     assert "against 46.0% for the best client of LocIT+SA: 8.0 points less" in said[0]
 
 
 def test_the_base_is_no_rival_where_there_are_others_even_weaker_ones() -> None:
     worse = {"base": 0.5, "local mean": 0.2, "local best": 0.3, "federated": 0.4}
-    assert "against 30% for the best single client" in findings.verdict(summary(worse, (0.1, 0.05, 0.15)))[0]
-    assert "Better on average is the untuned base model (50.0%)." in findings.verdict(
+    assert "against 30% for the best single client" in verdict.verdict(summary(worse, (0.1, 0.05, 0.15)))[0]
+    assert "Better on average is the untuned base model (50.0%)." in verdict.verdict(
         summary(worse, (0.1, 0.05, 0.15))
     )
 
 
 def test_where_the_base_is_all_there_is_it_is_the_rival() -> None:
-    assert "for the untuned base model" in findings.verdict(summary({"base": 0.1, "federated": 0.4}))[0]
+    assert "for the untuned base model" in verdict.verdict(summary({"base": 0.1, "federated": 0.4}))[0]
 
 
 def test_of_losses_the_strongest_rival_has_the_lowest() -> None:
-    said = findings.verdict(
+    said = verdict.verdict(
         summary({"base": 3.0, "local best": 2.1, "Mine": 1.5, "federated": 1.9}, metric="loss")
     )
     assert "against 1.500 for Mine: 0.400 higher" in said[0]
@@ -127,14 +126,14 @@ def test_of_losses_the_strongest_rival_has_the_lowest() -> None:
 
 
 def test_centralised_tuning_is_no_choice_of_a_client_but_is_named_where_it_does_better() -> None:
-    said = findings.verdict(summary({**TABLE, "centralised": 0.8}, (0.41, 0.35, 0.47)))
+    said = verdict.verdict(summary({**TABLE, "centralised": 0.8}, (0.41, 0.35, 0.47)))
     assert "for the best single client" in said[0]
     assert "Better on average is centralised tuning on the pooled data (80.0%)." in said
 
 
 def test_a_better_row_that_the_seeds_do_not_tell_apart_is_marked() -> None:
     table = summary({"base": 0.1, "local best": 0.45, "federated": 0.4}, (-0.05, -0.2, 0.1))
-    assert "Better on average is the best single client (45.0%, not clearly)." in findings.verdict(table)
+    assert "Better on average is the best single client (45.0%, not clearly)." in verdict.verdict(table)
 
 
 def with_own_mix(*gains: int, clients: int = 8) -> dict[str, Any]:
@@ -151,21 +150,21 @@ def with_own_mix(*gains: int, clients: int = 8) -> dict[str, Any]:
 
 
 def test_who_gains_on_their_own_mix_is_said_with_intervals_over_seeds() -> None:
-    said = findings.taking_part(with_own_mix(2, 4, 3))
+    said = verdict.taking_part(with_own_mix(2, 4, 3))
     # t of two degrees, 4.303, times the standard error of 2, 4 and 3, 0.577: 3 - 2.5 and 3 + 2.5
     assert said == [
         "Taking part or tuning alone, each judged on its own mix of data (Answered right): of 8 clients 3.0 (0.5 to 5.5) gain "
         "by taking part, 2.0 (2.0 to 2.0) tie and 3.0 (0.5 to 5.5) lose (means over 3 seeds, 95% intervals)."
     ]
-    assert said[0] in findings.verdict(with_own_mix(2, 4, 3))
+    assert said[0] in verdict.verdict(with_own_mix(2, 4, 3))
 
 
 def test_an_interval_of_a_count_is_cut_at_what_there_can_be() -> None:
-    assert "1.0 (0.0 to 8.0) gain" in findings.taking_part(with_own_mix(0, 2))[0]
+    assert "1.0 (0.0 to 8.0) gain" in verdict.taking_part(with_own_mix(0, 2))[0]
 
 
 def test_of_one_seed_the_clients_that_gain_are_counted_without_an_interval() -> None:
-    assert findings.taking_part(with_own_mix(2)) == [
+    assert verdict.taking_part(with_own_mix(2)) == [
         "Taking part or tuning alone, each judged on its own mix of data (Answered right): of 8 clients 2 gain by taking part, "
         "2 tie and 4 lose; one seed, so no interval."
     ]
@@ -176,22 +175,22 @@ def test_where_few_questions_are_asked_the_loss_tells_of_the_clients_that_answer
     loss = table["own_mix"]["rule"]
     few = {**loss, "seeds": [{"seed": 0, "clients": {"c0": {}}}]}
     rows = [*table["rows"], *({**r, "metric": "loss"} for r in table["rows"])]
-    said = findings.taking_part({**table, "rows": rows, "own_mix": {"loss": loss, "rule": few}})
+    said = verdict.taking_part({**table, "rows": rows, "own_mix": {"loss": loss, "rule": few}})
     assert "(Held-out loss): of 8 clients" in said[0]
 
 
 def test_an_earlier_summary_tells_nothing_of_own_mixes() -> None:
-    assert findings.taking_part(summary(TABLE)) == []
+    assert verdict.taking_part(summary(TABLE)) == []
 
 
 def test_an_auc_is_best_nearest_to_a_coin() -> None:
     table = summary({"base": 0.5, "federated": 0.2, "FedMIT": 0.6}, metric="auc")
     assert findings.best(table, ["base", "federated", "FedMIT"], "auc") == {"FedMIT"}
-    assert findings.arrow("auc") == "→ 0.5"
+    assert terms.arrow("auc") == "→ 0.5"
 
 
 def test_a_local_only_run_is_told_as_one() -> None:
-    said = findings.verdict(summary({"base": 0.1, "local mean": 0.2, "local best": 0.3}, seeds=1))
+    said = verdict.verdict(summary({"base": 0.1, "local mean": 0.2, "local best": 0.3}, seeds=1))
     assert said[0].startswith("Tuned alone, the best client answers 30%")
 
 
@@ -228,11 +227,11 @@ def test_a_difference_is_found_either_way_round() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (5_400_000, "5.4 MB"), (2.5e12, "2.5 TB")],
 )
 def test_bytes_are_written_in_powers_of_1000(count: float, written: str) -> None:
-    assert findings.byte_size(count) == written
+    assert terms.byte_size(count) == written
 
 
 @pytest.mark.parametrize(
     ("seconds", "written"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (125, "2 min 05 s"), (7260, "2 h 01 min")]
 )
 def test_times_are_written_for_people(seconds: float, written: str) -> None:
-    assert findings.duration(seconds) == written
+    assert terms.duration(seconds) == written

@@ -11,6 +11,7 @@ from fedloom.experiment import simulation
 from fedloom.experiment.toml import parse
 from fedloom.report import findings, leakage, page
 from fedloom.statistics import estimate
+from fedloom.storage.files import method
 
 Folder = Callable[..., Path]
 
@@ -114,6 +115,6 @@ def test_rows_of_an_alias_are_in_the_sweep() -> None:
 def test_a_page_looks_for_a_method_where_a_comparison_keeps_it() -> None:
     experiment = parse('[compare.methods]\n"Few 0.2" = "fedavg"\n"LocIT+SA" = "fedavg"', "x")
     kept = {label: folder for folder, (label, _) in simulation.trainings(experiment).items()}
-    assert {label: page.method_folder(label) for label in experiment.compare.methods} == {
+    assert {label: method(label) for label in experiment.compare.methods} == {
         label: kept[label] for label in experiment.compare.methods
     }

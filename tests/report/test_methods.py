@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fedloom.cli import display
-from fedloom.report import findings, page
+from fedloom.report import findings, tables, terms, verdict
 
 Folder = Callable[..., Path]
 
@@ -44,12 +44,12 @@ def terminal(summary: dict[str, Any], width: int = 100) -> str:
     ],
 )
 def test_a_row_says_whose_model_it_is(row: str, title: str, model: str) -> None:
-    assert (findings.title(row, "FewFedPIT"), findings.model(row)) == (title, model)
+    assert (terms.title(row, "FewFedPIT"), terms.model(row)) == (title, model)
 
 
 def test_the_page_has_every_named_row_with_its_model(methods_folder: Folder) -> None:
     summary = read(methods_folder())
-    table = page._table(summary, findings.rows(summary))
+    table = tables.table(summary, findings.rows(summary))
     assert [(line["title"], line["model"]) for line in table] == [
         ("Base model, untuned", "base"),
         ("Local only, mean of clients", "personal, mean"),
@@ -68,7 +68,7 @@ def test_the_page_has_every_named_row_with_its_model(methods_folder: Folder) -> 
 
 def test_a_row_that_was_not_attacked_has_dashes(methods_folder: Folder) -> None:
     summary = read(methods_folder())
-    table = {line["title"]: line["cells"] for line in page._table(summary, findings.rows(summary))}
+    table = {line["title"]: line["cells"] for line in tables.table(summary, findings.rows(summary))}
     at = findings.metrics(summary).index("exposure")
     assert table["Local only, mean of clients"][at]["value"] == "–"
     assert table["FedIT"][at]["value"] != "–"
@@ -88,18 +88,18 @@ def test_no_single_client_is_a_row_of_the_table(methods_folder: Folder) -> None:
 def test_many_differences_are_split_into_those_of_the_federated_row_and_the_rest(
     methods_folder: Folder,
 ) -> None:
-    parts = page._differences(read(methods_folder()))["rule"]
+    parts = tables.differences(read(methods_folder()))["rule"]
     assert all("Federated" in (d["a"], d["b"]) for d in parts["first"])
     assert len(parts["first"]) + len(parts["others"]) == 66  # 12 rows: 12 * 11 / 2
 
 
 def test_five_rows_keep_their_differences_together(compare_folder: Folder) -> None:
-    parts = page._differences(read(compare_folder()))["rule"]
+    parts = tables.differences(read(compare_folder()))["rule"]
     assert (len(parts["first"]), parts["others"]) == (10, [])
 
 
 def test_the_verdict_compares_with_fedit_in_quality_and_exposure(methods_folder: Folder) -> None:
-    said = " ".join(findings.verdict(read(methods_folder())))
+    said = " ".join(verdict.verdict(read(methods_folder())))
     assert "by FewFedPIT" in said
     assert "In quality, FewFedPIT is at" in said
     assert "In leakage, FewFedPIT is at 2.5" in said
@@ -110,13 +110,13 @@ def test_a_difference_in_leakage_within_chance_is_told_as_one(methods_folder: Fo
     summary = read(methods_folder())
     for d in summary["differences"]:
         d["ci95"] = [-5.0, 5.0]
-    said = " ".join(findings.verdict(summary))
+    said = " ".join(verdict.verdict(summary))
     assert said.count("do not tell the two apart") == 2
     assert "leaks less" not in said
 
 
 def test_fedit_is_not_compared_with_itself(compare_folder: Folder) -> None:
-    assert "In quality" not in " ".join(findings.verdict(read(compare_folder())))
+    assert "In quality" not in " ".join(verdict.verdict(read(compare_folder())))
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 120])

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from fedloom.cli.audit import _table
-from fedloom.report import audit, page, readings
+from fedloom.report import page, readings
+from fedloom.storage.files import AUDIT
 
 Folder = Callable[..., Path]
 Audit = dict[str, Any]
@@ -65,9 +66,9 @@ def drawn(audited: Audit, seed: int) -> Audit:
     public["extraction"]["released"]["memorised"] = {"mean": gain, "ci95": rng.choice([None, interval(gain)])}
     if rng.random() < 0.3:
         public["exposure"] = {"reason": "no canaries were planted"}
-    fished = found["positions"]["client"]["cross_client"]
+    extracted = found["positions"]["client"]["cross_client"]
     for row in ("released", "base"):
-        fished[row] = {"client-000": {"coverage": share(), "decoys": share()}}
+        extracted[row] = {"client-000": {"coverage": share(), "decoys": share()}}
     for view in (server, server["aggregated"]):
         recall = rng.random()
         view["inversion"] = rng.choice(
@@ -109,7 +110,7 @@ def on_the_terminal(audited: Audit) -> str:
 
 
 def on_the_page(folder: Path, audited: Audit) -> str:
-    (folder / audit.FILE).write_text(json.dumps(audited))
+    (folder / AUDIT).write_text(json.dumps(audited))
     written = page.write(folder).read_text()
     section = written[written.index('id="audit"') :]
     return html.unescape(re.sub(r"\s*<[^>]+>\s*", "\t", section[: section.index("</section>")]))
@@ -185,7 +186,7 @@ def test_a_score_that_is_upside_down_tells_members_too(audited: Audit) -> None:
     }
     [line] = [
         line
-        for line in readings.lines(audited)["Whoever gets the adapter"]
+        for line in readings.lines(audited)["Anyone with the adapter"]
         if line.measure.startswith("Membership")
     ]
     assert (line.measure, line.reading, line.clear) == (
@@ -197,11 +198,11 @@ def test_a_score_that_is_upside_down_tells_members_too(audited: Audit) -> None:
 
 def test_secrets_that_decoys_match_are_luck(audited: Audit) -> None:
     some = {"hits": 2, "of": 6, "value": 1 / 3, "ci95": [0.1, 0.7]}
-    fished = audited["positions"]["client"]["cross_client"]
+    extracted = audited["positions"]["client"]["cross_client"]
     none = {"hits": 0, "of": 6, "value": 0.0, "ci95": [0.0, 0.4]}
-    fished["base"] = {"client-000": {"coverage": none, "decoys": none}}
+    extracted["base"] = {"client-000": {"coverage": none, "decoys": none}}
     for decoys, reading in ((some, "no more than by luck"), (none, "secrets of others come out")):
-        fished["released"] = {"client-000": {"coverage": some, "decoys": decoys}}
+        extracted["released"] = {"client-000": {"coverage": some, "decoys": decoys}}
         assert readings.lines(audited)["Another client"][0].reading == reading
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fedloom.experiment.datasets import Dataset, load_data
-from fedloom.experiment.leakage import leakage, targets
 from fedloom.experiment.machine import Machine, load_machine
+from fedloom.experiment.measure import leaks, targets_of
 from fedloom.experiment.toml import load
 from fedloom.steps import Fit
 
@@ -38,7 +38,7 @@ def found(world: tuple[Any, Dataset, Machine]) -> dict[str, dict[str, float]]:
     start = machine.engine.initial_adapter(0)
     everything = [e for own in data.clients.values() for e in own]
     fitted = machine.engine.answer({0: Fit(start, everything, experiment.local.at(0), experiment.seed)})[0]
-    return leakage(experiment, data, machine, {"fresh": start, "by heart": fitted.adapter})
+    return leaks(experiment, data, machine, {"fresh": start, "by heart": fitted.adapter})
 
 
 def test_a_model_that_learnt_by_heart_leaks_in_every_measure(found: dict[str, dict[str, float]]) -> None:
@@ -59,8 +59,8 @@ def test_targets_are_the_same_for_every_model_and_secrets_are_not_among_the_reco
     world: tuple[Any, Dataset, Machine],
 ) -> None:
     experiment, data, _ = world
-    on = targets(experiment, data)
-    assert on == targets(experiment, data)
+    on = targets_of(experiment, data)
+    assert on == targets_of(experiment, data)
     assert not any(e.private for e in [*on.members, *on.held_out])
     assert sorted(on.canaries.values()) == [1, 1, 2, 2]
     assert len(on.twins) == 4
@@ -69,6 +69,6 @@ def test_targets_are_the_same_for_every_model_and_secrets_are_not_among_the_reco
 def test_without_canaries_there_is_no_exposure(world: tuple[Any, Dataset, Machine]) -> None:
     experiment = load("fedpit-microworld", [*SETTINGS, "data.canaries={copies=[1]}"])
     plain = experiment.with_(data={k: v for k, v in experiment.plain()["data"].items() if k != "canaries"})
-    found = leakage(plain, load_data(plain), world[2], {})
+    found = leaks(plain, load_data(plain), world[2], {})
     assert set(found) == {"base"}
     assert set(found["base"]) == {"extraction", "auc"}
