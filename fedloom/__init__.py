@@ -5,8 +5,8 @@
     experiment = fedloom.load("quickstart", ["rounds=4"])
     summary = fedloom.run(experiment, "runs/mine")
 
-What the commands do, as functions; importing them takes no torch, calling most of them does. To read the code, start
-at `fedloom/federation.py`, the round loop.
+The commands as functions. Importing them does not import torch; calling most of them does. To read the code,
+start at `fedloom/federation.py`, the round loop.
 """
 
 import typing as _typing

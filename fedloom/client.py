@@ -1,4 +1,4 @@
-"""One data owner: its examples, the tools of its site, and a memory that stays with it between rounds."""
+"""One data owner: its examples, the tools of its site, and a memory that it keeps between rounds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Words(Protocol):
     @property
     def stop(self) -> frozenset[int]: ...  # tokens that end a text
     @property
-    def positions(self) -> int: ...  # tokens that the model reads
-    def document_ids(self, text: str) -> list[int]: ...  # text to continue, from its beginning, in no format
-    def text(self, ids: Sequence[int]) -> str: ...  # as it was written, blanks and newlines included
-    def prompt_ids(self, example: Any, *, room: int = 0) -> list[int]: ...  # what a model is given to answer
-    def decode(self, ids: Sequence[int]) -> str: ...  # an answer, up to its end
+    def positions(self) -> int: ...  # the model's context length, in tokens
+    def document_ids(self, text: str) -> list[int]: ...  # plain text to continue, without a prompt format
+    def text(self, ids: Sequence[int]) -> str: ...  # exactly as written, spaces and newlines included
+    def prompt_ids(self, example: Any, *, room: int = 0) -> list[int]: ...  # `room`: tokens for the answer
+    def decode(self, ids: Sequence[int]) -> str: ...  # an answer's text, up to its end
 
 
 class Synthesis(Protocol):
-    """Examples that a site has generated, and what became of all the others."""
+    """The examples a site has generated, and what became of every other candidate."""
 
     @property
     def examples(self) -> Sequence[Any]: ...
@@ -46,26 +46,26 @@ class Synthesizer(Protocol):
         seed: int,
         stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
-        """New examples like a client's own, by the model with this adapter.
+        """New examples like a client's own, written by the model with this adapter.
 
-        A function of its arguments alone: not of other clients, of batch width, or of how often a run was resumed.
+        The result depends on the arguments alone: not on other clients, the batch width, or resuming a run.
         """
         ...
 
 
-# an example -> its response after its instruction, and the same response alone, as an engine scores them
+# example -> (its response after its instruction, the same response alone), as an engine scores them
 Contrast = Callable[[Any], tuple[Tokens, Tokens]]
 
 
 def _missing(*_: Any, **__: Any) -> NoReturn:
     raise ConfigError(
-        "This client's site lacks a tool that the algorithm needs. Expected the `Tools` that its `needs` name."
+        "This client's site lacks a tool that the algorithm needs. Give its `Client` the `Tools` named in `needs`."
     )
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a site's own machine lends its client: all that an algorithm does with text. None of it is ever sent."""
+    """A site's own means for everything that an algorithm does with text. None of them is ever sent."""
 
     words: Words | None = None
     synthesize: Synthesizer = _missing
@@ -94,7 +94,7 @@ class Client:
         purpose: str = "local",
         **options: Any,
     ) -> Steps[Fitted]:
-        """Train on this client's examples, going on in their order where its last round stopped.
+        """Train on this client's examples, continuing in their order where its last round stopped.
 
         `purpose` names the stream: two jobs of one client (FedPIT) each keep their own order.
         """

@@ -13,8 +13,9 @@ from fedloom.gate import Admitted, Gate
 from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.transport.base import Transport
 
-# Updates that wait for their turn. A cohort of up to so many is judged, and folded by client id, as a whole; of a larger
-# one no more than these are held at a time, so the server's memory does not grow with it.
+# How many updates may wait for their turn. A cohort up to this size is judged as a whole and folded by client
+# id. Of a larger one, only this many are held at a time, so the server's memory does not grow with the
+# cohort.
 WINDOW = 64
 
 
@@ -61,12 +62,12 @@ class Federation:
                 raise EmptyCohort(_nobody(seen))
             return state.next(state.adapter)  # Poisson sampling may select nobody
         after = self.algorithm.server(state, chain([first], updates))
-        for _ in updates:  # an algorithm may do without them; their clients have to work all the same
+        for _ in updates:  # an algorithm may ignore updates, but every client must still do its work
             pass
         return after
 
     def _admitted(self, sent: Mapping[ClientId, Broadcast], seen: Round) -> Iterator[Admitted]:
-        """What the gate lets pass, as it arrives."""
+        """The updates that pass the gate, in order of arrival."""
         for arrival in self.transport.exchange(sent):
             client = arrival.client
             seen.bytes_up += arrival.bytes_up
@@ -84,9 +85,10 @@ class Federation:
                 yield passed
 
     def _by_client(self, arriving: Iterator[Admitted], seen: Round) -> Iterator[Update]:
-        """Sorted by client, as far as the window reaches, without those that are out of proportion.
+        """Updates sorted by client within the window, without those whose norm is out of proportion.
 
-        Float addition is not associative, and a simulation must repeat to the bit whatever order updates arrive in.
+        Float addition is not associative, and a simulation must repeat to the bit in whatever order updates
+        arrive.
         """
         waiting: list[Admitted] = []
         norms: dict[str, list[float]] = {}

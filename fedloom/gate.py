@@ -1,17 +1,17 @@
 """The gate: one check in front of every update, wherever it comes from.
 
-A refused client is left out of this round with a reason code and counted; the round goes on, and ends in the bits of a
-round without that client. The gate recognises what cannot be an honest answer. A poisoned update that looks like
-an honest one passes.
+A refused client is left out of the round and counted under a reason code. The round goes on and gives the
+same bits as a round without that client. The gate stops what no honest client would send. A poisoned update
+that looks honest passes.
 
-    unknown       from nobody that was asked             states      other states than the algorithm expects
-    duplicate     a second answer in one round           keys        tensors missing or too many
-    size          more bytes than an answer takes        shape, dtype   of a tensor
-    malformed, schema, codec, experiment                 non-finite  NaN or infinity
-                  what the transport cannot read         subnormal   most values too small for normal arithmetic
-    sender        speaks for another client              norm        beyond the bound, or out of proportion
-    round         answers another round                  metrics     unknown names, or values that are no numbers
-    weight        not from 0 to max_weight
+    unknown    from a client that was not asked     states      other states than the algorithm expects
+    duplicate  a second answer in one round         keys        missing or extra tensors
+    size       more bytes than an answer needs      shape, dtype   of a tensor
+    malformed, schema, codec, experiment            non-finite  NaN or infinity
+               bytes the transport cannot read      subnormal   most values too small for normal arithmetic
+    sender     speaks for another client            norm        beyond the bound, or out of proportion
+    round      answers another round                metrics     unknown names, or values that are not numbers
+    weight     outside 0 to max_weight
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
 from fedloom.transport.base import Arrival
 
-LARGEST = 2.0**53  # of a metric: counts are exact up to there, and sums of them stay finite
+LARGEST = 2.0**53  # largest metric: counts up to here are exact, and sums of them stay finite
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Admitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """Defaults are far above what honest clients were measured to send; docs/sharp_edges.md has the figures."""
+    """Defaults are far above anything measured from honest clients; docs/sharp_edges.md has the figures."""
 
     max_norm: float = 1000.0  # L2 norm of a state
     max_norm_ratio: float = 50.0  # of that norm to the median of the cohort's
-    max_weight: float = 1e6  # examples; the mean of one client with 10^9 is that client
-    max_bytes: int | None = None  # of an answer; None: what the expected tensors take uncoded, and a tenth
+    max_weight: float = 1e6  # examples; a client that claims 10^9 would be the mean by itself
+    max_bytes: int | None = None  # of an answer; None: the size of the expected tensors uncoded, plus a tenth
 
     def __post_init__(self) -> None:
         for name in ("max_norm", "max_weight"):
@@ -63,8 +63,9 @@ class Gate:
     ) -> Admitted:
         """The update, if it can be an answer to what this client was sent.
 
-        `expected` and `reports` are the algorithm's: states tensor by tensor, and names of metrics. Sender and size
-        are judged before the message is opened. Reasons name tensors and numbers, never text. Raises: RefusedUpdate.
+        `expected` (states, tensor by tensor) and `reports` (names of metrics) come from the algorithm. Sender
+        and size are judged before the message is opened. Reasons name tensors and numbers, never text.
+        Raises: RefusedUpdate.
         """
         client = arrival.client
         if client not in sent:
@@ -88,13 +89,13 @@ class Gate:
         if not update.metrics.keys() <= set(reports):
             raise RefusedUpdate("metrics", f"expected metrics of {sorted(reports)}, got others")
         if odd := sorted(name for name, value in update.metrics.items() if not abs(value) <= LARGEST):
-            raise RefusedUpdate("metrics", f"{odd[0]} is no number up to {LARGEST:.0e}")
+            raise RefusedUpdate("metrics", f"{odd[0]} is not a number up to {LARGEST:.0e}")
         return Admitted(update, norms)
 
     def proportionate(self, admitted: Admitted, cohort: Mapping[str, Sequence[float]]) -> None:
         """Compare an update's norms with those of the round so far, its own included. Raises: RefusedUpdate.
 
-        `cohort` holds what counts: of updates with a weight, the norms above zero.
+        `cohort` holds the norms above zero of updates with a positive weight.
         """
         if not admitted.update.weight > 0:
             return
@@ -106,7 +107,7 @@ class Gate:
                 )
 
     def _room(self, expected: Mapping[str, AdapterState]) -> int:
-        """Bytes: values, names and offsets of the tensors, and 64 KiB for the rest."""
+        """Bytes for the tensors' values, names and offsets, plus 64 KiB for the rest."""
         if self.max_bytes is not None:
             return self.max_bytes
         tensors = [(name, t) for state in expected.values() for name, t in state.items()]
@@ -116,7 +117,7 @@ class Gate:
     def _norm(self, state: str, vector: AdapterState, expected: AdapterState) -> float:
         if vector.keys() != expected.keys():
             count = len(vector.keys() ^ expected.keys())
-            raise RefusedUpdate("keys", f"{state}: {count} tensors are missing or too many")
+            raise RefusedUpdate("keys", f"{state}: {count} tensors are missing or unexpected")
         for name, tensor in vector.items():
             like = expected[name]
             if tensor.shape != like.shape:

@@ -1,7 +1,7 @@
 """LoRA states as pairs of factors: PEFT's key grammar, and arithmetic on their products.
 
-A target's update is the product B A of `lora_B` (out, r) and `lora_A` (r, in). Nothing of a weight's size
-(out, in) is ever built here.
+A target's update is the product B A of `lora_B` (out, r) and `lora_A` (r, in). Nothing the size of a weight,
+(out, in), is ever built here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from fedloom.errors import ShapeMismatch
 from fedloom.state import AdapterState
 
-if TYPE_CHECKING:  # settings are read without waiting for torch
+if TYPE_CHECKING:  # settings load without torch
     from torch import Tensor
 
 Side = Literal["A", "B"]
@@ -34,12 +34,12 @@ class Pair(NamedTuple):
 
 
 def key(target: str, side: Side) -> str:
-    """The name of a target's factor. `target` is a module's name on disk: `ON_DISK` and its name in the model."""
+    """The name of a target's factor. `target`: a module's name on disk, `ON_DISK` and its name in the model."""
     return target + _ENDS[side]
 
 
 def parse(name: str) -> tuple[str, Side] | None:
-    """The target and the side that a tensor's name says; None for a name that is no LoRA factor's."""
+    """The target and side in a tensor's name; None if it does not name a LoRA factor."""
     for side, end in _ENDS.items():
         if name.endswith(end):
             return name.removesuffix(end), side
@@ -47,7 +47,7 @@ def parse(name: str) -> tuple[str, Side] | None:
 
 
 def pairs(state: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """Target -> its factors. Raises ShapeMismatch for a tensor that is no factor, or a factor without its partner."""
+    """Target -> its factors. Raises ShapeMismatch for any other tensor, or a factor without its partner."""
     targets = dict.fromkeys(found[0] for name in state if (found := parse(name)))
     expected = {key(target, side) for target in targets for side in _ENDS}
     if odd := sorted(expected ^ set(state)):
@@ -64,7 +64,7 @@ def pairs(state: Mapping[str, Tensor]) -> dict[str, Pair]:
 
 
 def state_of(factors: Mapping[str, Pair]) -> AdapterState:
-    """The reverse of `pairs`."""
+    """The inverse of `pairs`."""
     tensors: dict[str, Tensor] = {}
     for target, (a, b) in factors.items():
         tensors[key(target, "A")], tensors[key(target, "B")] = a, b
@@ -79,7 +79,8 @@ def only(state: Mapping[str, Tensor], side: Side) -> AdapterState:
 def stack(parts: Sequence[tuple[float, Mapping[str, Tensor]]]) -> AdapterState:
     """The adapter whose products are exactly sum_k c_k B_k A_k; `parts` are (c_k, adapter k). In float64.
 
-    The factors lie side by side, so ranks add up; c_k goes into B. Ranks may differ, and a part may lack targets.
+    The factors lie side by side, so ranks add up; c_k goes into B. Ranks may differ, and a part may lack
+    targets.
     """
     found = [(c, pairs(state)) for c, state in parts]
     return state_of({t: _stacked(t, found) for t in dict.fromkeys(t for _, own in found for t in own)})
@@ -100,10 +101,10 @@ def _stacked(target: str, parts: Sequence[tuple[float, Mapping[str, Pair]]]) -> 
 
 
 def truncate(state: Mapping[str, Tensor], rank: int) -> AdapterState:
-    """The adapter of this rank whose products are nearest to those of `state`, in the Frobenius norm. In float64.
+    """The adapter of this rank whose products are nearest those of `state`, in Frobenius norm. In float64.
 
-    The new A has orthonormal rows and B the singular values (Eckart and Young). A rank that the shapes do not
-    allow is filled up with zeros.
+    The new A has orthonormal rows and B holds the singular values (Eckart and Young). Where the shapes do not
+    allow this rank, zeros fill the rest.
     """
     return state_of({target: _truncated(pair, rank) for target, pair in pairs(state).items()})
 

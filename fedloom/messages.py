@@ -16,9 +16,7 @@ class Broadcast:
 
     round: int
     states: Mapping[str, AdapterState]  # "adapter", and what the algorithm adds ("control")
-    acknowledged: int | None = (
-        None  # the last round in which this client's update was used; transport's to say
-    )
+    acknowledged: int | None = None  # last round that used this client's update; the transport sets it
 
     @property
     def adapter(self) -> AdapterState:
@@ -31,7 +29,7 @@ class Update:
 
     client: ClientId
     states: Mapping[str, AdapterState]  # "delta", and what the algorithm adds
-    weight: float  # number of training examples, unless the algorithm says otherwise; 0: not to be counted
+    weight: float  # number of training examples, unless the algorithm says otherwise; 0: not counted
     metrics: Mapping[str, float] = field(default_factory=dict)  # those that the algorithm names in `reports`
     round: int = 0  # the round it answers; the client's end of the transport fills it in
 

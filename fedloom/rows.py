@@ -1,7 +1,7 @@
-"""A row of a table is one model, or a statistic over the models of single clients; files hold its name as text.
+"""A table row is one model, or a statistic over single clients' models; files hold its name as text.
 
     base                     the untuned base model
-    federated · FedIT        the shared model of the experiment's own algorithm, of a method of `compare.methods`
+    federated · FedIT        the shared model of the experiment's algorithm, or of one in `compare.methods`
     centralised              one owner of everything
     Local-1                  an owner of a few categories (`compare.local`)
     local:client-003         the model of a client that trains alone

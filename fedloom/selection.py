@@ -1,8 +1,8 @@
 """Who takes part in a round.
 
-A selector is called with all clients, the run's seed and a round, and returns the cohort, sorted by client id.
-It keeps nothing between calls: the cohort is a function of these alone, so a resumed run selects as the
-undisturbed one would have.
+A selector is called with all clients, the run's seed and a round, and returns the cohort, sorted by client
+id. It keeps nothing between calls: the cohort depends on these three alone, so a resumed run selects the same
+clients as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedloom.messages import ClientId
 
 class Selector(Protocol):
     def __call__(self, clients: Sequence[ClientId], seed: int, round: int) -> list[ClientId]:
-        """The cohort. Raises: ConfigError, where there are too few clients or one is listed twice."""
+        """The cohort. Raises: ConfigError, if there are too few clients or one is listed twice."""
         ...
 
 
@@ -80,7 +80,7 @@ class RoundRobin:
 class Poisson:
     """Each client independently with probability `rate`, so a cohort may be empty.
 
-    The sampling that central differential privacy accounts for.
+    Privacy accounting for central differential privacy assumes this sampling.
     """
 
     rate: float = 0.1  # q in the privacy literature
@@ -110,12 +110,14 @@ def _draw(among: Sequence[ClientId], count: int, seed: int, round: int) -> list[
 
 
 def _checked(clients: Sequence[ClientId], count: int = 1) -> list[ClientId]:
-    """The clients, sorted: a cohort must not depend on the order in which they happened to be listed."""
+    """The clients, sorted: a cohort must not depend on the order in which they are listed."""
     if not clients:
         raise ConfigError("Expected at least one client to select from, got none.")
     if len(set(clients)) < len(clients):
         twice = next(c for i, c in enumerate(clients) if c in clients[:i])
         raise ConfigError(f"Client ids must be unique; {twice!r} is listed twice.")
     if not 1 <= count <= len(clients):
-        raise ConfigError(f"Expected count between 1 and the {len(clients)} clients there are, got {count=}.")
+        raise ConfigError(
+            f"Expected count between 1 and {len(clients)}, the number of clients, got {count=}."
+        )
     return sorted(clients)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedloom.errors import ShapeMismatch
 
-if TYPE_CHECKING:  # settings are read without waiting for torch
+if TYPE_CHECKING:  # settings load without torch
     import torch
     from torch import Tensor
 
@@ -88,13 +88,13 @@ class AdapterState(Mapping[str, "Tensor"]):
         return all(bool(t.isfinite().all()) for t in self.values())
 
     def subnormal(self) -> int:
-        """How many values are too small for normal floating point, and not zero."""
+        """How many nonzero values are subnormal, too small for normal floating point."""
         import torch
 
         return sum(int(((t != 0) & (t.abs() < torch.finfo(t.dtype).tiny)).sum()) for t in self.values())
 
     def sha256(self) -> str:
-        """Of names, shapes, dtypes and bytes, in name order: equal exactly when the states are."""
+        """Hash of names, shapes, dtypes and bytes, in name order: equal exactly when the states are."""
         import torch
 
         digest = hashlib.sha256()

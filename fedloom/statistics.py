@@ -1,6 +1,6 @@
-"""What a handful of numbers say: means, differences and proportions, each with its 95% interval.
+"""Means, differences and proportions, each with its 95% interval.
 
-A spread that rounding explains is no finding. Intervals of means and differences are Student's t; those of
+A spread that rounding explains is not a finding. Intervals of means and differences are Student's t; those of
 proportions and of bounded values hold at any number of records.
 """
 
@@ -19,44 +19,47 @@ from numpy.typing import NDArray
 from fedloom.errors import DataError
 from fedloom.rng import numpy_stream
 
-# scipy takes a while to import, and few who import this module compute an interval: it is imported where it is used.
+# scipy is slow to import, and most users of this module compute no interval: it is imported where it is used.
 
-ULPS = 8  # units in the last place that a value may be off, for each of the values
-ALPHA = 0.025  # of each side of an interval
-MOST = 0.75  # of what a bet may lose
+ULPS = 8  # rounding allowed for each value, in units in the last place
+ALPHA = 0.025  # error of each side of an interval
+MOST = 0.75  # share of the wealth that a bet may lose
 
 T = TypeVar("T")
 
 
 def evenly(items: Sequence[T], count: int | None) -> list[T]:
-    """`count` of them at equal steps, or all: items that lie group by group keep their mix."""
+    """`count` of the items at equal steps, or all: items sorted by group keep their mix."""
     if count is None or count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def rounding(values: Sequence[float], *, magnitude: float = 0.0) -> float:
-    """How far equal values may lie apart. `magnitude`: of the numbers they are differences of, where those are larger."""
+    """How far apart rounding may move equal values.
+
+    `magnitude`: where the values are differences, the size of the numbers subtracted, if that is larger.
+    """
     return ULPS * len(values) * sys.float_info.epsilon * max(magnitude, *map(abs, values))
 
 
 def is_constant(values: Sequence[float], *, magnitude: float = 0.0) -> bool:
-    """Two or more finite values that are equal but for rounding."""
+    """Whether these are two or more finite values that are equal up to rounding."""
     spread = max(values) - min(values)
     return len(values) > 1 and spread < float("inf") and spread <= rounding(values, magnitude=magnitude)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """`ci95` is Student's t interval; None of a single value, which has none."""
+    """`ci95` is Student's t interval; None for a single value."""
 
     mean: float
     ci95: tuple[float, float] | None
-    constant: bool = False  # equal but for rounding: `ci95` is a point, which proves no certainty
+    constant: bool = False  # equal up to rounding: `ci95` is a point, which does not prove certainty
 
 
 def mean(values: Sequence[float], *, magnitude: float = 0.0) -> Mean:
-    """`magnitude`: of the numbers that the values are differences of. A spread that their rounding explains is none."""
+    """`magnitude` as in `rounding`. A spread that rounding explains counts as none."""
     if len(values) < 2:
         return Mean(fmean(values), None)
     nothing = rounding(values, magnitude=magnitude)
@@ -92,7 +95,7 @@ def _around(middle: float, square: float, freedom: float, nothing: float) -> Mea
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval, and the values it is the mean of: one a seed, say."""
+    """A mean with its interval and its values: one per seed, say."""
 
     mean: float
     ci95: tuple[float, float] | None
@@ -110,8 +113,9 @@ def estimate(values: Sequence[float], *, magnitude: float = 0.0) -> Estimate:
 class Difference:
     """a - b over the same seeds.
 
-    `p_value` is the two-sided paired t test. It is None where it is undefined: of one seed, and where the
-    difference is the same for every seed but for rounding (`constant`), which leaves nothing to compare it with.
+    `p_value` is that of the two-sided paired t test. It is None where it is undefined: for one seed, and
+    where the difference is the same for every seed up to rounding (`constant`), so that there is no spread to
+    compare.
     """
 
     estimate: Estimate
@@ -123,7 +127,7 @@ class Difference:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Pairing by seed removes what both rows share: the data, the split and the initial adapter."""
+    """a - b, paired by seed, which removes what both rows share: data, split and initial adapter."""
     apart = [x - y for x, y in zip(a, b, strict=True)]
     found = estimate(apart, magnitude=max(map(abs, (*a, *b))))
     if len(a) < 2 or found.constant:
@@ -135,7 +139,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Proportion:
-    """`ci95` is Clopper-Pearson: it covers at least 95%, at any n, also where no hit or every one was seen."""
+    """`ci95` is Clopper-Pearson: it covers at least 95%, at any n, even if none or all are hits."""
 
     hits: int
     of: int
@@ -154,26 +158,27 @@ def proportion(hits: int, of: int) -> Proportion:
 
 
 def share(hits: int, of: int) -> Proportion | None:
-    """With its exact interval; None of nothing, which has none."""
+    """The share of hits with its exact interval; None if `of` is 0."""
     return proportion(hits, of) if of else None
 
 
 def bounded_mean(values: Sequence[float], *, low: float, high: float) -> tuple[float, float]:
     """Bounds of the mean of values that lie in [low, high]; each is wrong in at most 2.5% of draws, at any n.
 
-    Student's interval misses what is rare: of 50 records that a model does not recite it says that none is ever
-    recited. This one assumes no law. Of n values that all are `low` it gives about 3.7 / n of the range; where
-    there are many, it comes near Student's.
+    Student's interval misses rare events: from 50 records that a model does not recite, it concludes that
+    none is ever recited. This one assumes no distribution. For n values that are all `low` it gives about
+    3.7 / n of the range; for many values it comes close to Student's.
 
     Source: Waudby-Smith and Ramdas 2024, https://arxiv.org/abs/2010.09686, section 4.2: a bet against every
-    mean, with stakes from the variance seen so far; refuted is what 40 times the stake was won against.
+    mean, with stakes from the variance seen so far; a mean is refuted once the bet has won 40 times the
+    stake.
     """
     if not low < high or not len(values):
         raise DataError(f"Expected values between two limits, got {len(values)} between {low} and {high}.")
     x = (np.asarray(values, float) - low) / (high - low)  # (n,)
     if not ((x >= -1e-9) & (x <= 1 + 1e-9)).all():
         raise DataError(f"Expected values from {low} to {high}, got {min(values)} to {max(values)}.")
-    # In an order drawn by lot: canaries that were planted oftener, say, may come last.
+    # In random order: canaries that were planted more often, say, may come last.
     x = numpy_stream(0, "attacks", "bounded mean").permutation(x.clip(0, 1))
     return low + (high - low) * (1 - _above(1 - x)), low + (high - low) * _above(x)
 

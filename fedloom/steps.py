@@ -2,7 +2,7 @@
 
 The client half of every algorithm is a generator: it yields a request, receives the answer, and
 returns an `Update`. On a real network one client runs it alone; in simulation `drive` advances many
-of them in lock-step and hands all their requests to the engine at once. Same file, same lines.
+of them in lock-step and hands all their requests to the engine at once. The code is the same.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LoraSpec:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] | str = "all-linear"  # last components or dotted ends of module names
+    targets: tuple[str, ...] | str = "all-linear"  # last components or dotted suffixes of module names
     rslora: bool = False  # scale by alpha / sqrt(rank), not alpha / rank (arXiv 2312.03732)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains in a round. `batch_size` is the effective batch, however much fits into one pass."""
+    """How a client trains in a round. `batch_size` is the effective batch, even if a pass holds less."""
 
     epochs: int = 1
     batch_size: int = 16
@@ -94,7 +94,7 @@ class LocalTraining:
         if self.optimizer not in ("adamw", "sgd"):
             raise ConfigError(f'Expected optimizer "adamw" or "sgd", got {self.optimizer!r}.')
         for name in ("learning_rate", "min_learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) <= 1e30:  # float32 holds it after bias correction
+            if not 0 <= getattr(self, name) <= 1e30:  # stays finite in float32 after bias correction
                 raise ConfigError(f"Expected {name} between 0 and 1e30, got {getattr(self, name)}.")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
@@ -105,16 +105,17 @@ class LocalTraining:
             raise ConfigError(f"Expected clip of at least 0 (0: no clipping), got {self.clip}.")
 
     def steps_of(self, n: int, count: int) -> int:
-        """Optimizer steps on the first `count` examples of a job that has `n` of its own."""
+        """Optimizer steps for the first `count` examples of a job with `n` distinct ones."""
         if self.batches == "across_epochs" or not n:
             return math.ceil(count / self.batch_size)
         epochs, rest = divmod(count, n)
         return epochs * math.ceil(n / self.batch_size) + math.ceil(rest / self.batch_size)
 
     def at(self, round: int) -> LocalTraining:
-        """The same with that round's learning rate, constant.
+        """These settings with that round's learning rate, held constant.
 
-        A cosine goes from `learning_rate` at round 0 to `min_learning_rate` at round `rounds`, and stays there.
+        A cosine goes from `learning_rate` at round 0 to `min_learning_rate` at round `rounds`, and stays
+        there.
         """
         if self.schedule == "constant":
             return self
@@ -135,10 +136,10 @@ class Correction:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Low-rank factors under an adapter, part of the base as far as the adapter can tell: scale * B A.
+    """Low-rank factors, scale * B A, added to the base model under an adapter.
 
-    Of any rank, for any of the adapted modules, never trained and never subject to dropout. `lora.stack` makes
-    one of many.
+    They may have any rank and cover any of the adapted modules. They are never trained and see no dropout.
+    `lora.stack` joins several into one.
     """
 
     factors: AdapterState
@@ -147,15 +148,15 @@ class Frozen:
 
 @dataclass(frozen=True)
 class NextToken:
-    """Minimise nats of the labelled tokens: each example times its weight, over the batch's labelled tokens."""
+    """Minimise nats per labelled token: weighted nats of examples, over the batch's labelled tokens."""
 
 
-Objective = NextToken  # what a Fit may minimise; a preference objective becomes another member
+Objective = NextToken  # what a Fit may minimise; a preference objective would be another member
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """Record-level differential privacy (DP-SGD): each example's gradient clipped, noise on their sum.
+    """Record-level differential privacy (DP-SGD): clip each example's gradient, add noise to their sum.
 
     Source: Abadi et al. 2016, arXiv 1607.00133, Algorithm 1.
     """
@@ -177,10 +178,10 @@ Factors = Literal["AB", "A", "B"]
 class Fit:
     """Train `adapter` on `examples`; the answer is a `Fitted`.
 
-    The order of examples is an endless sequence of permutations that belongs to (`seed`, `stream`); this job
-    starts `seen` examples into it, so a client goes on where its last round stopped.
+    (`seed`, `stream`) determine the order of examples, an endless sequence of permutations. This job starts
+    `seen` examples into it, so a client continues where its last round stopped.
 
-    `adapter` may have a lower rank than the engine's; what is trained has the rank it came with.
+    `adapter` may have a lower rank than the engine's; the trained one keeps that rank.
     """
 
     adapter: AdapterState
@@ -191,8 +192,8 @@ class Fit:
     seen: int = 0  # examples of the stream consumed in earlier rounds
     correction: Correction = Correction()
     limit: int | None = None  # examples this round; None: `local.epochs` times len(examples)
-    weights: Sequence[float] | None = None  # one an example, times its loss; a batch's denominator stays
-    train: Factors = "AB"  # the others stay as they are, to the bit
+    weights: Sequence[float] | None = None  # one per example, times its loss; not in a batch's denominator
+    train: Factors = "AB"  # which factors to train; the others keep their bits
     frozen: Frozen | None = None
     objective: Objective = NextToken()
     privacy: Privacy | None = None
@@ -215,7 +216,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue each prompt; the answer is a list of token id lists, without prompt and stop token."""
+    """Continue each prompt; the answer is a list of token id lists, without the prompt and stop token."""
 
     prompts: Sequence[Sequence[int]]
     adapter: AdapterState | None = None  # None: the untuned base model
@@ -223,8 +224,8 @@ class Generate:
     stop: frozenset[int] = frozenset()  # any of these ends an answer
     temperature: float = 0.0  # 0: greedy
     stream: tuple[Name, ...] = ()  # names the randomness of sampling; unused when greedy
-    repetition_penalty: float = 1.0  # above 1: tokens that an answer already holds become less likely in it
-    top_k: int | None = None  # sampling draws among this many likeliest tokens; None: among all
+    repetition_penalty: float = 1.0  # above 1: tokens already in an answer become less likely
+    top_k: int | None = None  # sample from this many likeliest tokens; None: from all
     seed: int = 0  # of the run; unused when greedy
     frozen: Frozen | None = None
     scale: float | None = None  # as in Fit
@@ -244,10 +245,10 @@ class Score:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the model thought of each labelled token, in order; nats.
+    """The model's log-probability of each labelled token, in order; nats.
 
-    `mean` and `std` are of log p over the whole vocabulary, under the model's own next-token distribution
-    at that place: how likely a token drawn from the model would have been.
+    `mean` and `std` are those of log p where the token is drawn from the model's own next-token distribution
+    at that place, over the whole vocabulary.
     """
 
     logp: tuple[float, ...]
@@ -259,9 +260,7 @@ class TokenScores:
 class Scored:
     nll: float  # nats, summed over the labelled tokens
     targets: int  # labelled tokens
-    energy: float | None = (
-        None  # -logsumexp of the logits, mean over the labelled tokens; None: not asked for
-    )
+    energy: float | None = None  # -logsumexp of the logits, mean over labelled tokens; None: not asked for
     tokens: TokenScores | None = None  # None: not asked for
 
 
@@ -271,7 +270,7 @@ Request = Fit | Generate | Score
 class Engine(Protocol):
     @property
     def workers(self) -> int:
-        """How many calls of `answer` it works on at a time; more than one may then be made from as many threads."""
+        """How many calls of `answer` it works on at a time; that many threads may then call it."""
         ...
 
     def answer(self, requests: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
@@ -280,10 +279,10 @@ class Engine(Protocol):
 
 
 def drive_groups(groups: Iterable[Mapping[str, Steps[T]]], engine: Engine) -> Iterator[tuple[str, T]]:
-    """Drive one group of clients after the other, as many at a time as the engine has workers.
+    """Drive groups of clients in turn, as many at a time as the engine has workers.
 
-    Groups decide which requests the engine answers together, and results come in the order of the groups: nothing
-    depends on the number of workers.
+    Groups decide which requests the engine answers together, and results come in the order of the groups:
+    nothing depends on the number of workers.
     """
     if engine.workers == 1:
         for group in groups:
@@ -298,7 +297,7 @@ def drive_groups(groups: Iterable[Mapping[str, Steps[T]]], engine: Engine) -> It
                 yield from begun.popleft().result()
         while begun:
             yield from begun.popleft().result()
-    finally:  # not waited for: whoever is interrupted closes the engine next, which ends the batches under way
+    finally:  # do not wait: an interrupted caller closes the engine next, which ends the batches under way
         threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -307,9 +306,9 @@ def _driven(group: Mapping[str, Steps[T]], engine: Engine) -> list[tuple[str, T]
 
 
 def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[tuple[str, T]]:
-    """Advance every client to its next request, answer them together, repeat; yield (client, what it returns).
+    """Advance every client to its next request, answer all together, repeat; yield (client, return value).
 
-    An error in a client's steps goes up as it is, with a note that names the client.
+    An error in a client's steps propagates unchanged, with a note that names the client.
     """
     running = dict(clients)
     answers: Mapping[Hashable, Any] = dict.fromkeys(running)

@@ -102,7 +102,7 @@ def test_a_poisson_cohort_may_be_empty():
     [
         (All(), (), "at least one client"),
         (All(), ("a", "b", "a"), "'a' is listed twice"),
-        (Uniform(21), CLIENTS, "the 20 clients there are, got count=21"),
+        (Uniform(21), CLIENTS, "between 1 and 20, the number of clients, got count=21"),
         (Uniform(0), CLIENTS, "got count=0"),
         (RoundRobin(0), CLIENTS, "got count=0"),
     ],

@@ -12,15 +12,16 @@ from fedloom.state import AdapterState
 def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str, AdapterState]:
     """Mean of every named state, weighted by `Update.weight`: sum_k n_k x_k / sum_k n_k.
 
-    Updates are folded as they come, in float64, and none is kept: memory does not grow with the cohort. Another order
-    may come to other last bits; the round loop hands updates over by client id. One of weight 0 does not count.
+    Updates are folded as they arrive, in float64, and none is kept: memory does not grow with the cohort.
+    Another order may change the last bits; the round loop passes updates by client id. Updates of weight 0 do
+    not count.
 
-    LoRA's factors are averaged separately, as FedIT does; the product of the means differs from the
+    LoRA's factors are averaged separately, as in FedIT; the product of the means differs from the
     mean of the products by exactly -sum_k p_k (B_k - B)(A_k - A).
 
     Source: McMahan et al. 2017, Algorithm 1. Raises: EmptyCohort.
     """
-    import torch  # here, so that settings are read without waiting for it
+    import torch  # here, so that settings load without it
 
     weight: float = 0
     totals: dict[str, AdapterState] = {}
@@ -38,7 +39,7 @@ def weighted_mean(updates: Iterable[Update], zero: AdapterState) -> Mapping[str,
 
 
 def counted(updates: Iterable[Update]) -> Iterator[Update]:
-    """Those that weigh anything. Raises: EmptyCohort, at the end, where there was none."""
+    """The updates with a positive weight. Raises: EmptyCohort, at the end, if there were none."""
     nobody = True
     for update in updates:
         if update.weight > 0:

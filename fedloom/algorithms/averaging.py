@@ -15,7 +15,7 @@ from fedloom.messages import Broadcast, ClientId, Update
 from fedloom.state import AdapterState
 from fedloom.steps import Steps
 
-PERSONAL = "personal"  # in a client's memory: an adapter of its own
+PERSONAL = "personal"  # key of a client's own adapter in its memory
 
 
 @dataclass(frozen=True, kw_only=True)

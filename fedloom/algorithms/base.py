@@ -12,12 +12,12 @@ from fedloom.state import AdapterState
 from fedloom.steps import Steps
 
 TRAINING = frozenset({"loss", "steps", "tokens"})  # metrics of a client's training
-UNSENT = "unsent metrics"  # in a client's memory: those of its last answer that did not travel
+UNSENT = "unsent metrics"  # key in a client's memory of the last answer's metrics that were not sent
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that survives on the server between rounds; a checkpoint is exactly this."""
+    """All that an algorithm keeps on the server between rounds; a checkpoint holds the whole of it."""
 
     adapter: AdapterState
     round: int = 0  # rounds completed
@@ -31,27 +31,30 @@ class Algorithm(Protocol):
     """One paper, both halves. The server half never sees a `Client`, only what it sent."""
 
     title: ClassVar[str]  # its name on pages and in tables
-    paper: ClassVar[str]  # where it comes from, as a model card cites it
-    shared: ClassVar[bool]  # is the server's adapter trained, so that it is a result
-    reports: ClassVar[frozenset[str]]  # the metrics that travel; all others stay with the client
-    needs: ClassVar[frozenset[str]]  # the `Tools` of its clients that it uses
+    paper: ClassVar[str]  # its source, as a model card cites it
+    shared: ClassVar[bool]  # whether the server's adapter is trained, and so a result
+    reports: ClassVar[frozenset[str]]  # the metrics that are sent; all others stay with the client
+    needs: ClassVar[frozenset[str]]  # which of its clients' `Tools` it uses
 
     def init(self, adapter: AdapterState) -> ServerState: ...
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast: ...
     def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
-        """The states that an answer to this message holds; only names, shapes and precisions count.
+        """The states that an answer to this message must hold; only names, shapes and dtypes matter.
 
-        {} where nothing is uploaded. The gate refuses, and a codec cannot read, anything else.
+        {} where nothing is uploaded. The gate refuses anything else, and a codec cannot read it.
         """
         ...
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]: ...
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """`updates` come by client id while clients are at work: whoever keeps none needs no memory for a cohort."""
+        """The next state. `updates` arrive by client id while other clients still train.
+
+        An algorithm that keeps none of them needs no memory for the cohort.
+        """
         ...
 
     def personal(self, client: Client) -> AdapterState | None:
-        """The model a client has for itself, where the algorithm makes one; it never leaves."""
+        """A client's personal model, if the algorithm makes one; it never leaves the client."""
         ...
 
 

@@ -1,7 +1,7 @@
 """FedMIT: FewFedPIT without isolation, its ablation (https://arxiv.org/abs/2403.06131v3, section 4.3).
 
-The same synthetic examples, made and selected the same way, but one adapter is trained on them and the
-local examples together, and uploaded.
+The synthetic examples are made and selected in the same way, but a single adapter is trained on them
+together with the local examples, and uploaded.
 """
 
 from __future__ import annotations

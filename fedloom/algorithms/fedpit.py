@@ -4,11 +4,11 @@ Each client has two adapters. The public one starts from the received adapter, i
 examples alone, and is all that leaves. The private one is trained on local and synthetic examples, lives
 in the client's memory and never leaves it; it is the client's personal model.
 
-Given the synthetic examples that it trains on, no bit of the message a client sends depends on its own examples: not the
-delta, not the metrics (loss, steps and tokens of the public training), not the weight, which is how many synthetic
-examples there are. How many candidates were dropped, and why, stays with the client. The synthetic examples
-do depend on private ones, since they were generated from private demonstrations and the filters compare
-with them; that path is what filters and audits are for.
+Given the synthetic examples, no bit of the message that a client sends depends on its own examples: not the
+delta, not the metrics (loss, steps and tokens of the public training), not the weight (the number of
+synthetic examples). How many candidates were dropped, and why, stays with the client. The synthetic examples
+do depend on private ones: they are generated from private demonstrations, and the filters compare them with
+private texts. Filters and audits exist for this path.
 
 Reconstructed from the abstract: the paper's algorithm listing was not available.
 """
@@ -54,7 +54,7 @@ class FedPIT(Averaging):
         return answer(self, client, {"delta": public.adapter - start}, weight=len(synthetic), metrics=metrics)
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """As FedAvg; where no client has a synthetic example, nothing was learnt."""
+        """As FedAvg; if no client has a synthetic example, the adapter stays as it is."""
         learnt = (update for update in updates if update.weight > 0)
         first = next(learnt, None)
         if first is None:

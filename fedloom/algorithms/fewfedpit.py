@@ -5,10 +5,10 @@ its own examples, keeps the synthetic examples that this private adapter finds e
 a public adapter on those, and uploads only a mix of the two. Both start from the received adapter, and
 neither survives the round.
 
-With a private share of 1 this is FedIT, to the bit. The upload does depend on private examples, for
-every share: above 0 through the private adapter, at 0 through which examples were made and selected. At
-every share the loss of the private training, its steps and tokens and the number of private examples, its
-weight, are sent in the clear.
+With a private share of 1 this is FedIT, to the bit. The upload depends on private examples at every
+share: above 0 through the private adapter, at 0 through the choice of examples that were made and
+selected. At every share a client also sends in the clear the loss, steps and tokens of its private
+training and, as its weight, the number of its private examples.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class FewFedPIT(Averaging):
 
     private_share: float = 0.5  # beta
     keep: int = 16  # M: synthetic examples trained on in a round
-    rule: Rule = "ifs"  # which ones
-    drop_unhelpful: bool = False  # those whose response is no likelier after the instruction than alone
+    rule: Rule = "ifs"  # how they are chosen
+    drop_unhelpful: bool = False  # drop those whose response is no likelier after the instruction than alone
     every: int = 1  # rounds between generations; 0: only once
 
     def __post_init__(self) -> None:
@@ -51,8 +51,8 @@ class FewFedPIT(Averaging):
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         start = message.adapter
-        # First, though Algorithm 1 has it second (neither needs the other): so all clients of a cohort train
-        # in the same batches as under FedAvg, however long each takes to generate.
+        # Train first, although Algorithm 1 generates first (neither step needs the other). Then all clients
+        # of a cohort train in the same batches as under FedAvg, however long each takes to generate.
         private = yield from client.fit(start, round=message.round)
         candidates = yield from synthetic_examples(client, start, message, every=self.every)
         chosen = yield from select(
@@ -79,7 +79,7 @@ class FewFedPIT(Averaging):
 
 def mixed(private: AdapterState, public: AdapterState, share: float) -> AdapterState:
     """share * private + (1 - share) * public, factor by factor."""
-    # Not 1 * x + 0 * y at the ends: that turns -0 into 0, and a diverged y into NaN everywhere.
+    # No 1 * x + 0 * y at the ends: it turns -0 into 0, and a diverged y makes everything NaN.
     if share == 1:
         return private
     if share == 0:

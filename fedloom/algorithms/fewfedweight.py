@@ -10,8 +10,8 @@ formula and no code were found. All formulas here are ours:
     loss = NLL(D_k) + gamma w_j NLL(P_k,j)             from the received model, in shared batches
     a_k <- a_k exp(-eta v_k)                           v_k: nats per token of the trained model on D_k
 
-The a_k start at the number of examples, live on the server and are scaled so that the cohort of a round
-keeps its sum: taking part often costs nothing. v_k is what a client reports; nobody checks it.
+The a_k start at the number of examples, live on the server, and are scaled so that a round's cohort keeps
+its sum: a client loses nothing by taking part often. v_k is what a client reports; it is not verified.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class FewFedWeight:
         )
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        import torch  # here, so that settings are read without waiting for it
+        import torch  # here, so that settings load without it
 
         arrived = sorted(updates, key=lambda u: u.client)
         known: Mapping[str, Tensor] = state.slots.get("client_weights", {})
@@ -103,7 +103,7 @@ class FewFedWeight:
             [replace(u, weight=after[u.client]) for u in arrived], state.adapter.zeros_like()
         )
         stepped = self.server_optimizer(state, mean["delta"])
-        # A client whose loss is no number is left out of this round, and keeps the weight it had.
+        # A client whose loss is not a number is left out of this round and keeps its weight.
         kept = {c: torch.tensor([after[c] or before[c]], dtype=torch.float64) for c in before}
         return replace(stepped, slots={**stepped.slots, "client_weights": AdapterState({**known, **kept})})
 
@@ -112,7 +112,7 @@ class FewFedWeight:
 
 
 def energy_weights(energies: Sequence[float], *, tau: float) -> list[float]:
-    """n softmax(-E / tau): mean 1, more for examples of low energy; 0 where the energy is no number."""
+    """n softmax(-E / tau): mean 1, more for examples of low energy; 0 where the energy is not finite."""
     finite = [-e / tau for e in energies if math.isfinite(e)]
     if not finite:
         return [0.0] * len(energies)
@@ -123,8 +123,8 @@ def energy_weights(energies: Sequence[float], *, tau: float) -> list[float]:
 def adapted(
     before: Mapping[ClientId, float], losses: Mapping[ClientId, float], *, eta: float
 ) -> dict[ClientId, float]:
-    """a_k exp(-eta v_k), scaled to the sum the same clients had before; 0 where v_k is no loss."""
-    sound = [c for c in before if 0 <= losses[c] < math.inf]  # a loss below zero is a lie
+    """a_k exp(-eta v_k), scaled to the sum that the same clients had before; 0 if v_k is not a valid loss."""
+    sound = [c for c in before if 0 <= losses[c] < math.inf]  # no honest loss is below zero
     if not sound:
         return dict.fromkeys(before, 0.0)
     least = min(losses[c] for c in sound)

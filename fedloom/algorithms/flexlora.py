@@ -1,8 +1,8 @@
 """FlexLoRA (Bai et al. 2024, https://arxiv.org/abs/2402.11505): average products of factors, not factors.
 
-FedIT's mean of A times its mean of B is not the mean of the clients' updates B_k A_k. Here the server takes that
-mean and sends out its best approximation of the adapter's rank. Clients all have that rank; FlexLoRA's
-different ranks by client are not here.
+FedIT's mean of B times its mean of A is not the mean of the clients' updates B_k A_k. Here the server takes
+that mean and sends out its best approximation at the adapter's rank. All clients share that rank; FlexLoRA's
+ranks that differ by client are not implemented.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class FlexLoRA:
         return FEDIT.client(message, client)
 
     def server(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """Weighted by examples. Every client's update is needed, so a sum of them (secure aggregation) will not do."""
-        from fedloom.algorithms.products import mean_product  # here, since it needs torch at once
+        """Weighted by examples. The server needs each update: their sum (secure aggregation) will not do."""
+        from fedloom.algorithms.products import mean_product  # here, because it imports torch
 
         ordered = sorted(counted(updates), key=lambda u: u.client)
         total = sum(update.weight for update in ordered)

@@ -1,7 +1,7 @@
-"""Local-only tuning: every client trains alone and no model is shared. FedIT's and FedPIT's floor.
+"""Local-only tuning: every client trains alone and no model is shared. The floor for FedIT and FedPIT.
 
-Each client goes on from its own adapter, which lives in its memory and never leaves it. What it reports
-(loss, steps, tokens, how many examples) is for the record of a comparison.
+Each client continues from its own adapter, which lives in its memory and never leaves it. Its reports
+(loss, steps, tokens, number of examples) serve only the record of a comparison.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LocalOnly:
         return ServerState(adapter)
 
     def broadcast(self, state: ServerState, client: ClientId) -> Broadcast:
-        return Broadcast(state.round, {"adapter": state.adapter})  # what a client that is new starts from
+        return Broadcast(state.round, {"adapter": state.adapter})  # what a new client starts from
 
     def expects(self, message: Broadcast) -> Mapping[str, AdapterState]:
         return {}

@@ -1,4 +1,4 @@
-"""Every algorithm, under the name that settings and summaries have for it."""
+"""Every algorithm, under its name in settings and summaries."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def canonical(name: str) -> str:
 
 
 def title(name: str) -> str:
-    """What papers and people call it; of an unknown algorithm, its name as it is."""
+    """Its name in papers and in conversation; an unknown algorithm keeps the name given."""
     known = ALGORITHMS.get(canonical(name))
     return known.title if known else name
 

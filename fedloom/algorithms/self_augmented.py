@@ -1,7 +1,7 @@
-"""Local-only tuning on local and synthetic examples: what generating alone is worth, without a federation.
+"""Local-only tuning on local and synthetic examples: the worth of generating alone, without a federation.
 
-LocIT+SA in FedPIT's tables. The generator is the untuned base, which every client has at the beginning,
-and generates once; from then on this is `LocalOnly` with a larger set.
+LocIT+SA in FedPIT's tables. The untuned base, which every client has from the start, generates once;
+after that this is `LocalOnly` with a larger set.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SelfAugmented:
 
     def client(self, message: Broadcast, client: Client) -> Steps[Update]:
         synthetic = yield from synthetic_examples(client, message.adapter, message, every=0)
-        # The copy shares this client's memory, so the adapter and the place in the order stay with it.
+        # The copy shares this client's memory, so the adapter and the position in the order are kept.
         augmented = replace(client, examples=[*client.examples, *synthetic])
         update = yield from TUNING.client(message, augmented)
         metrics = {**update.metrics, **synthesis_metrics(client, message)}

@@ -1,1 +1,1 @@
-"""What an attacker learns from a model: attacks run as measurements, each beside what chance would give."""
+"""Attacks as measurements of how much a model reveals, each compared with chance."""

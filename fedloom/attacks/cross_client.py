@@ -1,10 +1,10 @@
-"""One client attacks the others: it prompts the shared model with beginnings of its own records to get their secrets.
+"""One client attacks the others: it prompts the shared model with its own records to get their secrets.
 
-Every client receives the aggregated model, and knows how records of this federation begin. It samples
-continuations of such beginnings and keeps what looks like a secret (arXiv 2506.06060; there the secrets are
-personal data, here whatever strings the caller names). A secret that any text of the attacker holds is none of
-its victims'. Two controls tell leakage from luck: the untuned base, and decoys, secrets of the same kind that
-nobody was trained on.
+Every client receives the aggregated model and knows how records of this federation begin. It samples
+continuations of such beginnings and keeps those that look like secrets (arXiv 2506.06060; there the secrets
+are personal data, here any strings that the caller names). A secret that occurs in the attacker's own texts
+does not count. Two controls tell leakage from luck: the untuned base, and decoys, secrets of the same kind
+that no model was trained on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fedloom.state import AdapterState
 from fedloom.statistics import Proportion, share
 from fedloom.steps import Engine, Generate
 
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of an own response that a prefix holds
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of the attacker's response that a prefix holds
 
 
 def prefixes(template: Template, own: Sequence[Example]) -> list[tuple[int, ...]]:
     """Beginnings of the attacker's own records, each once: a prompt, and more and more of the response.
 
-    Each response follows its own prompt and one without an instruction, where only its wording tells the model
-    what to say, so that it is free to speak of somebody else.
+    Each response follows its own prompt and one without an instruction, where only its wording tells the
+    model what to say, so that it is free to speak of somebody else.
     """
     blank = tuple(template.prompt_ids(""))
     found: dict[tuple[int, ...], None] = {}
     for example in own:
-        tokens, _ = template.contrast(example)  # where exactly the response is labelled
+        tokens, _ = template.contrast(example)  # exactly the response is labelled
         first = tokens.labelled.index(True)
         prompt, response = tokens.ids[:first], tokens.ids[first:]
         for begun in (prompt, blank):
@@ -44,11 +44,11 @@ def prefixes(template: Template, own: Sequence[Example]) -> list[tuple[int, ...]
 
 @dataclass(frozen=True)
 class Extracted:
-    """What one attacker got out of one model."""
+    """One attacker's results on one model."""
 
-    coverage: Proportion | None  # secrets exclusive to the victims that came out at least once
-    efficiency: Proportion | None  # queries whose answer holds at least one of them
-    decoys: Proportion | None  # strings of the same kind, never trained on, that came out
+    coverage: Proportion | None  # share of secrets exclusive to the victims that came out at least once
+    efficiency: Proportion | None  # share of queries whose answer holds at least one of them
+    decoys: Proportion | None  # share of strings of the same kind, never trained on, that came out
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,11 +68,11 @@ def attack(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[str, dict[str, Extracted]]:
-    """Row -> attacker -> what it got, the untuned base (row "base") among the rows.
+    """Row -> attacker -> its results. The untuned base is the row "base".
 
     `secrets` are each client's; an attacker is after those of all others. `samples` answers are drawn for
-    every prefix. A secret counts where its words stand in an answer one after the other, whatever the case
-    and the punctuation between them.
+    every prefix. A secret counts if its words occur in an answer in sequence, whatever the case and the
+    punctuation between them.
     """
     rows = with_base(adapters)
     queries = {a: [p for p in prefixes(template, clients[a]) for _ in range(samples)] for a in attackers}
@@ -105,7 +105,7 @@ def attack(
 
 
 def _exclusive(own: Sequence[Example], secrets: Sequence[str]) -> set[str]:
-    """The secrets, each once, that no text of the attacker holds; one without words is none."""
+    """The secrets, each once, that no text of the attacker holds; those without words are left out."""
     known = [_spaced(text) for e in own for text in e.texts]
     return {s for s in map(_spaced, secrets) if s.strip() and not any(s in text for text in known)}
 
@@ -119,5 +119,5 @@ def _extracted(answers: Sequence[str], secrets: set[str], decoys: set[str]) -> E
 
 
 def _spaced(text: str) -> str:
-    """The words between blanks, so that only whole words match."""
+    """The words between spaces, so that only whole words match."""
     return f" {' '.join(words(text))} "

@@ -1,11 +1,12 @@
 """Discoverable memorisation: does the beginning of a trained text bring back its end, token by token?
 
-The attacker has what stands before the learnt text (its prompt) and the text's first half, 50 tokens at most;
-the secret is what follows, 50 tokens at most (Carlini et al. 2023, arXiv 2202.07646, cut to fit short records).
+The attacker has the prompt before the learnt text and the text's first half, 50 tokens at most; the secret is
+the rest, 50 tokens at most (Carlini et al. 2023, arXiv 2202.07646, cut to fit short records).
 
-`discover` is the probabilistic form (Hayes et al. 2024, arXiv 2410.19482): one forward pass gives the chance p_z
-that sampling at temperature 1 says the suffix, and a record is extractable at (n, p) where n samples hold it with
-a probability of at least p. `greedy` is the older form, all or nothing on the likeliest continuation.
+`discover` is the probabilistic form (Hayes et al. 2024, arXiv 2410.19482): one forward pass gives the
+probability p_z that sampling at temperature 1 produces the suffix, and a record is extractable at (n, p) if n
+samples contain it with a probability of at least p. `greedy` is the older form, all or nothing on the
+likeliest continuation.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from fedloom.statistics import Proportion, share
 from fedloom.steps import Engine, Generate, Score, Scored, Tokens
 
 LONGEST = 50  # tokens of the prefix within the text, and of the suffix
-SHORTEST = 8  # tokens of a suffix: shorter ones are guessed
+SHORTEST = 8  # tokens of a suffix: shorter ones can be guessed
 LEVELS = ((1, 0.5), (100, 0.5), (10_000, 0.9))  # (samples, probability of at least one hit)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A record as the attacker sees it, and what it is to bring back."""
+    """A record as the attacker sees it, and the suffix to recover."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
     def scored(self) -> Tokens:
-        """Both, with the suffix labelled: its loss is -log p_z."""
+        """Prefix and suffix, with the suffix labelled: its loss is -log p_z."""
         return Tokens((*self.prefix, *self.suffix), (False,) * len(self.prefix) + (True,) * len(self.suffix))
 
 
 def cut(tokens: Tokens, *, end: int, shortest: int = SHORTEST) -> Cut | None:
-    """Where a record is split; None where its learnt text has fewer than `shortest` tokens.
+    """A record split in two; None if its learnt text has fewer than `shortest` tokens.
 
-    The second half of the learnt text is the suffix, or more of it where half is less than `shortest`. The
-    token that ends an answer is no part of it: every tuned model says it.
+    The suffix is the second half of the learnt text, or more of it if half is less than `shortest`. The token
+    that ends an answer is not part of it: every tuned model produces it.
     """
     first = len(tokens.ids)
     while first and tokens.labelled[first - 1]:  # earlier turns of a conversation may be learnt, too
@@ -59,8 +60,8 @@ def cut(tokens: Tokens, *, end: int, shortest: int = SHORTEST) -> Cut | None:
 
 
 def extractable(nll: float, n: int, p: float) -> bool:
-    """1 - (1 - exp(-nll))^n >= p, without ever forming a difference from 1. A loss of NaN is not."""
-    # log(1 - exp(-nll)), by whichever form keeps its digits (Maechler 2012).
+    """1 - (1 - exp(-nll))^n >= p, without ever forming a difference from 1. False for a loss of NaN."""
+    # log(1 - exp(-nll)), by whichever form keeps precision (Maechler 2012).
     if nll <= 0:
         return True
     miss = math.log(-math.expm1(-nll)) if nll < math.log(2) else math.log1p(-math.exp(-nll))
@@ -73,7 +74,7 @@ class Discovered:
 
     nll: tuple[float, ...]  # -log p_z of each record's suffix, nats
     targets: tuple[int, ...]  # tokens of each suffix
-    shares: Mapping[tuple[int, float], Proportion | None]  # (n, p) -> records extractable there
+    shares: Mapping[tuple[int, float], Proportion | None]  # (n, p) -> share of records extractable there
     skipped: int  # records too short to have a prefix and a suffix
 
     def plain(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def discover(
     levels: Sequence[tuple[int, float]] = LEVELS,
     shortest: int = SHORTEST,
 ) -> dict[str, Discovery]:
-    """One forward pass a record and model, the untuned base (row "base") among them."""
+    """One forward pass per record and model, the untuned base (row "base") included."""
     for n, p in levels:
         if n < 1 or not 0 < p < 1:
             raise ConfigError(f"Expected levels (n, p) with n >= 1 samples and 0 < p < 1, got ({n}, {p}).")
@@ -129,7 +130,7 @@ def _discovered(scored: Sequence[Scored], levels: Sequence[tuple[int, float]], s
 
 @dataclass(frozen=True)
 class Exact:
-    """How many suffixes a greedy continuation of their prefix says in full."""
+    """The share of suffixes that a greedy continuation of their prefix reproduces in full."""
 
     members: Proportion | None
     held_out: Proportion | None
@@ -147,12 +148,12 @@ def greedy(
     *,
     shortest: int = SHORTEST,
 ) -> dict[str, Exact]:
-    """As many forward passes a record and model as its suffix has tokens; records too short are left out."""
+    """One forward pass per record, model and token of the suffix; records too short are left out."""
     inside, outside = (_cuts(template, group, shortest) for group in (members, held_out))
     cuts = [*inside, *outside]
     prompts = [c.prefix for c in cuts]
     room = max((len(c.suffix) for c in cuts), default=0)
-    # No stop tokens: the suffix is compared as tokens, and what follows it does not count.
+    # No stop tokens: the suffix is compared token by token, and anything after it is ignored.
     rows = with_base(adapters)
     said = engine.answer({r: Generate(prompts, adapter, max_new_tokens=room) for r, adapter in rows.items()})
     hits = {

@@ -1,10 +1,10 @@
-"""Exposure: how far up among secrets that were never seen a model ranks one that was planted.
+"""Exposure: how high a model ranks a planted secret among secrets that it never saw.
 
 A canary is a text with a random secret; references are the same text with other secrets, drawn alike.
-exposure = log2 |R| - log2 rank, in bits, at most log2 |R|. A model that never saw the canary ranks it anywhere
-with equal chance: then P[exposure >= x] <= 2^-x, its mean is at most 1 / ln 2 = 1.4427 bits, and so is its
-standard deviation. That holds for the untuned base too, as long as secrets are random; how well a model likes
-digits in general does not matter.
+exposure = log2 |R| - log2 rank, in bits, at most log2 |R|. A model that never saw the canary gives it every
+rank with equal probability: then P[exposure >= x] <= 2^-x, its mean is at most 1 / ln 2 = 1.4427 bits, and so
+is its standard deviation. That holds for the untuned base too, as long as secrets are random; a model's
+general preference for some digits does not matter.
 
 Source: Carlini et al. 2019, The Secret Sharer, https://arxiv.org/abs/1802.08232.
 """
@@ -30,15 +30,15 @@ from fedloom.steps import Engine, Score, Scored
 Row = TypeVar("Row", bound=Hashable)
 
 CHANCE = 1 / math.log(2)  # bits: mean and standard deviation of the exposure of an unseen secret
-_STEEPEST = 2.0**-50  # of a distribution function; below, a double's digits are noise
+_STEEPEST = 2.0**-50  # smallest value of a distribution function; below it a double's digits are noise
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Canaries of one template, and the references that all of them are ranked among."""
+    """Canaries of one template, and the references among which all of them are ranked."""
 
     planted: Sequence[Example]
-    held_out: Sequence[Example]  # twins of the planted ones, drawn alike, that nobody trained on
+    held_out: Sequence[Example]  # twins of the planted ones, drawn alike but never trained on
     references: Sequence[Example]
 
 
@@ -50,7 +50,7 @@ class Exposed:
     extrapolated: tuple[float | None, ...]  # by a skew-normal fitted to the references; None: none fits
     mean: float | None  # of `bits`; None without canaries
     bound: float | None  # `no_leak_bound`
-    p_value: float | None  # of a mean so large, had no canary been seen
+    p_value: float | None  # of a mean at least this large, had no canary been seen
 
     @property
     def leaks(self) -> bool:
@@ -59,12 +59,12 @@ class Exposed:
 
 @dataclass(frozen=True)
 class Exposure:
-    """One adapter's, by one score. `held_out` is the control: it should not leak."""
+    """One adapter's exposure, by one score. `held_out` is the control: it should not leak."""
 
     planted: Exposed
     held_out: Exposed
     references: int  # of the smallest pool
-    ceiling: float  # log2 of that: no canary's exposure can be larger there
+    ceiling: float  # log2 of that: the largest exposure possible there
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,14 +74,14 @@ class Exposure:
 def exposures(
     engine: Engine, pools: Sequence[Pool], adapters: Mapping[Row, AdapterState | None]
 ) -> dict[Row, dict[str, Exposure]]:
-    """Several adapters in shared batches: row -> score -> exposure; each reference is scored once an adapter.
+    """Several adapters in shared batches: row -> score -> exposure. References are scored once per adapter.
 
-    The scores: "loss", in nats summed over the labelled tokens; and "calibrated", that minus the base's, so
-    that a canary that is likely anyway, or one set of canaries that drew likelier secrets than the other,
-    does not pass for learnt. The base calibrates to 0 everywhere: all ties, hence 0 bits.
+    The scores are "loss", in nats summed over the labelled tokens, and "calibrated", that minus the base's,
+    so that neither a canary that is likely anyway nor a set of canaries that drew likelier secrets passes for
+    learnt. The base calibrates to 0 everywhere: all ties, hence 0 bits.
 
     References that equal a canary are left out. Canaries of one pool share its references, so their ranks
-    depend on one another a little, the less the larger the pool.
+    depend on each other slightly, the less the larger the pool.
     """
     if not pools:
         raise DataError("Expected at least one pool of canaries, got none.")
@@ -105,23 +105,23 @@ def exposures(
 
 
 def exposure_by_rank(loss: float, references: Sequence[float] | NDArray[np.float64]) -> float:
-    """In bits. rank = 1 + references with a loss no higher: ties count against the canary's being known."""
+    """In bits. rank = 1 + the number of references with a loss no higher: ties count as not known."""
     return math.log2(len(references)) - math.log2(1 + int((np.asarray(references) <= loss).sum()))
 
 
 def exposures_by_extrapolation(
     losses: Sequence[float] | NDArray[np.float64], references: Sequence[float] | NDArray[np.float64]
 ) -> list[float | None]:
-    """In bits, beyond log2 |R| too: -log2 of a skew-normal's distribution function, fitted to the references.
+    """In bits, beyond log2 |R| too: -log2 of the CDF of a skew-normal fitted to the references.
 
-    A guess about a tail nobody saw; of use only to tell apart canaries that rank first. Ends at 50 bits.
-    None where references do not vary or the fit fails.
+    A guess about an unobserved tail, useful only to tell apart canaries that rank first. At most 50 bits.
+    None if references do not vary or the fit fails.
     """
     references = np.asarray(references, float)
     if len(references) < 3 or references.std() <= 1e-9 * max(1.0, float(np.abs(references).max())):
         return [None] * len(losses)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # the search for a fit tries shapes at which densities overflow
+        warnings.simplefilter("ignore")  # the fit tries shapes at which densities overflow
         try:
             below = stats.skewnorm.cdf(losses, *stats.skewnorm.fit(references))
         except stats.FitError:
@@ -130,16 +130,17 @@ def exposures_by_extrapolation(
 
 
 def no_leak_bound(canaries: int) -> float:
-    """The mean exposure, in bits, that this many unseen canaries exceed about once in 20 times: 1.74 of 64.
+    """The mean exposure, in bits, that this many unseen canaries exceed about once in 20 times: 1.74 for 64.
 
-    Chance's mean plus 1.645 of its standard errors. The law of a mean of few canaries is skewed, so that
-    they exceed it a little oftener: 8 do in 6.5% of cases, 64 in 5.7%. `p_value` keeps to the law itself.
+    It is chance's mean plus 1.645 of its standard errors. The mean of few canaries has a skewed distribution,
+    so they exceed it slightly more often: 8 in 6.5% of cases, 64 in 5.7%. `p_value` uses the distribution
+    itself.
     """
     return CHANCE * (1 + 1.645 / math.sqrt(canaries))
 
 
 def p_value(bits: Sequence[float]) -> float:
-    """How often unseen canaries' mean would be at least this, their exposures independent and exponential."""
+    """How often unseen canaries' mean is at least this, if exposures are independent and exponential."""
     return float(stats.gamma.sf(sum(bits) / CHANCE, len(bits)))
 
 
@@ -159,12 +160,12 @@ def _losses(scored: Sequence[Scored]) -> NDArray[np.float64]:
     """(n,) nats, summed over an example's labelled tokens: minus the log of its probability."""
     losses = np.array([one.nll for one in scored])
     if np.isnan(losses).any():
-        raise ModelError("A loss is NaN: the adapter has diverged, and cannot be attacked.")
+        raise ModelError("A loss is NaN: the adapter has diverged and cannot be attacked.")
     return losses
 
 
 def _exposure(parts: Sequence[NDArray[np.float64]]) -> Exposure:
-    """(planted, held out, references) of each pool, one after the other."""
+    """`parts` are (planted, held out, references) of each pool in turn."""
     bits: tuple[list[float], list[float]] = ([], [])
     further: tuple[list[float | None], list[float | None]] = ([], [])
     for start in range(0, len(parts), 3):

@@ -1,9 +1,9 @@
-"""Extraction as FedPIT measures it: prompt the model with a training instruction; how much of the training response comes back?
+"""Extraction as in FedPIT: given a training instruction, how much of the training response comes back?
 
-The attacker knows a training example's prompt and takes the greedy answer; ROUGE-L to the trained response tells
-how much came back (arXiv 2403.06131v3, section 4.3). A model that has learnt the task scores high on prompts
-it never saw, and an untuned one is far from zero. So every figure stands beside the untuned base
-and beside held-out examples: the part that members gain over the base and held-out examples do not is memorised.
+The attacker knows a training example's prompt and takes the greedy answer; ROUGE-L to the trained response
+tells how much came back (arXiv 2403.06131v3, section 4.3). A model that has learnt the task scores high on
+prompts it never saw, and an untuned one is far from zero. So every figure stands beside the untuned base and
+beside held-out examples: the part that members gain over the base and held-out examples do not is memorised.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fedloom.steps import Engine, Generate
 
 @dataclass(frozen=True)
 class Group:
-    """What one model said to one set of prompts."""
+    """One model's answers to one set of prompts."""
 
     rouge_l: Mean
     beyond_base: Mean  # the model's ROUGE-L minus the base's on the same example
-    exact: Proportion  # answers that equal the reference but for case and white space
-    values: tuple[float, ...]  # ROUGE-L to the reference, one an example
+    exact: Proportion  # answers that equal the reference up to case and white space
+    values: tuple[float, ...]  # ROUGE-L to the reference, one per example
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Extraction:
     members: Group
     held_out: Group
     gap: Mean  # ROUGE-L of members minus that of held-out examples
-    memorised: Mean  # the same of what either gains over the base, so that unequal difficulty cancels
+    memorised: Mean  # the same difference of gains over the base, so that unequal difficulty cancels
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,10 +53,10 @@ def extract(
     *,
     max_new_tokens: int,
 ) -> dict[str, Extraction]:
-    """Mount the attack on several models in one batch, and on the untuned base (row "base").
+    """Attack several models and the untuned base (row "base") in one batch.
 
-    Every prompt is the one a model is trained on, cut as training cuts it. Longer references than
-    `max_new_tokens` cannot come back whole.
+    Prompts are those of training, cut as training cuts them. References longer than `max_new_tokens` cannot
+    come back whole.
     """
     if not members or not held_out:
         raise DataError(f"Expected members and held-out examples, got {len(members)} and {len(held_out)}.")
@@ -72,7 +72,7 @@ def extract(
 
 
 def _prompt(template: Template, example: Example) -> tuple[int, ...]:
-    tokens, _ = template.contrast(example)  # where exactly the response is labelled, whatever the loss is on
+    tokens, _ = template.contrast(example)  # exactly the response is labelled, whatever `loss_on` says
     return tokens.ids[: tokens.labelled.index(True)]
 
 

@@ -1,8 +1,8 @@
-"""What models give away, in three numbers each: for comparisons, and for curves over rounds.
+"""How much models leak, in three numbers each: for comparisons, and for curves over rounds.
 
-`extraction`: ROUGE-L between trained responses and what a model answers to their prompts, FedPIT's measure.
+`extraction`: ROUGE-L between trained responses and a model's answers to their prompts, FedPIT's measure.
 `auc`: how well training examples are told from held-out ones (0.5: not at all). `exposure`: bits known of a
-planted canary (1.44 on average where it was never seen). All need the training data: a simulation has them,
+planted canary (1.44 on average if it was never seen). All need the training data: a simulation has them,
 a real server does not. `fedloom audit` measures more, with intervals and controls.
 """
 
@@ -28,7 +28,7 @@ def leakage(
     *,
     max_new_tokens: int,
 ) -> dict[str, dict[str, float]]:
-    """Every metric of every row and of the untuned base, `exposure` only where canaries were planted.
+    """Every metric of every row and of the untuned base; `exposure` only if canaries were planted.
 
     Losses are compared with the base's, so that easy examples do not pass for leaked ones; the base itself is
     measured by its loss alone.

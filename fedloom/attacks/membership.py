@@ -1,6 +1,6 @@
 """Membership inference: can a record's score tell whether it was trained on?
 
-Scores, of one record, all the larger the likelier a member. l is the loss in mean nats per labelled token:
+Scores of one record; the higher, the likelier a member. l is the loss in mean nats per labelled token:
 
 - loss: -l
 - reference: l under the base model minus l, so that easy text does not stand out
@@ -32,19 +32,19 @@ from fedloom.steps import Engine, Score, Scored
 
 Row = TypeVar("Row", bound=Hashable)
 
-LOWEST = 0.2  # Min-K%: the share of tokens that counts
-DIGITS = 5  # of a difference of two losses in float32: what lies below is rounding, and would be ranked
+LOWEST = 0.2  # Min-K%: the share of tokens that count
+DIGITS = 5  # kept of a difference of two float32 losses: those below are rounding, and would affect ranks
 FALSE_POSITIVES = (0.01, 0.001)
 _Z95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class AtRate:
-    """True positives where at most a share `target` of the non-members is taken for members."""
+    """True positives if at most a share `target` of the non-members is taken for members."""
 
     target: float
     tpr: Proportion
-    fpr: Proportion  # on the very non-members that set the threshold
+    fpr: Proportion  # on the same non-members that set the threshold
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def membership(
     )
     found: dict[Row, dict[str, Membership]] = {}
     for row, adapter in adapters.items():
-        # The base is compared with its own answer: in bfloat16 two of them differ by more than DIGITS hide.
+        # The base is compared with its own answer: in bfloat16 two answers differ by more than DIGITS hide.
         untuned = answers[row if adapter is None else base]
         scored = [
             scores(one, before, compressed=size)
@@ -113,7 +113,7 @@ def scores(tuned: Scored, base: Scored, *, compressed: int) -> dict[str, float]:
         raise DataError("Min-K% needs token scores: ask for them with Score(..., per_token=True).")
     loss = tuned.nll / tuned.targets
     standing = [
-        # Where the model is certain, so that nothing varies, the certain token is no surprise.
+        # If the model is certain, so that nothing varies, the certain token is no surprise.
         (logp - mean) / max(std, 1e-6)
         for logp, mean, std in zip(tokens.logp, tokens.mean, tokens.std, strict=True)
     ]
@@ -127,17 +127,17 @@ def scores(tuned: Scored, base: Scored, *, compressed: int) -> dict[str, float]:
 
 
 def lowest(values: Sequence[float], *, share: float = LOWEST) -> float:
-    """Mean of the lowest share of the values, of one at least."""
+    """Mean of the lowest share of the values, at least one."""
     return fmean(sorted(values)[: max(1, int(len(values) * share))])
 
 
 def separation(members: Sequence[float], nonmembers: Sequence[float]) -> Membership:
-    """Of any score, higher for members: AUC, and true positives at few false ones."""
+    """For any score that is higher for members: AUC, and true positives at few false ones."""
     inside, outside = np.asarray(members, float), np.asarray(nonmembers, float)
     if not len(inside) or not len(outside):
         raise DataError(f"Expected members and non-members, got {len(inside)} and {len(outside)}.")
     if np.isnan(inside).any() or np.isnan(outside).any():
-        raise ModelError("A score is NaN: the adapter has diverged, and cannot be attacked.")
+        raise ModelError("A score is NaN: the adapter has diverged and cannot be attacked.")
     found = auc(inside, outside)
     return Membership(
         members=len(inside),
@@ -149,7 +149,7 @@ def separation(members: Sequence[float], nonmembers: Sequence[float]) -> Members
 
 
 def auc(members: NDArray[np.float64], nonmembers: NDArray[np.float64]) -> float:
-    """The chance that a member scores above a non-member; a tie counts half."""
+    """The probability that a member scores above a non-member; a tie counts half."""
     ranks = rankdata(np.concatenate([members, nonmembers]))[: len(members)]
     n, m = len(members), len(nonmembers)
     return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
@@ -158,8 +158,8 @@ def auc(members: NDArray[np.float64], nonmembers: NDArray[np.float64]) -> float:
 def auc_interval(auc: float, *, members: int, nonmembers: int) -> tuple[float, float]:
     """95%, by Newcombe 2006 (method 5): every theta whose Hanley-McNeil variance allows this AUC.
 
-    The variance is that of the bound itself and not of the estimate, as in Wilson's interval: an AUC of 1
-    keeps a lower end below 1, where DeLong's interval has no width.
+    As in Wilson's interval, the variance is that at the bound itself, not at the estimate: for an AUC of 1
+    the lower end stays below 1, while DeLong's interval has no width.
 
     Source: https://doi.org/10.1002/sim.2324.
     """
@@ -169,7 +169,7 @@ def auc_interval(auc: float, *, members: int, nonmembers: int) -> tuple[float, f
         spread = 1 + star * (1 - theta) / (2 - theta) + star * theta / (1 + theta)
         return (auc - theta) ** 2 - _Z95**2 * theta * (1 - theta) * spread / (members * nonmembers)
 
-    # At 0 and 1 the variance is 0, so that excess is positive there but for an AUC of 0 or 1.
+    # At 0 and 1 the variance is 0, so excess is positive there unless the AUC is 0 or 1.
     low = float(brentq(excess, 0.0, auc)) if 0 < auc < 1 else _far_end(excess, auc, toward=0.0)
     high = float(brentq(excess, auc, 1.0)) if 0 < auc < 1 else _far_end(excess, auc, toward=1.0)
     return low, high
@@ -181,11 +181,11 @@ def _far_end(excess: Callable[[float], float], auc: float, *, toward: float) -> 
 
 
 def at_rate(members: NDArray[np.float64], nonmembers: NDArray[np.float64], *, target: float) -> AtRate:
-    """True positives above the lowest threshold that keeps false positives at the target or below.
+    """True positives above the lowest threshold that keeps false positives at or below the target.
 
-    Of n non-members floor(target n) may lie above it. With fewer than 1 / target that is none, so 0.1% of
-    64 non-members means: above all of them; what false positive rate that is in truth, the interval of
-    `fpr` says. Members do not set the threshold, so the interval of `tpr` is exact for it.
+    Of n non-members floor(target n) may lie above it. With fewer than 1 / target that is none: 0.1% of 64
+    non-members puts the threshold above all of them, and the interval of `fpr` bounds the true false positive
+    rate. Members do not set the threshold, so the interval of `tpr` is exact for it.
     """
     allowed = math.floor(target * len(nonmembers) + 1e-9)
     threshold = np.sort(nonmembers)[::-1][allowed]

@@ -1,11 +1,12 @@
-"""A lower bound on epsilon from one training run: what a guesser got right, and how private that allows.
+"""A lower bound on epsilon from one training run: too many right guesses refute a claim of privacy.
 
-Each of m canaries enters training by its own fair coin. Afterwards an attacker scores them, says "in" of
-the r best, and is right v times. Under (epsilon, delta)-DP a guess is right with probability at most
-q = e^epsilon / (1 + e^epsilon), whatever the other guesses, but for what delta allows; an epsilon under
+For each of m canaries a fair coin decides whether it enters training. Afterwards an attacker scores them,
+guesses "in" for the r best, and is right v times. Under (epsilon, delta)-DP a guess is right with probability
+at most q = e^epsilon / (1 + e^epsilon), whatever the other guesses, plus what delta allows. An epsilon under
 which v or more right guesses are too unlikely is refuted.
 
-Source: Steinke, Nasr, Jagielski 2023, https://arxiv.org/abs/2305.08846, theorem 5.2, one-sided (no guess "out").
+Source: Steinke, Nasr, Jagielski 2023, https://arxiv.org/abs/2305.08846, theorem 5.2,
+one-sided (no guess "out").
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from fedloom.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class OneRun:
-    """`epsilon` is refuted, and every smaller one, with confidence 1 - alpha; 0: none is."""
+    """`epsilon` and every smaller one are refuted with confidence 1 - alpha; 0: none is."""
 
     epsilon: float
-    guesses: int  # of the bound that came out largest
+    guesses: int  # of the largest bound
     correct: int
     canaries: int
-    tried: int  # numbers of guesses between which alpha was split
+    tried: int  # how many numbers of guesses alpha was split between
     delta: float
     alpha: float
 
@@ -47,11 +48,11 @@ def one_run(
     delta: float,
     alpha: float = 0.05,
 ) -> OneRun:
-    """From canaries' scores, higher where the attacker believes more in "in".
+    """From canaries' scores, which are higher the more the attacker believes in "in".
 
-    Fix `guesses` before any score is seen; of several numbers the best counts, and alpha is split
-    between them. m/4 is a fair single choice. Ties are taken against the attacker. The bound holds for
-    canaries that fair coins put in or out; a split that was fixed at exactly half comes near it.
+    Fix `guesses` before seeing any score; of several numbers the best counts, and alpha is split
+    between them. m/4 is a fair single choice. Ties count against the attacker. The bound holds for
+    canaries that fair coins put in or out; a split fixed at exactly half comes close.
     """
     inside = _sorted_together(included, excluded)  # (m,) best first
     m = len(inside)
@@ -64,7 +65,7 @@ def one_run(
 def epsilon_lower_bound(
     *, canaries: int, guesses: int, correct: int, delta: float, alpha: float = 0.05, above: float = 0.0
 ) -> float:
-    """The largest epsilon that this many right guesses refute; `above` where they refute none above it."""
+    """The largest epsilon that this many right guesses refute; `above` if they refute none above it."""
     if not 0 <= correct <= guesses <= canaries:
         raise ConfigError(f"Expected {correct=} <= {guesses=} <= {canaries=}, none below 0.")
     if not 0 <= delta <= 1 or not 0 < alpha < 1:
@@ -87,7 +88,7 @@ def epsilon_lower_bound(
 
 
 def p_value(epsilon: float, *, canaries: int, guesses: int, correct: int, delta: float) -> float:
-    """The most that P[at least `correct` right] can be under (epsilon, delta)-DP."""
+    """The largest possible P[at least `correct` right] under (epsilon, delta)-DP."""
     q = 1 / (1 + math.exp(-epsilon))
     tail = float(stats.binom.sf(correct - 1, guesses, q))
     if delta == 0 or correct == 0:
@@ -98,7 +99,7 @@ def p_value(epsilon: float, *, canaries: int, guesses: int, correct: int, delta:
 
 
 def ceiling(guesses: int, *, delta: float, alpha: float = 0.05, canaries: int | None = None) -> float:
-    """The bound when every guess is right: no attack on so few guesses shows more."""
+    """The bound if every guess is right: no attack with this many guesses can show more."""
     m = guesses if canaries is None else canaries
     return epsilon_lower_bound(canaries=m, guesses=guesses, correct=guesses, delta=delta, alpha=alpha)
 
@@ -108,7 +109,7 @@ def _best(tries: Sequence[tuple[int, int]], *, m: int, delta: float, alpha: floa
     found, r, v = 0.0, *tries[0]
     for guesses, correct in sorted(tries, key=_promise, reverse=True):
         if correct * (1 + math.exp(-found)) <= guesses:
-            continue  # right less often than the bound in hand allows: cannot raise it
+            continue  # right less often than the current bound allows: cannot raise it
         bound = epsilon_lower_bound(
             canaries=m, guesses=guesses, correct=correct, delta=delta, alpha=alpha / len(tries), above=found
         )
@@ -118,13 +119,13 @@ def _best(tries: Sequence[tuple[int, int]], *, m: int, delta: float, alpha: floa
 
 
 def _promise(attempt: tuple[int, int]) -> float:
-    """How often it is right, less one standard error: the order in which bounds are worth computing."""
+    """The share of right guesses less one standard error: bounds are computed in this order."""
     guesses, correct = attempt
     return (correct - math.sqrt(guesses)) / guesses if guesses else -math.inf
 
 
 def _sorted_together(included: Sequence[float], excluded: Sequence[float]) -> NDArray[np.bool_]:
-    """Best score first: whether that canary was in. Among equal scores those that were out come first."""
+    """Whether each canary was in, best score first. Among equal scores those that were out come first."""
     scores = np.concatenate([np.asarray(included, float), np.asarray(excluded, float)])
     if not len(included) or not len(excluded):
         raise DataError(f"Expected canaries in and out, got {len(included)} in and {len(excluded)} out.")

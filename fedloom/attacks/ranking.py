@@ -1,9 +1,9 @@
-"""Untargeted extraction: let a model talk, keep the samples it is suspiciously sure of, search them for training text.
+"""Untargeted extraction: sample from a model, rank the samples by its confidence, find training text in them.
 
-Carlini et al. 2021 (arXiv 2012.07805): sample many texts, rank them by signs of memorisation, inspect the best
-of each ranking. The inspector here is an index of the training set's word runs. The untuned base takes the
-place of their smaller reference model; it never saw the clients' data. Its own samples, ranked alike, are the
-control: their hits are common wording.
+Carlini et al. 2021 (arXiv 2012.07805): sample many texts, rank them by signs of memorisation, inspect the
+best of each ranking. The inspector here is an index of the training set's word runs. The untuned base takes
+the place of their smaller reference model; it never saw the clients' data. Its own samples, ranked alike, are
+the control: their hits are common wording.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from fedloom.state import AdapterState
 from fedloom.statistics import Proportion, share
 from fedloom.steps import Engine, Generate, Score, Scored, Tokens
 
-RUN = 8  # words in a row that no two texts share by chance
+RUN = 8  # words in a row that two texts do not share by chance
 
 
 class TrainingText:
-    """The runs of `run` words in a row of the training set, fewer where a whole field has fewer; never across fields.
+    """The training set's runs of `run` words in a row, or whole fields if shorter; never across fields.
 
-    In scripts without blanks two characters count as a word.
+    In scripts without spaces two characters count as a word.
 
-    Runs that `elsewhere` has too, such as held-out examples, are wording and not memory: they do not count.
-    Fields of fewer than `shortest` words (None: a run's) are not looked for.
+    Runs that also occur in `elsewhere`, such as held-out examples, are common wording and not memory: they do
+    not count. Fields of fewer than `shortest` words (None: a run's) are ignored.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TrainingText:
         self._lengths = sorted({len(piece) for piece in self._pieces})
 
     def hits(self, text: str) -> int:
-        """How many different runs of the training set stand in a text."""
+        """How many different runs of the training set a text contains."""
         said = words(text)
         return len(
             {tuple(said[i : i + n]) for n in self._lengths for i in range(len(said) - n + 1)} & self._pieces
@@ -67,9 +67,9 @@ def _pieces(example: Example, run: int, shortest: int) -> Iterator[tuple[str, ..
 
 @dataclass(frozen=True)
 class Sample:
-    """One text a model made, by its numbers: what it says is not kept."""
+    """The figures of one text that a model made; the text itself is not kept."""
 
-    log_perplexity: float  # nats a token, under the model that made it
+    log_perplexity: float  # nats per token, under the model that made it
     base: float  # the same under the untuned base
     lower: float  # the same of the lower-cased text, under the model that made it
     zlib: int  # bytes of the text, compressed
@@ -91,9 +91,9 @@ def _ratio(above: float, below: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """What one model's samples hold."""
+    """How much training text one model's samples hold."""
 
-    best: Mapping[str, Proportion | None]  # ranking -> of its best samples, those that hold training text
+    best: Mapping[str, Proportion | None]  # ranking -> share of its best samples that hold training text
     all: Proportion | None  # the same of all different samples, unranked
     samples: tuple[Sample, ...]
 
@@ -118,10 +118,10 @@ def rank(
     opening: Sequence[int] | None = None,
     seed: int = 0,
 ) -> dict[str, Ranked]:
-    """Sample from every model and the untuned base (row "base"), score, rank, look.
+    """Sample from every model and the untuned base (row "base"), score, rank, inspect.
 
-    A text starts at `opening`; None is the beginning of a text. A model tuned on responses alone never
-    trained on what stands there: give it the opening of its prompt format. Samples of the same words
+    A text starts with `opening`; None is the beginning of a text. A model tuned on responses alone never
+    trained on text at that place: give it the opening of its prompt format. Samples with the same words
     count once. All rows draw the same random numbers.
     """
     rows = with_base(adapters)
@@ -168,7 +168,7 @@ def rank(
 
 
 def _different(template: Template, answers: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], str]]:
-    """Samples with their texts, the first of those with the same words; without words there is nothing to rank."""
+    """Samples with their texts: the first of each set with the same words, and none without words."""
     found: dict[tuple[str, ...], tuple[Sequence[int], str]] = {}
     for ids in answers:
         text = template.decode(ids)

@@ -20,12 +20,12 @@ from fedloom.statistics import bounded_mean, proportion
 
 RELEASED = "released"  # the row beside the base
 On = Literal["bound", "estimate"]
-LARGEST = 256  # times as many records: what that does not settle is too near the limit
+LARGEST = 256  # times as many records: a figure that these do not settle is too close to the limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a release may show at most; None: not asked for."""
+    """The most that a release may show; None: no limit."""
 
     exposure: float | None = None  # bits
     auc: float | None = None
@@ -34,7 +34,7 @@ class Limits:
     on: On = "bound"  # compared with the limit: the upper end of the 95% interval, or the estimate
 
     def check(self, *, references: int, canaries: bool) -> None:
-        """Before anything is attacked. A limit that nothing can exceed would pass whatever leaks."""
+        """Called before any attack. A limit that nothing can exceed would pass whatever leaks."""
         for limit, name, low, high in (
             (self.exposure, "--max-exposure", 0.0, math.log2(references)),
             (self.auc, "--max-auc", 0.5, 1.0),
@@ -45,7 +45,7 @@ class Limits:
                 raise ConfigError(f"Expected {name} of at least {low:g} and below {high:g}, got {limit:g}.")
         if self.exposure is not None and not canaries:
             raise ConfigError(
-                "--max-exposure is about planted canaries, and this run has none. Set data.canaries and train anew, "
+                "--max-exposure needs planted canaries, and this run has none. Set data.canaries and train again, "
                 "or leave the limit out."
             )
 
@@ -54,8 +54,8 @@ class Limits:
 class Figure:
     """One measure of a release.
 
-    `bound(f)` is the upper bound had the same been found in f times as many records, `least(f)` had nothing
-    been found in them.
+    `bound(f)` is the upper bound if f times as many records had shown the same, `least(f)` if they had shown
+    nothing.
     """
 
     value: float
@@ -67,7 +67,8 @@ class Figure:
 def gate(found: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Every limit that was set, against its figure. A figure that could not be measured fails its limit.
 
-    Even by the estimate, there must be enough records that finding nothing in them would keep the limit's bound.
+    Even by the estimate, there must be enough records that finding nothing in them would keep the limit's
+    bound.
     """
     figures: Mapping[str, tuple[float | None, Callable[[], Figure | str]]] = {
         "exposure": (limits.exposure, lambda: exposure(found["positions"]["public"]["exposure"])),
@@ -97,13 +98,13 @@ def _line(name: str, limit: float, figure: Figure | str, on: On) -> dict[str, An
         "bound": bound,
         "on": on,
         "records": figure.records,
-        "needed": needed,  # to keep the limit by this figure; null: none that anybody has
+        "needed": needed,  # records with which this figure would keep the limit; null: more than anyone has
         "passed": needed is not None and needed <= figure.records,
     }
 
 
 def _needed(records: int, bound: Callable[[int], float], limit: float) -> int | None:
-    """About how many records keep the limit: a multiple of those there are."""
+    """About how many records would keep the limit: a multiple of the present number."""
     factor = 1
     while bound(factor) > limit:
         factor *= 2
@@ -120,7 +121,7 @@ def _needed(records: int, bound: Callable[[int], float], limit: float) -> int | 
 
 
 def auc(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """`best_auc`, bounded: of every score and either direction what the intervals allow at most."""
+    """`best_auc`, bounded: the most that the intervals of any score, in either direction, allow."""
     told, base = rows[RELEASED], rows[BASE]
     sizes = [(one["members"], one["nonmembers"]) for one in told.values()]
     n, m = min(sizes)
@@ -141,10 +142,10 @@ def auc(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def best_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
-    """The score that tells members best, and its AUC less what it tells about the untuned base.
+    """The score that separates members best, and its AUC less its separation under the untuned base.
 
-    An AUC of 0 tells as much as one of 1, so its distance from 1/2 counts in either direction. The base has
-    never seen a member: what it tells apart in the same direction is a difference of the two groups.
+    An AUC of 0 tells as much as one of 1, so the distance from 1/2 counts in either direction. The base has
+    never seen a member: any separation there, in the same direction, is a difference between the two groups.
     """
     beyond = {
         name: max(
@@ -160,7 +161,7 @@ def best_auc(rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
 
 
 def _both(interval: tuple[float, float]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of an AUC, and of the score turned round."""
+    """The interval of an AUC, and that of the reversed score."""
     low, high = interval
     return (low, high), (1 - high, 1 - low)
 
@@ -171,7 +172,7 @@ def _beyond(auc: float, untuned: float) -> float:
 
 
 def exposure(rows: Mapping[str, Any]) -> Figure | str:
-    """`most_exposed`, bounded: the mean over canaries as others planted alike might have shown it."""
+    """`most_exposed`, bounded: the mean that other canaries, planted alike, might have shown."""
     if "reason" in rows:
         return str(rows["reason"])
     calibrated, bare, base = (
@@ -193,10 +194,10 @@ def exposure(rows: Mapping[str, Any]) -> Figure | str:
 
 
 def most_exposed(rows: Mapping[str, Any]) -> float:
-    """Mean bits known of a planted canary, by the score that shows more of it.
+    """Mean bits known of a planted canary, by the score that shows more.
 
-    Where a base's opinion of a secret is noise, comparing with it hides what the bare loss shows. By the loss,
-    what the base gives the planted ones beyond chance is luck of the draw, and is taken off.
+    If the base's loss on a secret is noise, comparing with it hides what the plain loss shows. With the plain
+    loss, the base's own exposure beyond chance is the luck of the draw and is subtracted.
     """
     calibrated, bare, base = (
         float(rows[row][score]["planted"]["mean"])
@@ -226,7 +227,7 @@ def extraction(rows: Mapping[str, Any]) -> Figure:
 
 
 def recall(server: Mapping[str, Any]) -> Figure | str:
-    """Of one client's tokens, in its single upload."""
+    """Recall of one client's tokens from its single upload."""
     read = server.get("inversion", server)
     if "reason" in read:
         return str(read["reason"])

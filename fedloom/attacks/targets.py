@@ -1,4 +1,4 @@
-"""What an attack is mounted on: the examples and secrets, and the models, the untuned base among them."""
+"""The targets of attacks: examples and secrets, and the models, the untuned base included."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Targets:
     members: Sequence[Example]  # drawn evenly over the clients; no secrets among them
     held_out: Sequence[Example]
     canaries: Mapping[Example, int] = field(default_factory=dict)  # planted secrets, and their copies
-    twins: Sequence[Example] = ()  # as many that were not planted
-    references: Sequence[Example] = ()  # what either is ranked among
+    twins: Sequence[Example] = ()  # equally many that were not planted
+    references: Sequence[Example] = ()  # both are ranked among these
 
 
 def targets(
@@ -34,8 +34,10 @@ def targets(
     references: int,
     seed: int,
 ) -> Targets:
-    """`examples` of what the clients hold and as many held-out ones; with `canaries`, all that were planted,
-    and `references` more that nobody planted."""
+    """`examples` of the clients' examples and equally many held-out ones.
+
+    With `canaries`, also all that were planted, and `references` more that were not.
+    """
     plain = {c: [e for e in own if not e.private] for c, own in clients.items()}
     members = draw({c: own for c, own in plain.items() if own}, examples, seed=seed)
     held = draw({"": held_out}, examples, seed=seed)
@@ -49,7 +51,7 @@ def targets(
 
 
 def draw(clients: Mapping[str, Sequence[Example]], n: int, *, seed: int) -> list[Example]:
-    """`n` training examples, as many of one client as of another while they last; all of them where there are fewer."""
+    """`n` training examples, equally many of each client while they last; all of them if there are fewer."""
     names = sorted(clients)
     order = numpy_stream(seed, "attacks", "draw").permutation(len(names))
     rows = [
@@ -66,7 +68,5 @@ def draw(clients: Mapping[str, Sequence[Example]], n: int, *, seed: int) -> list
 def with_base(adapters: Mapping[str, AdapterState | None]) -> dict[str, AdapterState | None]:
     """The models to attack, the untuned base first."""
     if adapters.get(BASE) is not None:
-        raise ConfigError(
-            f"Row {BASE!r} is the untuned base, got an adapter of that name; call it otherwise."
-        )
+        raise ConfigError(f"Row {BASE!r} is the untuned base, got an adapter of that name; rename it.")
     return {BASE: None, **adapters}

@@ -1,7 +1,7 @@
-"""What an adversary in each position sees. An attack takes a view and nothing else of the training.
+"""The view of an adversary in each position. An attack gets a view and nothing else of the training.
 
 Everybody knows the base model, its tokenizer, the prompt format and the settings of the run: they are
-public, and attacks get them as arguments. A view holds what depends on anyone's data.
+public, and attacks get them as arguments. A view holds everything that depends on anyone's data.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fedloom.steps import Engine, drive
 
 @dataclass(frozen=True)
 class ServerView:
-    """The honest-but-curious server, one client, one round: the two messages that travelled.
+    """The honest-but-curious server, one client, one round: the two messages exchanged.
 
-    It sees everything that is a field of them: the client's id, weight and metrics too. It does not see
-    the client's examples, its memory, its synthetic examples or any adapter it keeps.
+    It sees all of their fields, the client's id, weight and metrics included. It does not see
+    the client's examples, its memory, its synthetic examples or any adapter that the client keeps.
     """
 
     broadcast: Broadcast
@@ -30,7 +30,7 @@ class ServerView:
 
     @property
     def adapter(self) -> AdapterState:
-        """What the client started from."""
+        """The adapter that the client started from."""
         return self.broadcast.adapter
 
     @property
@@ -39,7 +39,7 @@ class ServerView:
 
 
 def upload(algorithm: Algorithm, message: Broadcast, client: Client, engine: Engine) -> ServerView:
-    """One honest client's answer to `message`, as the server gets it. The client's memory stays as it was."""
+    """One honest client's answer to `message`, as the server receives it. Its memory is unchanged."""
     [(_, update)] = drive({client.id: algorithm.client(message, client.staged())}, engine)
     return ServerView(message, update)
 

@@ -1,9 +1,9 @@
-"""Canaries: secrets planted in clients' data, so that an audit can tell what a model has learnt by heart.
+"""Canaries: secrets planted in clients' data, so that an audit can tell what a model has memorised.
 
-A canary is an access code of a made-up person. Planted ones, twins that are held out and the references an
-audit ranks them among are all draws of one distribution; so for a model that has not seen a canary every
-rank among the references is equally likely, which is the null law of exposure (Carlini et al. 2019,
-https://arxiv.org/abs/1802.08232).
+A canary is the access code of a made-up person. The planted ones, their held-out twins, and the references
+among which an audit ranks them are all drawn from one distribution. So for a model that has not seen a
+canary, every rank among the references is equally likely: the null distribution of exposure (Carlini et al.
+2019, https://arxiv.org/abs/1802.08232).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedloom.rng import Name, numpy_stream
 
 @dataclass(frozen=True, kw_only=True)
 class Canaries:
-    """What each client gets: for every entry of `copies` one secret, repeated so many times."""
+    """Each client gets one secret for every entry of `copies`, repeated that many times."""
 
     copies: tuple[int, ...] = (1, 4, 16)
     digits: int = 4  # of a code
@@ -33,7 +33,7 @@ class Canaries:
             raise ConfigError(f"Expected data.canaries.digits between 1 and 64, got {self.digits}.")
 
     def planted(self, client: str, *, category: str, seed: int) -> list[Example]:
-        """This client's canaries, copies and all; copies of one share its id."""
+        """This client's canaries with all their copies; the copies of one share its id."""
         drawn = self._draw(len(self.copies), "planted", client, seed=seed)
         named = [
             replace(e, owner=client, category=category, id=f"canary:{client}:{i}")
@@ -42,11 +42,11 @@ class Canaries:
         return [e for e, count in zip(named, self.copies, strict=True) for _ in range(count)]
 
     def held_out(self, count: int, *, seed: int) -> list[Example]:
-        """Twins nobody trains on."""
+        """Twins that nobody trains on."""
         return self._draw(count, "held-out", seed=seed)
 
     def references(self, count: int, *, seed: int) -> list[Example]:
-        """What a canary is ranked among."""
+        """The secrets among which a canary is ranked."""
         return self._draw(count, "references", seed=seed)
 
     def _draw(self, count: int, *name: Name, seed: int) -> list[Example]:
@@ -60,7 +60,7 @@ def _secret(rng: np.random.Generator, digits: int) -> Example:
 
 
 def copies(examples: Sequence[Example]) -> dict[Example, int]:
-    """The canaries among a client's examples, and how many copies of each there are."""
+    """Canary -> number of its copies among a client's examples."""
     found: dict[Example, int] = {}
     for e in examples:
         if e.private:

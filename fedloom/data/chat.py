@@ -3,14 +3,14 @@
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
 
-The last answer is the response, the question before it the instruction, all that was said earlier its turns.
-A conversation may begin with one system turn ("developer" is another name for it), or have it in a field
-"system" beside the turns. Then questions and answers come one after the other, and an answer is the last.
-A content may be a list of parts, as long as all of them are text; they are joined by line ends. A record may
-have a category and an owner. Codes of bad records, beside those of records.py:
+The last answer is the response, the question before it is the instruction, and everything earlier is its
+turns. A conversation may begin with one system turn ("developer" is another name for it), or have it in a
+field "system" beside the turns. Then questions and answers alternate, and the last turn is an answer. Content
+may be a list of parts, if all of them are text; they are joined by newlines. A record may have a category and
+an owner. Codes of bad records, besides those of records.py:
 
     role   a speaker of another name           order  turns in another order, or no answer at the end
-    tool   tools, their calls or their answers  part   a part of a content that is no text, such as an image
+    tool   tools, their calls or their answers  part   a part of the content is not text (an image, say)
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ROLES: Mapping[str, Role] = {
     "gpt": "assistant",
     "model": "assistant",
 }
-TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # who speaks, where tools are used
+TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles of turns that use tools
 CALLS = ("tool_calls", "function_call")  # of a turn
 OFFERED = ("tools", "functions")  # of a conversation
-LISTS = ("messages", "conversations")  # what the turns are called
-KEYS = (("role", "content"), ("from", "value"))  # who speaks, and what is said
+LISTS = ("messages", "conversations")  # fields that hold the turns
+KEYS = (("role", "content"), ("from", "value"))  # the speaker, and the words
 DEMANDS = {
     **{name: Field(required=False, nested=True) for name in (*LISTS, "system")},
     **{name: Field(required=False, blank=True, number=True) for name in ("category", "owner")},
@@ -50,7 +50,7 @@ class _Unusable(Exception):
 
 
 def checked(record: Record | BadRecord) -> Record | BadRecord:
-    """The record, or why it is no conversation to learn from."""
+    """The record, or the reason why it is not a conversation to learn from."""
     if isinstance(record, Record):
         try:
             _turns(record.values)
@@ -142,7 +142,7 @@ def _content(content: Any, what: str, where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise _Unusable(
                 "part",
-                f"part {number} of {where} is no text (an image or a sound, say); only text can be learnt",
+                f"part {number} of {where} is not text (an image or a sound, say); only text can be learnt",
             )
         if not isinstance(part.get("text"), str):
             raise _Unusable("type", f"part {number} of {where} has no 'text'")
@@ -158,7 +158,7 @@ def _check_order(roles: Sequence[Role]) -> None:
             where = f"turn {place + first + 1}"
             if role == "system":
                 raise _Unusable(
-                    "order", f"{where} is the system's; expected that at the beginning, and one of it"
+                    "order", f"{where} is the system's; expected at most one of these, at the beginning"
                 )
             raise _Unusable("order", f"{where} is the {role}'s; expected the {wanted}'s")
     if len(roles) == first or (len(roles) - first) % 2:

@@ -1,8 +1,8 @@
 """A tokenizer's chat template as text with slots for a user's words.
 
-A prompt must not change from day to day, else a run that is resumed trains on others than it began with. So a
-template that asks for the time is told one moment, by a macro of the name of the function it calls, and one
-that draws at random is refused.
+A prompt must not change from day to day, or a resumed run would train on other prompts than it began with. So
+a template that asks for the time always gets the same moment, from a macro with the name of the function it
+calls, and a template that draws at random is refused.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError
 
 from fedloom.errors import ModelError
 
-# Slots: where people's words go. Private-use characters, so that no chat template touches them.
+# Slots for people's words: private-use characters, so that no chat template touches them.
 INSTRUCTION, CONTEXT, RESPONSE, SYSTEM = "\ue000", "\ue001", "\ue002", "\ue003"
 FIRST_TURN, LAST_TURN = 0xF0000, 0xFFFFD  # of the turns before the instruction
-BLANKS = "\u2003", "\u2002"  # put around words, to see whether a template strips them
+BLANKS = "\u2003", "\u2002"  # put around words to find out whether a template strips spaces
 
 NOW = datetime(2024, 7, 26)  # the default date of Llama 3's templates
-DIRECTIVES = "aAwdbBmyYHIMSfjUWcxXGuVpzZ"  # of strftime, which every platform has; and in terms of them:
+DIRECTIVES = "aAwdbBmyYHIMSfjUWcxXGuVpzZ"  # of strftime, on every platform; SHORT expresses others by these
 SHORT = {
     "F": "%Y-%m-%d",
     "T": "%H:%M:%S",
@@ -39,7 +39,7 @@ SHORT = {
 
 
 def turn_slot(index: int) -> str:
-    """The slot of an earlier turn, counted without a system turn: questions are even, answers odd."""
+    """The slot of an earlier turn, counted without a system turn: questions are even, answers are odd."""
     return chr(FIRST_TURN + index)
 
 
@@ -48,16 +48,16 @@ class ChatForm:
     """A chat template with slots. A user's message, instruction and context, has one slot."""
 
     prompt: str  # up to the response
-    lead: str  # blanks the template puts before a response: the model's to say
-    tail: str  # what follows a response
-    strips: Mapping[str, tuple[bool, bool]]  # slot -> whether blanks before and after the words in it go
+    lead: str  # spaces that the template puts before a response, for the model to generate
+    tail: str  # text after a response
+    strips: Mapping[str, tuple[bool, bool]]  # slot -> (strips before, strips after): spaces around its words
 
 
 def read_chat_template(tokenizer: Any, *, turns: int, system: bool) -> ChatForm:
-    """Learn the format by rendering slots, which no template can mistake for words it treats specially.
+    """Learn the format by rendering slots, which no template can mistake for words that it treats specially.
 
-    `turns` is how many questions and answers come before the instruction. A template that knows no system role
-    gets what it says as part of the first question.
+    `turns` is the number of questions and answers before the instruction. Where a template has no system
+    role, the system's words become part of the first question.
     """
     roles = [("user", "assistant")[i % 2] for i in range(turns)]
     said = [(role, turn_slot(i)) for i, role in enumerate(roles)] + [("user", INSTRUCTION)]
@@ -76,8 +76,8 @@ def read_chat_template(tokenizer: Any, *, turns: int, system: bool) -> ChatForm:
             'cannot be trained on; choose format "alpaca" or "plain".'
         )
     before, tail = full.split(RESPONSE)
-    # What a rendered answer has between the prompt and its own text. Blanks belong to the answer, so that
-    # they are tokenised with its first word; anything else (an empty thinking block) to the prompt.
+    # The text between the prompt and a rendered answer. Spaces belong to the answer, so that they are
+    # tokenised with its first word; anything else (an empty thinking block) belongs to the prompt.
     between = before[len(prompt) :] if before.startswith(prompt) else ""
     return ChatForm(
         prompt=prompt + (between if between.strip() else ""),
@@ -92,7 +92,7 @@ def _strips(tokenizer: Any, said: Sequence[tuple[str, str]]) -> dict[str, tuple[
     spaced = _said(tokenizer, [(role, f"{left}{words}{right}") for role, words in said])
     strips: dict[str, tuple[bool, bool]] = {}
     for _, words in said:
-        first, last = words[0], words[-1]  # two slots where a system's words stand in a question
+        first, last = words[0], words[-1]  # two slots if a question contains the system's words
         before = not spaced.partition(first)[0].endswith(left)
         after = not spaced.partition(last)[2].startswith(right)
         strips |= {first: (before, False), last: (before and first == last, after)}
@@ -120,8 +120,8 @@ def _render(
     except ModelError:
         raise
     except TemplateSyntaxError as broken:
-        raise ModelError(f"the tokenizer's chat template is no valid Jinja: {broken.message}") from broken
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError):  # whatever a template does
+        raise ModelError(f"the tokenizer's chat template is not valid Jinja: {broken.message}") from broken
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError):  # all that it may raise
         return None
     return text
 
@@ -136,9 +136,9 @@ def _source(tokenizer: Any) -> str:
 
 @cache
 def _timeless(template: str) -> str:
-    """The template with a clock that stands still: a macro hides transformers' function of that name.
+    """The template with a stopped clock: a macro hides transformers' function of that name.
 
-    Jinja drops the end of the macro's line, so nothing else is rendered than without it.
+    Jinja drops the newline after the macro, so the rest renders as it would without it.
     """
     words = [value for _, kind, value in Environment().lex(template) if kind in ("name", "operator")]
     for before, word in pairwise(["", *words]):

@@ -1,9 +1,9 @@
-"""Categories for data that has none: k-means over what the texts say.
+"""Categories for data that has none: k-means over features of the texts.
 
-PPFedIT splits its data along clusters, since neither Alpaca nor MedInstruct is labelled. Features come
+PPFedIT splits its data by clusters, since neither Alpaca nor MedInstruct is labelled. Features come
 from words (`tfidf`) or from the base model itself (`engine.embedding.embed`, then `standardized`).
-Everything is a function of the features and the seed: it runs on one thread, so that sums are taken in
-one order. Another processor may round otherwise and move a text that lies between two clusters.
+The result depends on the features and the seed alone: one thread computes it, so that sums have one
+order. Another processor may round differently and move a text that lies between two clusters.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fedloom.data.example import Example
 from fedloom.data.text import words
 from fedloom.errors import ConfigError
 
-WORDS = 20_000  # the most frequent, in `tfidf`
-DIMENSIONS = 100  # of its vectors
+WORDS = 20_000  # `tfidf` counts the most frequent
+DIMENSIONS = 100  # of vectors from `tfidf`
 
 
 def tfidf(texts: Sequence[str]) -> np.ndarray:
     """(n, d) float32, rows of length 1: words weighted by rarity, reduced to at most DIMENSIONS.
 
-    Reduced by truncated SVD (latent semantic analysis), which makes k-means over thousands of texts a
-    matter of a second and its clusters alike in size; over bare word counts many hold a single text.
+    Truncated SVD (latent semantic analysis) reduces them: k-means over thousands of texts then takes about
+    a second and finds clusters of similar size; over plain word counts, many clusters hold a single text.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # here: it takes seconds, and few need it
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here: slow to import, and rarely needed
     from sklearn.utils.extmath import randomized_svd
 
     vectors = TfidfVectorizer(analyzer=_terms, sublinear_tf=True, max_features=WORDS, dtype=np.float32)
@@ -47,31 +47,31 @@ def tfidf(texts: Sequence[str]) -> np.ndarray:
 
 
 def _terms(text: str) -> list[str]:
-    """Words; in ASCII the underscores too, as of blanks to fill in."""
+    """Words; in ASCII underscores count, too, as in blanks to fill in."""
     return re.findall(r"\w+", text.lower()) if text.isascii() else words(text)
 
 
 def standardized(vectors: np.ndarray) -> np.ndarray:
-    """(n, d): every coordinate brought to mean 0 and variance 1, then every row to length 1.
+    """(n, d): every coordinate scaled to mean 0 and variance 1, then every row to length 1.
 
-    The mean hidden states of a language model all point much the same way, and a few coordinates are
-    hundreds of times larger than the others; as they come, those alone would decide.
+    The mean hidden states of a language model all point in nearly the same direction, and a few coordinates
+    are hundreds of times larger than the others; unscaled, those few would decide everything.
     """
     spread = vectors.std(axis=0)
     return _unit((vectors - vectors.mean(axis=0)) / np.where(spread > 0, spread, 1))
 
 
 def cluster(features: np.ndarray, *, count: int, seed: int) -> np.ndarray:
-    """(n,) cluster of each row, 0 the largest; of equal sizes, the one that is met first. None is empty.
+    """(n,) cluster of each row, numbered from 0, the largest; ties by first appearance. None is empty.
 
-    Raises ConfigError where there are not `count` different rows.
+    Raises ConfigError if fewer than `count` rows differ.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     if not 1 <= count <= len(features):
         raise ConfigError(
-            f"Expected a number of clusters between 1 and the {len(features)} examples there are, got {count}."
+            f"Expected a number of clusters between 1 and {len(features)}, the number of examples, got {count}."
         )
     if not np.isfinite(features).all():
         raise ConfigError("The features to cluster hold NaN or infinite numbers.")
@@ -82,8 +82,8 @@ def cluster(features: np.ndarray, *, count: int, seed: int) -> np.ndarray:
     _, first, names, sizes = np.unique(found, return_index=True, return_inverse=True, return_counts=True)
     if len(sizes) < count:
         raise ConfigError(
-            f"{count} clusters were asked for, and the {len(features)} examples fall into {len(sizes)} "
-            "different ones at most: too many are alike. Ask for fewer clusters."
+            f"Expected {count} clusters, but the {len(features)} examples form only {len(sizes)}: "
+            "too many are alike. Ask for fewer clusters."
         )
     rank = np.empty(count, dtype=np.int64)
     rank[np.lexsort((first, -sizes))] = np.arange(count)
@@ -91,7 +91,7 @@ def cluster(features: np.ndarray, *, count: int, seed: int) -> np.ndarray:
 
 
 def clustered(examples: Sequence[Example], features: np.ndarray, *, count: int, seed: int) -> list[Example]:
-    """The examples, each with its cluster's name as its category: "cluster-000" is the largest."""
+    """The examples, each with the name of its cluster as category: "cluster-000" is the largest."""
     if len(features) != len(examples):
         raise ConfigError(
             f"Expected a row of features for each of {len(examples)} examples, got {len(features)}."

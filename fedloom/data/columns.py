@@ -1,4 +1,4 @@
-"""Which of a file's own columns is probably which of ours: a proposal for people, never acted upon."""
+"""Guesses which of a file's columns corresponds to which of ours: a suggestion for people, never applied."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ NEEDED = ("instruction", "response")
 
 
 def nearest(found: Sequence[str]) -> dict[str, str]:
-    """ours -> theirs, for as many of ours as have a likely one; each of theirs is used once."""
+    """ours -> theirs, for those of ours that have a likely match; each of theirs is used once."""
     mapping: dict[str, str] = {}
     if len(several := answers(found)) > 1 and not {"response", "output", "answer"} & set(found):
         mapping["response"] = several[0]
-    for close in (False, True):  # names that are common first, then those that look like one
+    for close in (False, True):  # common names first, then similar ones
         for ours, names in COMMON.items():
             left = [name for name in found if name not in mapping.values()]
             if ours in mapping or (close and ours not in NEEDED):
@@ -77,23 +77,23 @@ def nearest(found: Sequence[str]) -> dict[str, str]:
 
 
 def answers(found: Sequence[str]) -> list[str]:
-    """Columns that are called after models, as where several answered the same questions."""
+    """Columns named after models, as in files where several models answered the same questions."""
     return [name for name in found if MODELS.search(name)]
 
 
 def advice(found: Sequence[str], *, source: str, known: Sequence[str] = (), key: str = "data.columns") -> str:
-    """What to set, ready to paste. `known` are the sources there are; a fixed one has to become a table."""
+    """The setting to use, ready to paste. `known`: all sources; one with fixed columns becomes a table."""
     for chat in ("messages", "conversations"):
         if chat in found and chat in known:
             return f'That is chat data: data.source = "{chat}".'
     mapping = nearest(found)
     other = "" if source in ("table", "hub") or key != "data.columns" else 'data.source = "table", '
     if not all(ours in mapping for ours in NEEDED):
-        return f"Name those that hold what is to be learnt: {other}{key} = {{ instruction = ..., response = ... }}."
+        return f"Name the columns to learn from: {other}{key} = {{ instruction = ..., response = ... }}."
     renamed = {ours: theirs for ours, theirs in mapping.items() if ours != theirs or ours in NEEDED}
     several = answers(found)
     choice = (
-        f" The answers of {len(several)} models are there ({', '.join(several)}); choose one as the response."
+        f" It has the answers of {len(several)} models ({', '.join(several)}); choose one as the response."
         if len(several) > 1
         else ""
     )

@@ -1,7 +1,7 @@
-"""What separates the columns of a CSV file, and what its first line says of them.
+"""The delimiter and the header of a CSV file.
 
-The delimiter is the one that makes the header name the columns that were asked for; there is at most one such.
-Excel adds empty columns and rows at the end, and a first line "sep=;"; pandas an index without a name.
+The delimiter is the one with which the header names the required columns; at most one does.
+Excel adds empty columns and rows at the end, and a first line "sep=;"; pandas adds an index without a name.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from fedloom.data import frames
 from fedloom.errors import ConfigError
 
 KNOWN = {b",": "commas", b";": "semicolons", b"\t": "tabs", b"|": "bars"}
-LONGEST = 1 << 20  # bytes of a header
+LONGEST = 1 << 20  # most bytes of a header
 
 
 @dataclass(frozen=True)
 class Dialect:
     delimiter: bytes
     skipped: int = 0  # lines before the header
-    said: str = ""  # for the user, where it is not what the file's name says
+    said: str = ""  # for the user, if the file's name suggests otherwise
 
 
 def recognise(stream: BinaryIO, suffix: str, required: Sequence[str], delimiter: str | None) -> Dialect:
@@ -43,7 +43,7 @@ def recognise(stream: BinaryIO, suffix: str, required: Sequence[str], delimiter:
     wanted = [name.encode() for name in required]
     made = {mark: frames.cells(first, mark) or [] for mark in (usual, *(m for m in KNOWN if m != usual))}
     fitting = [mark for mark, names in made.items() if all(name in names for name in wanted)]
-    if not fitting and len(made[usual]) <= 1:  # refused in any case: then with the names that are there
+    if not fitting and len(made[usual]) <= 1:  # refused anyway: then show the names it has
         fitting = [max(made, key=lambda mark: len(made[mark]))]
     taken = fitting[0] if fitting and usual not in fitting else usual
     return Dialect(
@@ -57,7 +57,7 @@ class Header:
 
     @property
     def width(self) -> int:
-        """Columns up to the last that has a name."""
+        """Columns up to the last one with a name."""
         return max((i + 1 for i, cell in enumerate(self.cells) if cell.strip()), default=0)
 
     @property
@@ -65,7 +65,7 @@ class Header:
         return sum(not cell.strip() for cell in self.cells)
 
     def row(self, cells: Sequence[str]) -> Mapping[str, str] | None:
-        """Name -> cell; None unless there is one for every name, and nothing but blanks behind the last."""
+        """Name -> cell; None unless every name has a cell and all cells after the last name are blank."""
         if len(cells) < self.width or any(cell.strip() for cell in cells[self.width :]):
             return None
         return {name: cell for name, cell in zip(self.cells, cells, strict=False) if name.strip()}
@@ -81,7 +81,7 @@ def as_byte(delimiter: str) -> bytes:
         or (ord(mark) < 32 and mark != "\t")
     ):
         raise ConfigError(
-            f'Expected data.delimiter to be one mark such as ";", "|" or "tab", got {delimiter!r}.'
+            f'Expected data.delimiter to be one character such as ";", "|" or "tab", got {delimiter!r}.'
         )
     return mark.encode()
 

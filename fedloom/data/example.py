@@ -1,4 +1,4 @@
-"""One instruction example: what a client owns."""
+"""One instruction example. Clients own these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Turn:
-    """Something said in a conversation before its last question."""
+    """One turn of a conversation before its last question."""
 
     role: Role
     text: str
@@ -22,38 +22,38 @@ class Turn:
 class Example:
     """An instruction, perhaps a context to work on, and the response to learn.
 
-    In a conversation the instruction is the user's last turn and the response its answer; what was said
-    before is in `turns`: perhaps a system turn, then questions and answers, one after the other.
+    In a conversation the instruction is the user's last turn and the response is the answer to it. `turns`
+    holds what came before: perhaps a system turn, then questions and answers in alternation.
     """
 
     instruction: str
     response: str
     context: str = ""
-    category: str = ""  # what partitions by label split on
-    owner: str = ""  # the natural client, where the data has one (MedQuAD: the institution)
-    id: str = ""  # where it came from: file:line, or a generator's counter
-    rule: str = ""  # names the microworld rule that checks an answer; empty elsewhere
+    category: str = ""  # partitions by label use it
+    owner: str = ""  # the natural client, if the data has one (MedQuAD: the institution)
+    id: str = ""  # its origin: file:line, or a generator's counter
+    rule: str = ""  # the microworld rule that checks an answer; empty elsewhere
     private: bool = False  # a fact only its owner may know; leakage is measured on these
     turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
-        # Examples that were kept as JSON come back with a list of mappings.
+        # Examples stored as JSON come back with a list of mappings.
         turns = tuple(turn if isinstance(turn, Turn) else Turn(**turn) for turn in self.turns)
         object.__setattr__(self, "turns", turns)
         said = [turn.role for turn in turns]
         if (said[1:] if said[:1] == ["system"] else said) != ["user", "assistant"] * (len(said) // 2):
             raise DataError(
-                f"Expected earlier turns in the order system (perhaps), then user and assistant in turn, got {', '.join(said)}."
+                f"Expected earlier turns to be an optional system turn, then user and assistant in turn, got {', '.join(said)}."
             )
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Everything that is said in it, in this order; the context may be empty."""
+        """All of its texts, in this order; the context may be empty."""
         return (*(turn.text for turn in self.turns), self.instruction, self.context, self.response)
 
     @property
     def question(self) -> str:
-        """What is to be answered, as text for a reader: all that was said before, instruction and context."""
+        """The question as text for a reader: earlier turns, instruction and context."""
         asked = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
         if not self.turns:
             return asked

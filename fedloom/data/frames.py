@@ -1,7 +1,7 @@
 """From the bytes of a stream to frames: where a record begins and ends, whatever it holds.
 
-Memory holds one record at a time, and of a record that is too long its beginning. Records that are damaged
-inside stay apart from their neighbours; where nobody can say any more where records end, that is an error.
+Memory holds one record at a time, or the beginning of a record that is too long. Damage inside a record does
+not reach its neighbours; if it is no longer clear where records end, that is an error.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fedloom.errors import DataError
 @dataclass(frozen=True)
 class Frame:
     line: int
-    raw: bytes  # with its line end; of a record that is too long, the beginning
-    length: int  # of the whole, in bytes
-    ended: bool = True  # False: the file stops before the record's line end
-    number: int = 0  # of the record, where its line holds others before it; else 0
+    raw: bytes  # with its newline; only the beginning of a record that is too long
+    length: int  # of the whole record, in bytes
+    ended: bool = True  # False: the file stops before the record's newline
+    number: int = 0  # of the record, if others precede it on its line; else 0
     keyed: bool = False  # a member of an object: its key comes first
 
     @property
@@ -36,7 +36,7 @@ def refuse(name: str, line: int, code: str, reason: str, then: str = "") -> NoRe
 
 def lines(stream: BinaryIO, limit: int) -> Iterator[Frame]:
     line = 1
-    while raw := stream.readline(limit + 2):  # a record of the longest kind, and its line end
+    while raw := stream.readline(limit + 2):  # the longest record allowed, and its newline
         length, ended = len(raw), raw.endswith(b"\n")
         while not ended and (more := stream.readline(1 << 16)):
             length, ended = length + len(more), more.endswith(b"\n")
@@ -45,20 +45,20 @@ def lines(stream: BinaryIO, limit: int) -> Iterator[Frame]:
 
 
 def written(stream: BinaryIO, limit: int) -> Iterator[Frame]:
-    """The lines that hold anything."""
+    """The lines that are not blank."""
     return (f for f in lines(stream, limit) if f.raw.strip() or f.length > len(f.raw))
 
 
 _KEY = re.compile(rb'\s*"((?:[^"\\]|\\.)*+)"\s*:')
-_MARK = re.compile(rb'"(?:[^"\\\n]|\\[^\n])*+("?)|[\[\]{},\n]')  # a string, or one mark of structure
+_MARK = re.compile(rb'"(?:[^"\\\n]|\\[^\n])*+("?)|[\[\]{},\n]')  # a string, or one structural character
 _REST_OF_STRING = re.compile(rb'(?:[^"\\\n]|\\[^\n])*+("?)')
 _CLOSES = {b"[": b"]", b"{": b"}"}
 
 
 def marks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """Bytes and the bracket, comma or line end they run up to, looking for these outside strings only.
+    """Pairs of bytes and the bracket, comma or newline that ends them, found outside strings only.
 
-    The mark is empty where a piece of the stream ends. A line end closes any string, since JSON allows
+    The mark is empty where a piece of the stream ends. A newline closes any string, since JSON allows
     none inside one: a missing quote spoils one element and not the rest of the file.
     """
     inside_string = False
@@ -79,16 +79,16 @@ def marks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
 
 
 def elements(stream: BinaryIO, name: str, limit: int, *, key: str | None = None) -> Iterator[Frame]:
-    """One frame an element of a list, or a member of an object; they need not be valid for that.
+    """One frame for each element of a list or member of an object, valid or not.
 
-    With `key`, of the list or object which the object of the file holds under it.
+    With `key`, of the list or object that the file's object holds under it.
     """
     level = 1 if key is None else 2  # brackets around an element
     line = began = last = 1
     depth = length = count = 0
     opener, inside = b"", False  # of the container
-    kept = bytearray()  # the element so far, and enough of it to see that it is too long
-    label = bytearray()  # what stands before a bracket, outside the container
+    kept = bytearray()  # the element so far, cut once it is clearly too long
+    label = bytearray()  # the text before a bracket, outside the container
     closed = False
     for text, mark in marks(stream):
         opens, closes = mark in _CLOSES, mark in (b"]", b"}")
@@ -137,7 +137,7 @@ def key_of(text: bytes) -> str | None:
 
 
 def values(stream: BinaryIO, limit: int) -> Iterator[Frame]:
-    """One frame an object at the top of the file, over any number of lines; commas between them do no harm."""
+    """One frame for each object at the top level, over any number of lines; commas may separate them."""
     line = began = last = 1
     depth = length = count = 0
     kept = bytearray()
@@ -158,10 +158,10 @@ def values(stream: BinaryIO, limit: int) -> Iterator[Frame]:
 
 
 def rows(stream: BinaryIO, delimiter: bytes, limit: int) -> Iterator[tuple[Frame, list[bytes] | None]]:
-    """A frame and its columns for each record of a CSV file; no columns where the quotes are broken.
+    """A frame and its columns for each record of a CSV file; None for columns where the quotes are broken.
 
-    A record goes on while its quotes are open. If they never close, or close at a wrong place, only its
-    first line is called broken, and the lines after it are read again.
+    A record continues while its quotes are open. If they never close, or close at a wrong place, only its
+    first line counts as broken, and the lines after it are read again.
     """
     field = _field(delimiter)
     following_lines = lines(stream, limit)

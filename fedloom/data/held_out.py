@@ -1,4 +1,4 @@
-"""What nobody trains on: test examples drawn from the data, or a test set of the user's own."""
+"""Examples that nobody trains on: drawn from the data, or a test set of the user's own."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def hold_out(
     """Indices to train on and to test on, `per_category` of each label; FedIT holds out 10 of each.
 
     A label gives at most half of its examples, so one with a single example gives none. With `keep_owners`,
-    for clients that are owners, the last example of an owner is never held out: the client would be gone. An
-    instruction and context that occur more than once are never held out: their twin would be trained on. Where
-    no example names a category there is one group, of all; where only some do, or by owner, those without are
-    refused.
+    for clients that are owners, an owner's last example is never held out: the client would vanish. An
+    instruction and context that occur more than once are never held out: a copy would be trained on. If no
+    example names a category, all form one group. If only some do, or if an example lacks the owner to group
+    by, the data is refused.
     """
     if per_category < 0:
         raise ConfigError(f"Expected per_category of at least 0, got {per_category}.")
     if any(e.category for e in examples) or by == "owner":
-        check_labels(examples, by, f"holding out so many of each {by}", several=False)
+        check_labels(examples, by, f"holding out examples of each {by}", several=False)
     prompts = Counter(map(_prompt, examples))
     left = Counter(e.owner for e in examples if keep_owners)
     held: set[int] = set()
@@ -46,7 +46,7 @@ def hold_out(
 
 
 def apart(examples: Sequence[Example], test: Sequence[Example]) -> list[Example]:
-    """Those that ask, with their context, nothing that the test set asks."""
+    """The examples whose question, context included, is not in the test set."""
     asked = set(map(_prompt, test))
     return [e for e in examples if _prompt(e) not in asked]
 

@@ -1,4 +1,4 @@
-"""Which shape of JSON a file has, told from what is in it and not from its name.
+"""Which shape of JSON a file has, judged by its content and not by its name.
 
     one object a line                              .jsonl as it should be
     a list of objects                              .json as it should be, under any name
@@ -6,7 +6,8 @@
     {"data": [...]}, {"train": {"id": ...}}        an object that holds the records under a key
     {"id": {...}, "id": {...}}                     an object of records by id
 
-Where several keys hold records the user is asked which; a shape that holds columns and not records is refused.
+If several keys hold records, the user is asked which one is meant; a file of columns instead of records is
+refused.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from typing import BinaryIO, Literal
 from fedloom.data.frames import Frame, key_of, marks, refuse, written
 from fedloom.errors import DataError
 
-KEPT = 1000  # keys of an object that are looked at one by one
-TRIED = 200  # lines looked through for one object
+KEPT = 1000  # keys of an object that are examined one by one
+TRIED = 200  # lines searched for a whole object
 
 
 @dataclass(frozen=True)
 class Shape:
     kind: Literal["lines", "elements", "values"]
-    key: str | None = None  # under which the elements lie
-    said: str = ""  # for the user, where it is not what the file's name says
+    key: str | None = None  # of the elements in the file's object
+    said: str = ""  # for the user, if the file's name suggests otherwise
 
 
 LINES = Shape("lines")
@@ -49,7 +50,8 @@ def recognise(
 ) -> Shape:
     """The shape of a file that `open_` opens anew each time; `wanted` is the key that the user named.
 
-    A record has all of `required`, or one of `nested`, which are no lists of records. Looks at two lines, and through the whole file only where it is one object or several.
+    A record has all fields of `required`, or one of `nested`, whose lists are not lists of records. Reads two
+    lines, and the whole file only if it is one object or several.
     """
     with open_() as stream:
         found = written(stream, limit)
@@ -105,19 +107,19 @@ class _Part:
 
 @dataclass
 class _Outline:
-    """The top two floors of a file: how many values, and of the first, an object, its members."""
+    """The top two levels of a file: the number of values, and the members of the first if it is an object."""
 
     values: int = 0
     members: int = 0
-    others: int = 0  # members that are no objects
-    keyless: int | None = None  # the line of the first member that has no key
+    others: int = 0  # members that are not objects
+    keyless: int | None = None  # the line of the first member without a key
     parts: list[_Part] = field(default_factory=list)  # the first members
 
 
 def _outline(stream: BinaryIO) -> _Outline:
     found = _Outline()
     depth, part, line = 0, _Part("", b""), 1
-    before = bytearray()  # what stands before a mark, on the same floor
+    before = bytearray()  # the text before a mark, on the same level
     for text, mark in marks(stream):
         opens, closes = mark in (b"[", b"{"), mark in (b"]", b"}")
         if depth in (1, 2):
@@ -158,13 +160,13 @@ def _of_object(
             name,
             outline.keyless,
             "json",
-            "not JSON: a key was expected before this; comments, too, JSON does not have",
+            "not JSON: expected a key before this; JSON has no comments either",
         )
     parts = {p.key: p for p in outline.parts}
     if wanted is not None:
         if wanted not in parts or not parts[wanted].opener:
             raise DataError(
-                f'{name}: data.field = "{wanted}" names no list or object in it; its keys are {_some(list(parts))} (field).'
+                f'{name}: data.field = "{wanted}" is not a list or object in it; its keys are {_some(list(parts))} (field).'
             )
         return Shape("elements", wanted, f"read as the records under {wanted!r}")
     ours = [parts[k] for k in required if k in parts]
@@ -172,7 +174,7 @@ def _of_object(
         {"columns", "data"} <= parts.keys() and set(parts["data"].children) == {b"["}
     ):
         raise DataError(
-            f"{name}: holds columns where records were expected (shape). Save it record by record; in pandas: "
+            f"{name}: expected records, got columns (shape). Save it record by record; in pandas: "
             'to_json(path, orient="records", lines=True).'
         )
     if ours or any(k in parts for k in nested):
@@ -181,7 +183,7 @@ def _of_object(
     if len(holding) > 1 and (any(p.opener == b"[" for p in holding) or len(holding) == outline.members):
         raise DataError(
             f"{name}: several keys hold records (shape): {_some(list(map(str, holding)))}. "
-            f'Say which is meant, such as data.field = "{max(holding, key=lambda p: p.children.total()).key}".'
+            f'Say which one is meant, such as data.field = "{max(holding, key=lambda p: p.children.total()).key}".'
         )
     if len(holding) == 1 and (holding[0].opener == b"[" or outline.members - outline.others == 1):
         rest = [p.key for p in outline.parts if p is not holding[0]]
@@ -203,7 +205,7 @@ _INSIDE = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\Z)|[][{}]', re.DOTALL)
 
 
 def _goes_on(start: bytes, second: Frame) -> bool:
-    """Could JSON that begins with the line `start` go on with the next? Else the first line is damaged."""
+    """Could JSON that begins with the line `start` continue on the next? If not, that line is damaged."""
     opened: list[bytes] = []
     for found in _INSIDE.finditer(start):
         if found[0] in (b"[", b"{"):
@@ -219,7 +221,7 @@ def _goes_on(start: bytes, second: Frame) -> bool:
 
 
 def _whole_start(start: bytes) -> bool:
-    """Does the line begin with a whole object, as where several stand on a line?"""
+    """Does the line begin with a whole object, followed by another on the same line?"""
     try:
         _, end = json.JSONDecoder().raw_decode(start.decode())
     except (ValueError, RecursionError):
@@ -228,7 +230,7 @@ def _whole_start(start: bytes) -> bool:
 
 
 def _some_line_is_whole(open_: Open, name: str, limit: int) -> None:
-    """Refuses a .json that is no JSON: line by line it would be as many complaints as it has lines."""
+    """Refuses a .json file that is not JSON: read line by line, every line would be a complaint."""
     with open_() as stream:
         for _, frame in zip(range(TRIED), written(stream, limit), strict=False):
             if _whole(frame):

@@ -1,11 +1,11 @@
 """Microworld: a generated instruction corpus whose answers a rule can check.
 
-A small fixed world (things with a kind, a colour and a place) and endless little people; eight task
-families named as databricks-dolly-15k names its categories. Each family has a house style in which it
-answers ("The heron is grey.", "In short: ..."), and an answer only counts in that style: a client that
-has seen one family does not know how the others answer. The facts of the world, the skill of copying
-from a context and the several styles are in the pretraining text of the embedded base model
-(`scripts/pretrain_tiny.py`); which family uses which style is what instruction tuning teaches.
+A small fixed world (things with a kind, a colour and a place), an endless supply of people, and eight task
+families named after the categories of databricks-dolly-15k. Each family answers in a house style
+("The heron is grey.", "In short: ..."), and an answer only counts in that style: a client that has seen
+one family does not know how the others answer. The embedded base model learnt the facts of the world,
+copying from a context, and all the styles in pretraining (`scripts/pretrain_tiny.py`); instruction tuning
+teaches which family uses which style.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CATEGORIES = (
     "summarization",
 )
 
-EXHAUSTED = 10_000  # so many repeats in a row mean that a family has nothing new to ask
+EXHAUSTED = 10_000  # repeats in a row after which a family has nothing new to ask
 
 # kind -> (plural, its members). Words are whole and common, so that one or two tokens spell each.
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -213,8 +213,8 @@ def a(noun: str) -> str:
 class Task:
     """One instance of a task family, before a style is chosen.
 
-    `answers[0]` is the house style of its category; the others are styles that occur only in the
-    pretraining text. `rule` says how an answer is checked: "exact", "items:KIND:N:BANNED" or "story:X:Y".
+    `answers[0]` is in the house style of its category; the others are in styles that occur only in the
+    pretraining text. `rule` says how to check an answer: "exact", "items:KIND:N:BANNED" or "story:X:Y".
     """
 
     category: str
@@ -330,7 +330,7 @@ def _bio(rng: Rng, p: Person) -> str:
 
 
 def biography(rng: Rng) -> str:
-    """Three sentences about somebody new."""
+    """Three sentences about a new person."""
     return _bio(rng, _person(rng))
 
 
@@ -481,10 +481,10 @@ FAMILIES: Mapping[str, Callable[[Rng], Task]] = {
 
 
 def corpus(*, examples: int = 640, seed: int = 0, style: int = 0) -> list[Example]:
-    """`examples` distinct instructions, the eight categories in equal parts (the first get the rest).
+    """`examples` distinct instructions, the eight categories in equal parts (the first get the remainder).
 
-    Fewer of the same seed are the same ones. In a `style` that is not the house's (0) the answers are as
-    right as before, but no rule accepts them.
+    A smaller corpus of the same seed is a subset. In a `style` other than the house's (0) the answers are
+    just as right, but no rule accepts them.
     """
     if examples < len(CATEGORIES):
         raise ConfigError(
@@ -522,7 +522,7 @@ def corpus(*, examples: int = 640, seed: int = 0, style: int = 0) -> list[Exampl
 
 
 def private_facts(owner: str, count: int, *, seed: int = 0) -> list[Example]:
-    """Facts that only `owner` holds (an access code of a named person): what an attacker looks for.
+    """Facts that only `owner` holds (the access code of a named person), for an attacker to look for.
 
     The codes are uniform over four digits, so a guess is right once in 10,000; no other client and
     no pretraining text contains them.
@@ -538,7 +538,7 @@ def private_facts(owner: str, count: int, *, seed: int = 0) -> list[Example]:
 
 
 def access_code(name: str, digits: Sequence[int]) -> Example:
-    """A secret: nobody can know it who has not seen it."""
+    """A secret: nobody can know it without having seen it."""
     answer = f"The access code of {name} is {' '.join(map(str, digits))}."
     return Example(
         f"What is the access code of {name}?", answer, category="open_qa", rule="exact", private=True
@@ -546,7 +546,7 @@ def access_code(name: str, digits: Sequence[int]) -> Example:
 
 
 def check(example: Example, answer: str) -> bool:
-    """Does this answer satisfy the example's rule? Case and style count, runs of white space do not."""
+    """Does this answer satisfy the example's rule? Case and style count; runs of white space do not."""
     said = "\n".join(" ".join(line.split()) for line in answer.strip().splitlines() if line.strip())
     match example.rule.split(":"):
         case ["exact"]:

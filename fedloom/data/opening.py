@@ -1,8 +1,8 @@
-"""Open a foreign text file as a stream of UTF-8 with \\n line ends, and refuse early what is no text.
+"""Open a foreign text file as a stream of UTF-8 with \\n line ends, and refuse early what is not text.
 
-UTF-8 passes byte by byte, sound or not: the reader names the records that are damaged. Another encoding is
-taken from a byte order mark or from the user, never guessed: cp1252, cp1250 and cp1251 differ in nothing but
-which letters come out, and only a reader of the language sees which are right.
+UTF-8 passes byte by byte, valid or not: the reader names the damaged records. Another encoding comes from a
+byte order mark or from the user and is never guessed: cp1252, cp1250 and cp1251 differ only in the letters
+they give, and only someone who reads the language can tell which are right.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-HEAD = 1 << 14  # bytes looked at
+HEAD = 1 << 14  # bytes examined
 
 OTHERS = {
-    b"PK\x03\x04": "a zip archive, as an Excel workbook (.xlsx) is too; save the sheet as CSV, or unpack it",
+    b"PK\x03\x04": "a zip archive (an Excel workbook, .xlsx, is one); save the sheet as CSV, or unpack it",
     b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save the sheet as CSV",
     b"\x1f\x8b": "compressed by gzip; its name should end in .gz after the format's own ending",
     b"\xfd7zXZ\x00": "compressed by xz; its name should end in .xz after the format's own ending",
@@ -53,7 +53,7 @@ OTHERS = {
 def opened(
     path: Path, encoding: str | None, tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[BinaryIO]:
-    """The file's content, unpacked, as UTF-8 without a byte order mark. `tell` hears what was not as expected."""
+    """The file's content, unpacked, as UTF-8 without a byte order mark. Surprises are reported to `tell`."""
     with ExitStack() as stack:
         file: Any = stack.enter_context(path.open("rb"))
         if path.suffix.lower() in ARCHIVES:
@@ -77,25 +77,25 @@ def opened(
 
 
 def check_encoding(name: str) -> None:
-    """Raises ConfigError where Python knows no such encoding of text."""
+    """Raises ConfigError if Python knows no text encoding of this name."""
     try:
         "a".encode(name).decode(name)
     except (LookupError, UnicodeError):
         raise ConfigError(
-            f'data.encoding = "{name}" is no encoding that Python knows; expected one such as "cp1252".'
+            f'data.encoding = "{name}" is not an encoding that Python knows; expected one such as "cp1252".'
         ) from None
 
 
 def readings(damaged: bytes) -> str:
-    """What the bytes beyond ASCII would be in encodings that are often met: for a person to choose from."""
+    """The bytes beyond ASCII as letters in common encodings, for a person to choose from."""
     high = sorted(set(damaged) - set(range(128)))
     shown = []
     for name in ("cp1252", "cp1250", "cp1251", "mac-roman"):
         letters = bytes(high).decode(name, "ignore")
         shown.append(f'"{name}" {" ".join(letters[:8])}')
     return (
-        'If the whole file is in another encoding, name it: data.encoding = "cp1252" is what Excel on Windows saves '
-        f"in Western Europe. The letters beyond ASCII would be, in {'; '.join(shown)}."
+        'If the whole file is in another encoding, name it, such as data.encoding = "cp1252", which Excel on '
+        f"Windows saves in Western Europe. The letters beyond ASCII would be, in {'; '.join(shown)}."
     )
 
 

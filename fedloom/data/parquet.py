@@ -1,4 +1,4 @@
-"""Parquet files by path, in batches: rows meet the same demands as the records of a text file."""
+"""Parquet files by path, in batches: rows must meet the same demands as records of a text file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH = 1024  # rows in memory
 def read(
     path: Path, fields: Mapping[str, Field], reading: Reading, *, name: str
 ) -> Iterator[Record | BadRecord]:
-    """Every row, good or bad; the line of a place is the row's number, from 1. Needs the extra "data"."""
+    """Every row, good or bad; a place's line is the row's number, from 1. Needs the extra "data"."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -35,14 +35,14 @@ def read(
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         what = str(error).partition("\n")[0][:200]
         raise DataError(
-            f"{path}: no Parquet file, or a damaged one (format): {type(error).__name__}: {what}"
+            f"{path}: not a Parquet file, or a damaged one (format): {type(error).__name__}: {what}"
         ) from None
     if not count:
         raise DataError(f"{path}: holds no record (empty-file).")
 
 
 def check_columns(name: str, found: Sequence[str], fields: Mapping[str, Field], reading: Reading) -> None:
-    """Raises DataError where a column that must be there is not."""
+    """Raises DataError if a required column is missing."""
     for field, its in fields.items():
         if its.required and field not in found:
             advice = reading.advise(found)

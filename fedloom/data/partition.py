@@ -1,9 +1,9 @@
-"""Who holds what: examples split over clients.
+"""Splits examples over clients.
 
 A partitioner is called with (examples, clients, seed) and returns client id -> indices into `examples`.
-Clients come in the order of their ids, indices ascending, and every index is used exactly once. The split
-is a function of the examples and the seed alone. A client that would hold nothing is refused: it could
-never train, and would only blur averages over clients.
+Clients come in the order of their ids, indices ascend, and every index is used exactly once. The split
+depends on the examples and the seed alone. A client that would hold nothing is refused: it could never
+train, and would only blur averages over clients.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fedloom.errors import ConfigError
 from fedloom.messages import ClientId
 
 Parts = dict[ClientId, list[int]]
-Label = Literal["category", "owner"]  # what a split by label looks at
+Label = Literal["category", "owner"]  # the field that a split by label uses
 
 
 class Partitioner(Protocol):
     @property
-    def by(self) -> Label | None: ...  # None: it looks at no label
+    def by(self) -> Label | None: ...  # None: it uses no label
     def __call__(self, examples: Sequence[Example], clients: int | None, seed: int) -> Parts: ...
 
 
 WAYS_OUT = {
-    "category": 'Name the column that holds it, data.columns = { category = "..." }; or let groups of alike texts be '
-    'the categories, data.clusters = { count = 8 }; or split without any, data.partition.kind = "iid".',
+    "category": 'Name the column that holds it, data.columns = { category = "..." }; or use groups of similar texts '
+    'as categories, data.clusters = { count = 8 }; or split without any, data.partition.kind = "iid".',
     "owner": 'Name the column that holds it, data.columns = { owner = "..." }; or, where each file is one owner\'s, '
     'set data.owner = "file".',
 }
@@ -52,11 +52,11 @@ class IID:
 
 @dataclass(frozen=True)
 class ByLabel:
-    """Each client holds exactly `labels_per_client` labels and no other.
+    """Each client holds exactly `labels_per_client` labels.
 
     A label that several clients share is cut evenly between them; the larger a label, the more clients
-    share it, so that sizes stay as close as the data allows. Refused where clients * labels_per_client
-    is too small for every label to have an owner.
+    share it, so that sizes stay as close as the data allows. Refused if clients * labels_per_client
+    is too small for every label to have a client.
     """
 
     labels_per_client: int = 1
@@ -88,7 +88,7 @@ class ByLabel:
                 )
             largest = max(open_, key=lambda c: len(pools[c]) / cuts[c])
             cuts[largest] += 1
-        # Dealt in turn, the at most `count` shards of one label land on different clients.
+        # A label has at most `count` shards; dealt in turn, they go to different clients.
         shards = [shard for c in pools for shard in np.array_split(pools[c], cuts[c])]
         hands = [np.concatenate(shards[i::count]) for i in range(count)]
         return _numbered([hands[i] for i in generator.permutation(count)])
@@ -98,8 +98,8 @@ class ByLabel:
 class Shards:
     """Sort by label, cut into `per_client` * clients equal shards, deal them at random.
 
-    Two shards a client is FedAvg's pathological split and Shepherd's `diff_quantity = 0`: about two
-    labels a client, three or four where a shard straddles a border.
+    Two shards per client give FedAvg's pathological split and Shepherd's `diff_quantity = 0`: about two
+    labels per client, three or four where a shard spans a border between labels.
     Source: McMahan et al. 2017, section 3; FederatedGPT-Shepherd, client_data_allocation.py.
     """
 
@@ -124,10 +124,11 @@ class Shards:
 class Dirichlet:
     """Equal sizes, unequal mixes: each client draws its own mix of labels.
 
-    Client k's mix is q_k ~ Dir(alpha * L * p), p the mix of all L labels in the data: with a uniform p
-    this is Dir(alpha, ..., alpha), and a large alpha tends to IID whatever p is. The clients then take
-    turns in random order, one example a turn, of a label drawn from their mix; labels that have run out
-    leave the mix. Taking turns spreads the leftovers, which would otherwise all fall to the last client.
+    Client k's mix is q_k ~ Dir(alpha * L * p), where p is the mix of all L labels in the data: with a uniform
+    p this is Dir(alpha, ..., alpha), and a large alpha tends to IID whatever p is. The clients then take
+    turns in random order: one example per turn, of a label drawn from their mix. Exhausted labels leave the
+    mix. Taking turns spreads the leftovers, which would otherwise all go to the last client.
+
     Source: Hsu et al. 2019 (arXiv 1909.06335), section 3.
     """
 
@@ -145,10 +146,10 @@ class Dirichlet:
         turns = generator.permutation(np.arange(len(examples)) % count)  # sizes differ by at most one
         for client, draw in zip(turns.tolist(), generator.random(len(examples)).tolist(), strict=True):
             mix = mixes[client] * (left > 0)
-            if not mix.sum() > 0:  # all this client asks for has run out
+            if not mix.sum() > 0:  # every label in this client's mix is exhausted
                 mix = left
             cumulative = mix.cumsum()
-            # A mix of denormal numbers may round the draw up to the whole sum: then it is the last label there is.
+            # With subnormal shares the draw may round up to the whole sum: then take the last label left.
             drawn = min(
                 int(cumulative.searchsorted(draw * cumulative[-1], side="right")), int(mix.nonzero()[0][-1])
             )
@@ -161,9 +162,9 @@ class Dirichlet:
 class ShepherdDirichlet:
     """Unequal sizes and unequal mixes, as FedIT's code draws them (`diff_quantity = 1`).
 
-    Each label is cut by proportions ~ Dir(alpha) over the clients, where a client that already holds its
+    Each label is cut by proportions ~ Dir(alpha) over the clients, but a client that already holds its
     fair share N/K gets no more. The whole draw is repeated until the smallest client has `min_size`
-    examples; after `tries` draws the experiment is refused instead of looping on.
+    examples; after `tries` draws the experiment is refused.
     Source: FederatedGPT-Shepherd, client_data_allocation.py.
     """
 
@@ -201,7 +202,7 @@ class ShepherdDirichlet:
         for pool in pools:
             full = np.array([len(part) >= fair for part in parts])
             shares = np.where(full, 0.0, generator.dirichlet(np.full(count, self.alpha)))
-            if not shares.sum() > 0:  # a tiny alpha can give everything to a client that is full
+            if not shares.sum() > 0:  # a tiny alpha can give everything to full clients
                 shares = np.where(full, 0.0, 1.0)
             cuts = (shares.cumsum() / shares.sum() * len(pool)).astype(int)[:-1]
             for part, piece in zip(parts, np.split(pool, cuts), strict=True):
@@ -213,7 +214,7 @@ class ShepherdDirichlet:
 class ByOwner:
     """The natural split: one client for each owner in the data, under the owner's name.
 
-    `clients` may be left out; a number that is not the number of owners is refused.
+    `clients` may be left out; any number other than that of the owners is refused.
     """
 
     by: ClassVar[Label | None] = None
@@ -223,11 +224,11 @@ class ByOwner:
         for i, example in enumerate(examples):
             parts.setdefault(example.owner, []).append(i)
         if not parts:
-            raise ConfigError("There are no examples to share out.")
+            raise ConfigError("Expected examples to split over clients, got none.")
         check_named(examples, "owner", "a split by owner")
         if clients not in (None, len(parts)):
             raise ConfigError(
-                f"The data has {len(parts)} owners, got clients={clients}; leave it out, or set data.clients to {len(parts)}."
+                f"Expected one client for each of {len(parts)} owners, got clients={clients}; leave data.clients out, or set it to {len(parts)}."
             )
         return dict(sorted(parts.items()))
 
@@ -236,9 +237,9 @@ class ByOwner:
 class BySize:
     """Random contents, unequal sizes: give exactly one of the three.
 
-    `sizes`: relative sizes, one a client, scaled to use every example. `log_normal`: sizes drawn as
-    exp(sigma * normal), this is sigma. `power_law`: client i gets a share of i ** -exponent, this is the
-    exponent. Every client gets at least one example.
+    `sizes`: relative sizes, one per client, scaled to use every example. `log_normal`: the sigma of sizes
+    drawn as exp(sigma * normal). `power_law`: the exponent; client i gets a share of i ** -exponent. Every
+    client gets at least one example.
     """
 
     sizes: tuple[float, ...] = ()
@@ -262,7 +263,7 @@ class BySize:
             shares = np.arange(1, count + 1, dtype=float) ** -(self.power_law or 0.0)
         if not (np.isfinite(shares).all() and (shares > 0).all()):
             raise ConfigError("Expected every size to be positive and finite; these are not, or too unequal.")
-        # One each, the rest by largest remainder, so that nobody is empty and nothing is left over.
+        # One each, the rest by largest remainder, so that no client is empty and no example is left over.
         wanted = shares / shares.sum() * len(examples)
         sizes = np.maximum(1, np.floor(wanted).astype(int))
         while sizes.sum() != len(examples):
@@ -285,9 +286,9 @@ PARTITIONS: dict[str, type[Partitioner]] = {
 
 
 def draw_evenly(examples: Sequence[Example], count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of `count` examples, as many of each category as there are to be had, and of the others.
+    """Indices of `count` examples, balanced over the categories as far as these allow, and of all the others.
 
-    Where no example names a category they are drawn from all.
+    If no example names a category, they are drawn from all.
     """
     if not 0 < count <= len(examples):
         raise ConfigError(
@@ -306,12 +307,12 @@ def draw_evenly(examples: Sequence[Example], count: int, *, seed: int) -> tuple[
 
 @dataclass(frozen=True)
 class Holding:
-    """What one client holds."""
+    """The contents of one client."""
 
     client: ClientId
     size: int
     counts: Mapping[str, int]  # label -> examples, for every label in the data
-    distance: float  # total variation between this client's mix and everybody's: 0 same, 1 disjoint
+    distance: float  # total variation between this client's mix and that of all: 0 same, 1 disjoint
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ class PartitionTable:
 def partition_table(
     examples: Sequence[Example], parts: Mapping[ClientId, Sequence[int]], *, by: Label = "category"
 ) -> PartitionTable:
-    """Who holds how much of what, and how far each client's mix is from everybody's."""
+    """How many examples of each label every client holds, and how far its mix is from that of all."""
     counts = {client: Counter(group(examples[i], by) for i in part) for client, part in parts.items()}
     totals = sum(counts.values(), Counter[str]())
     everything = totals.total()
@@ -347,17 +348,17 @@ def partition_table(
 
 
 def label(example: Example, by: Label) -> str:
-    """Empty where the example names none."""
+    """The example's label, "" if it names none."""
     return example.category if by == "category" else example.owner
 
 
 def group(example: Example, by: Label) -> str:
-    """What an example is counted under where results are shown."""
+    """The group that an example counts towards in results."""
     return label(example, by) or f"no {by}"
 
 
 def check_named(examples: Sequence[Example], by: Label, what: str) -> None:
-    """Raises ConfigError, with the ways out, unless every example names its label: none is no label."""
+    """Raises ConfigError, which says what to do, unless every example names its label."""
     missing = sum(not label(e, by) for e in examples)
     if missing:
         raise ConfigError(
@@ -366,9 +367,9 @@ def check_named(examples: Sequence[Example], by: Label, what: str) -> None:
 
 
 def check_labels(examples: Sequence[Example], by: Label, what: str, *, several: bool = True) -> None:
-    """Raises ConfigError unless the labels of a whole data set group it: all named, and not each of its own.
+    """Raises ConfigError unless the labels of a whole data set group it: all named, and not all different.
 
-    With `several` there must be two or more of them, as a split along them needs.
+    With `several` there must be two or more labels, as a split by label needs.
     """
     check_named(examples, by, what)
     values = len({label(e, by) for e in examples})
@@ -378,7 +379,7 @@ def check_labels(examples: Sequence[Example], by: Label, what: str, *, several: 
         )
     if values == len(examples) > 1:
         raise ConfigError(
-            f"Each of the {len(examples):,} examples has another {by}, so that it groups nothing, and {what} means "
+            f"Each of the {len(examples):,} examples has a different {by}, so it groups nothing, and {what} means "
             f"nothing. Is it the right column? {WAYS_OUT[by]}"
         )
 
@@ -388,8 +389,7 @@ def shuffled_pools(
 ) -> dict[str, np.ndarray]:
     """Label -> its indices into `examples`, shuffled; labels in alphabetical order.
 
-    Labels, not indices, are looked up through the permutation, so an index always means the example it
-    is an index of.
+    The permutation orders the lookup of labels and does not renumber: an index always means its own example.
     """
     pools: dict[str, list[int]] = {}
     for i in generator.permutation(len(examples)).tolist():
@@ -400,7 +400,7 @@ def shuffled_pools(
 def _shared_pools(
     examples: Sequence[Example], by: Label, generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """The same for a split by label, which is refused where there are none to split along."""
+    """`shuffled_pools` for a split by label, which is refused if an example names none."""
     check_named(examples, by, f"a split by {by}")
     return shuffled_pools(examples, by, generator)
 
@@ -414,7 +414,9 @@ def _check_clients(clients: int | None, examples: Sequence[Example]) -> int:
     if clients is None or clients < 1:
         raise ConfigError(f"Expected at least one client, got {clients=}.")
     if clients > len(examples):
-        raise ConfigError(f"{len(examples)} examples cannot be shared by {clients} clients: some hold none.")
+        raise ConfigError(
+            f"{len(examples)} examples are too few for {clients} clients: some would hold none."
+        )
     return clients
 
 

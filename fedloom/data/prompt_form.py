@@ -1,4 +1,4 @@
-"""A prompt format written down for other tools: the chat template that an exported tokenizer carries."""
+"""A prompt format for other tools: the chat template of an exported tokenizer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fedloom.data.template import Template
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:
-    """A Jinja template that gives a user's turn as training did: `apply_chat_template` makes the trained prompts.
+    """A Jinja template with which `apply_chat_template` makes the prompts of training.
 
-    The tokenizer's own where it does so by itself. Else one that says just what was trained, with the run's system
-    text, and knows nothing but users' turns, which may have a "context" beside their "content", and answers.
+    The tokenizer's own template if it does so already. Otherwise one that renders exactly what was trained,
+    with the run's system text, and knows only users' turns, which may have a "context" beside their
+    "content", and answers.
     """
     if template.format == "chat" and all(
         _own(tokenizer, words) == template.prompt(*pair)
@@ -51,9 +52,9 @@ def chat_template(template: Template, tokenizer: Any) -> str:
 
 
 def _blank(template: Template, tokenizer: Any, bos: str) -> str:
-    """What has to follow the beginning of text so that the rendered prompt becomes the trained ids.
+    """The text needed after the beginning-of-text token so that the rendered prompt becomes the trained ids.
 
-    Some tokenizers put a blank before the first word of a text, and none where the text begins with its token spelt out.
+    Some tokenizers put a space before the first word of a text, but not after a token that is spelt out.
     """
     rest = template.prompt("a b").removeprefix(bos)
     wanted = template.prompt_ids("a b")
@@ -78,7 +79,7 @@ def _own(tokenizer: Any, words: str) -> str | None:
 
 
 def _jinja(text: str, trims: bool) -> str:
-    """Text with slots as one Jinja expression."""
+    """Text with slots, as one Jinja expression."""
     names = {INSTRUCTION: "message['content']", CONTEXT: "message['context']"}
     parts = [part for part in re.split(f"([{INSTRUCTION}{CONTEXT}])", text) if part]
     terms = [(f"({names[p]} | trim)" if trims else names[p]) if p in names else _quoted(p) for p in parts]

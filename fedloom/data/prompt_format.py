@@ -1,4 +1,4 @@
-"""What a prompt format puts around people's words: control tokens, and text with slots between them."""
+"""Prompt formats: the control tokens around people's words, and the text with slots between these."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from fedloom.data.tokenizing import Part
 
 @dataclass(frozen=True)
 class Form:
-    """The format of examples of one shape: so many earlier turns, with or without system and context."""
+    """The format of examples of one shape: a number of earlier turns, with or without system and context."""
 
     parts: Sequence[Part]  # of the prompt
     lead: str  # before a response, and learnt with it
-    strips: Mapping[str, tuple[bool, bool]] = field(
-        default_factory=dict
-    )  # slot -> blanks before and after its words go
+    # slot -> (strips before, strips after): spaces around its words
+    strips: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
 
     def fill(self, text: str, words: Mapping[str, str]) -> str:
-        """Text with its slots filled in one pass: a slot that a user spells stays as it is."""
+        """Text with its slots filled in one pass: a slot that a user has typed stays as it is."""
         return "".join(self.stripped(slot, words[slot]) if slot in words else slot for slot in text)
 
     def stripped(self, slot: str, words: str) -> str:
@@ -29,9 +28,9 @@ class Form:
         return words.rstrip() if after else words
 
     def learnt(self, answers: Sequence[str], *, end: int) -> list[tuple[Part, bool]]:
-        """The parts, cut so that the slots of earlier answers are apart: each is learnt with its lead and its end."""
+        """(part, is it learnt?). Earlier answers become separate parts, learnt with lead and end."""
         found: list[tuple[Part, bool]] = []
-        closes = False  # the answer before goes on to the control token that comes now
+        closes = False  # the preceding answer extends to the control token that comes next
         for part, following in zip(self.parts, [*self.parts[1:], None], strict=True):
             if isinstance(part, int):
                 found.append((part, closes))
@@ -51,8 +50,8 @@ class Form:
 
 @dataclass(frozen=True)
 class Wording:
-    """A format of words alone. Earlier questions have the wording of one without context, their answers end as
-    all answers do, and `between` stands before the next question."""
+    """A format of words alone. Earlier questions are worded as without context, their answers end as
+    all answers do, and `between` comes before the next question."""
 
     intro: str
     intro_with_context: str

@@ -1,10 +1,9 @@
 """Read foreign JSONL, JSON, CSV and TSV files strictly, and name every bad record by file and line.
 
-Python's own readers take NaN, duplicate keys, lone surrogates and rows of any width. A model would be
-trained on whatever came of that, so nothing of it passes here. A record is bad for one reason, the first
-that is found; the good records around it are unharmed. What damages a file as a whole (it is missing, an
-archive is corrupt, a JSON list is never closed) is an error whatever the policy, since nobody can say how
-many records it costs.
+Python's own readers accept NaN, duplicate keys, lone surrogates and rows of any width. A model would be
+trained on the result, so none of that passes here. A record is bad for one reason, the first one found;
+the good records around it are unharmed. Damage to a file as a whole (it is missing, an archive is corrupt,
+a JSON list is never closed) is an error whatever the policy, since nobody can say how many records are lost.
 
 The codes of bad records:
 
@@ -18,7 +17,7 @@ The codes of bad records:
     object     JSON, but not an object             duplicate  a key appears twice in one object
     number     NaN or an infinite number
 
-A byte order mark at the start of a file is dropped, and blank lines hold nothing. White space is kept as
+A byte order mark at the start of a file is dropped, and blank lines are skipped. White space is kept as
 it is in every field. Zero-width and replacement characters inside a text are accepted: published data
 sets contain them.
 """
@@ -49,14 +48,14 @@ from fedloom.errors import ConfigError, DataError
 T = TypeVar("T")
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-SHOWN = 10  # causes listed in an error, and fields; the others are counted
+SHOWN = 10  # causes, or fields, listed in an error; the others are counted
 
 
 @dataclass(frozen=True, order=True)
 class Place:
     file: str
-    line: int  # 1 is the first; of a record over several lines, its first
-    number: int = 0  # of the record, where others begin before it on the same line; else 0
+    line: int  # from 1; the first line of a record over several
+    number: int = 0  # of the record, if others begin before it on the same line; else 0
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" + (f" (record {self.number})" if self.number else "")
@@ -65,27 +64,27 @@ class Place:
 @dataclass(frozen=True)
 class Record:
     place: Place
-    values: Mapping[str, Any]  # all fields of the record, also those nobody asked for
+    values: Mapping[str, Any]  # all fields of the record, unused ones included
 
 
 @dataclass(frozen=True)
 class BadRecord:
     place: Place
     code: str  # one of those above
-    reason: str  # for a reader; never quotes the record; what differs from record to record comes last, in ()
-    raw: bytes  # as it stands in the file, cut at `max_bytes`
+    reason: str  # for a reader; never quotes the record; details of this record alone come last, in ()
+    raw: bytes  # as in the file, cut at `max_bytes`
     length: int  # bytes of the whole record
-    fields: tuple[str, ...] = ()  # that it has, where it lacks one
+    fields: tuple[str, ...] = ()  # the fields it has, if it lacks one
 
 
 @dataclass(frozen=True)
 class Field:
-    """What a record must hold under a name. A field that is not required may be absent or null."""
+    """The demands on one field of a record. A field that is not required may be absent or null."""
 
     required: bool = True
     blank: bool = False  # may be empty or white space
     number: bool = False  # may be a whole number, as labels often are
-    nested: bool = False  # may hold anything; whoever reads it looks inside
+    nested: bool = False  # may hold anything; its reader looks inside
 
 
 def _silent(file: str, what: str) -> None:
@@ -98,24 +97,22 @@ def _no_advice(found: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read and how strictly, what becomes of bad records, and who hears of it.
+    """How to read, how strictly, what to do with bad records, and where to report them.
 
     "fail" refuses the data and lists what is wrong. "skip" leaves bad records out, counts them, and
     writes them to the file `quarantine`, which then holds training text and stays with its owner. Without
-    such a file they are only counted, as a preview does.
+    such a file, as in a preview, they are only counted.
     """
 
     on_bad: Literal["fail", "skip"] = "fail"
     quarantine: Path | None = None
     max_bytes: int = 1 << 20  # of one record
     max_depth: int = 32  # brackets inside brackets
-    field: str | None = None  # JSON: the key that holds the records, where several may
-    delimiter: str | None = None  # CSV; None: told from the header
+    field: str | None = None  # JSON: the key that holds the records, if several could
+    delimiter: str | None = None  # CSV; None: inferred from the header
     encoding: str | None = None  # None: UTF-8, or as a byte order mark says
     tell: Callable[[str, str], None] = _silent  # (file or "", what was not as expected)
-    advise: Callable[[Sequence[str]], str] = (
-        _no_advice  # what to do about a field that is missing, given those found
-    )
+    advise: Callable[[Sequence[str]], str] = _no_advice  # fields found -> what to do about a missing one
 
     def __post_init__(self) -> None:
         if self.on_bad not in ("fail", "skip"):
@@ -133,12 +130,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Loaded(Sequence[T], Generic[T]):
-    """A sequence that knows what was left out of it."""
+    """A sequence that knows what it leaves out."""
 
     items: Sequence[T]
-    bad: Mapping[str, int]  # code -> records left out; they are in the quarantine file
+    bad: Mapping[str, int]  # code -> number of records left out; the quarantine file holds them
     duplicates: int  # records that repeat an earlier one exactly; they are kept
-    places: Sequence[Place] = ()  # where each came from
+    places: Sequence[Place] = ()  # the origin of each item
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -154,16 +151,16 @@ class Loaded(Sequence[T], Generic[T]):
 def read_records(
     path: str | Path, fields: Mapping[str, Field], reading: Reading = Reading(), *, name: str | None = None
 ) -> Iterator[Record | BadRecord]:
-    """Every record of one file, good or bad, in its order. Of `reading`, only the limits matter here.
+    """Every record of one file, good or bad, in order. Ignores `reading.on_bad` and `reading.quarantine`.
 
-    The suffix tells JSON from CSV: .jsonl, .ndjson or .json, of any shape of `json_shape`; .csv or .tsv, quoted
-    as RFC 4180 has it, with any delimiter of `csv_shape`, the first line naming the columns; each perhaps
-    followed by .xz, .gz or .bz2. Memory holds one record at a time. `name` stands for the file in places; by
-    default its path.
+    The suffix tells JSON from CSV: .jsonl, .ndjson or .json, of any shape of `json_shape`; .csv or .tsv,
+    quoted as in RFC 4180, with any delimiter of `csv_shape`, where the first line names the columns; each may
+    be followed by .xz, .gz or .bz2. Memory holds one record at a time. `name` stands for the file in places;
+    by default it is the path.
 
-    After a broken quote nobody can say where a CSV record ends, so it is reported at its first line and
+    After a broken quote the end of a CSV record is unknown, so the record is reported at its first line and
     reading starts again on the next: no good record is lost, but further lines of the broken one may be
-    reported too. Raises DataError for what damages the file as a whole.
+    reported too. Raises DataError for damage to the file as a whole.
     """
     path = Path(path)
     name = str(path) if name is None else name
@@ -192,7 +189,7 @@ def read_records(
 
 
 def plain_suffix(path: Path) -> str:
-    """The ending that says the format, below that of an archive."""
+    """The ending that names the format, without that of an archive."""
     plain = path.with_suffix("") if path.suffix.lower() in ARCHIVES else path
     return plain.suffix.lower()
 
@@ -234,7 +231,7 @@ def _csv(
 
 
 def check_row(place: Place, values: Mapping[str, Any], fields: Mapping[str, Field]) -> Record | BadRecord:
-    """The same demands on a record that did not come from one of our files."""
+    """The same checks for a record from elsewhere than a text file."""
     try:
         _check_text(values, fields)
         _check_fields(values, fields)
@@ -247,12 +244,12 @@ def check_row(place: Place, values: Mapping[str, Any], fields: Mapping[str, Fiel
 def load(
     records: Iterable[Record | BadRecord], make: Callable[[Record], T], reading: Reading = Reading()
 ) -> Loaded[T]:
-    """Make something of every good record; do with the bad ones what `reading.on_bad` says.
+    """Call `make` on every good record; treat the bad ones as `reading.on_bad` says.
 
-    With "skip" the quarantine file is always written, and is empty when no record was bad: one line of
-    JSON a record with its file, line, code, reason, length, and the record itself under `raw`, or under
-    `raw_base64` where it is not UTF-8. Raises DataError under "fail" when any record is bad, after
-    reading them all, and under "skip" when none is good.
+    With "skip" the quarantine file is always written, and empty if no record was bad. It has one line of
+    JSON per record with its file, line, code, reason, length, and the record itself under `raw`, or under
+    `raw_base64` if it is not UTF-8. Raises DataError under "fail" if any record is bad, after
+    reading them all, and under "skip" if none is good.
     """
     items: list[T] = []
     places: list[Place] = []
@@ -280,7 +277,7 @@ def load(
 
 
 class _Bad:
-    """Bad records by cause: one line for each, however many there are."""
+    """Bad records by cause: one line per cause, however many records it has."""
 
     def __init__(self) -> None:
         self.codes: Counter[str] = Counter()
@@ -317,7 +314,7 @@ class _Bad:
             lines.append('Fix these records, or leave them out with data.on_bad = "skip".')
         else:
             lines.append(
-                "No good record is left. Is this the right file, and are the columns named as in it?"
+                "No good record is left. Is this the right file, and do the settings name its columns?"
             )
         return "\n".join(lines)
 
@@ -339,7 +336,7 @@ class _Bad:
 
 
 def shown(names: Sequence[str]) -> str:
-    """Names of fields for a message; one as long as a sentence may be a text, and is not quoted."""
+    """Names of fields for a message; a name as long as a sentence may be training text and is not quoted."""
     short = [
         n if len(n) <= 40 and len(n.split()) <= 4 else f"(a text of {len(n)} characters)"
         for n in names[:SHOWN]
@@ -367,7 +364,7 @@ def _create(path: Path) -> io.TextIOWrapper:
         raise DataError(f"Cannot write the quarantine file {path}: {error.strerror}.") from None
 
 
-# -- from frames to records: what a frame must hold -------------------------------------------------------
+# -- from frames to records: the checks on a frame --------------------------------------------------------
 
 
 class _Fault(Exception):
@@ -426,7 +423,7 @@ def _rows(
         else:
             yield Record(place, values)
     if empty:
-        reading.tell(name, f"{empty:,} rows hold nothing but delimiters, and are passed over")
+        reading.tell(name, f"{empty:,} rows hold nothing but delimiters and are skipped")
 
 
 def _header(
@@ -446,22 +443,22 @@ def _header(
                 f"They are: {shown(named)}. {reading.advise(named)}".strip(),
             )
     if header.unnamed:
-        reading.tell(name, f"columns without a name are passed over ({header.unnamed})")
+        reading.tell(name, f"columns without a name are skipped ({header.unnamed})")
     return header
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tab and line ends
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tab and newlines
 _UNWANTED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[][{}]', re.DOTALL)  # or a string, to pass over
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[][{}]', re.DOTALL)  # or a string, to skip
 
 
 def _cut(frame: Frame) -> _Fault | None:
-    """What is wrong with a record that makes no sense, if the reason is that the file stops in it."""
+    """The fault of an unreadable record, if the file ends inside it."""
     return None if frame.ended else _Fault("truncated", "the last line breaks off: it has no line end")
 
 
 def _decode(frame: Frame, reading: Reading) -> str:
-    if len(frame.body) > reading.max_bytes or frame.length > reading.max_bytes + 2:  # 2: a line end
+    if len(frame.body) > reading.max_bytes or frame.length > reading.max_bytes + 2:  # 2: a newline
         raise _Fault("long", f"longer than the limit of {reading.max_bytes:,} bytes ({frame.length:,})")
     try:
         text = frame.body.decode()
@@ -476,7 +473,7 @@ def _decode(frame: Frame, reading: Reading) -> str:
 
 
 def _parse_json(text: str, frame: Frame, reading: Reading) -> dict[str, Any]:
-    # Measured first: the parser would recurse as deep as a stranger likes.
+    # Measure the depth first: the parser would recurse as deep as a stranger's file says.
     if text.count("[") + text.count("{") > reading.max_depth and _depth(text) > reading.max_depth:
         raise _Fault("deep", f"nested deeper than {reading.max_depth} levels")
     try:
@@ -519,7 +516,7 @@ def _finite_number(text: str) -> float:
 
 
 def _check_text(values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-    """JSON can spell what the bytes of a file could not hold: "\\u0000", "\\ud800"."""
+    """JSON can spell characters that the file's bytes must not hold: "\\u0000", "\\ud800"."""
     for name, value in values.items():
         for text in (name, *_strings(value)):
             if found := _UNWANTED.search(text):

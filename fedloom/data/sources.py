@@ -1,10 +1,10 @@
 """Where examples come from: one function for each kind of data, all through the strict reader.
 
-What a record must hold is said here. An instruction and a response that are not blank, everywhere: there
-is nothing to learn from the others. A blank context is normal and accepted. Where a category or an owner
-is asked for it may not be blank, since splits are made along it. The published Dolly and MedQuAD files
-meet all of this; they contain zero-width and replacement characters, which are kept, and Dolly repeats a
-few records, which are kept and counted.
+This file says what a record must hold. Instruction and response must never be blank: there is nothing to
+learn without them. A blank context is normal and accepted. A category or an owner must not be blank if it is
+asked for, since splits use it. The published Dolly and MedQuAD files meet all of this; they contain
+zero-width and replacement characters, which are kept, and Dolly repeats a few records, which are kept and
+counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedloom.errors import ConfigError, DataError
 
 Paths = str | Path | Sequence[str | Path]
 
-# What each of our columns must hold in a file where it was asked for.
+# The demands on each of our columns in a file where it is asked for.
 DEMANDS = {
     "instruction": Field(),
     "response": Field(),
@@ -37,7 +37,8 @@ DEMANDS = {
     "owner": Field(number=True),
 }
 
-# Of what a source is named after, as its authors publish it; the other sources are shapes, which any data may have.
+# Of the data sets that sources are named after, as published; the other sources are shapes that any data may
+# have.
 LICENCES = {
     "microworld": "Apache-2.0",
     "dolly": "CC-BY-SA-3.0",
@@ -49,7 +50,7 @@ PARQUET = ".parquet"
 FIXED = ("dolly", "alpaca", "alpacare", "medquad")  # sources that know their columns
 MAPPED = ("table", "hub")  # sources that take data.columns
 
-NO_INPUT = ("<noinput>", "NA")  # how AlpaCare's files say that a task has no input
+NO_INPUT = ("<noinput>", "NA")  # in AlpaCare's files: the task has no input
 
 
 def dolly(
@@ -57,7 +58,7 @@ def dolly(
 ) -> Loaded[Example]:
     """databricks-dolly-15k: instruction, context, response, and one of eight categories.
 
-    Here and below, `columns` names those that a file calls otherwise than the published ones.
+    Here and below, `columns` gives the names of columns where a file differs from the published one.
     """
     fixed = {ours: ours for ours in ("instruction", "context", "response", "category")}
     return _read(path, {**fixed, **columns}, _demands({**fixed, **columns}), reading)
@@ -79,8 +80,8 @@ def alpacare(
 ) -> Loaded[Example]:
     """AlpaCare's medical tasks in Alpaca's shape: MedInstruct-52k, or its clinicians' seeds once answered.
 
-    As in AlpaCare's own code an input of "<noinput>" or "NA" is none. The topic, which the seeds have and
-    MedInstruct-52k has not, is the category. The published seeds hold no responses and are refused.
+    As in AlpaCare's own code, an input of "<noinput>" or "NA" counts as no input. The topic, which the seeds
+    have and MedInstruct-52k lacks, is the category. The published seeds hold no responses and are refused.
     """
     columns = {
         "instruction": "instruction",
@@ -95,7 +96,7 @@ def alpacare(
         example = _example(record, columns)
         return replace(example, context="") if example.context.strip() in NO_INPUT else example
 
-    # Whether the response is there is asked last: that no record has one is a reason of its own.
+    # Check for the response last: a file in which no record has one gets its own error.
     response = columns["response"]
     found = _records(path, {**demands, response: LENIENT}, reading)
     return records.load(_answered(found, demands, response), make, reading)
@@ -104,7 +105,7 @@ def alpacare(
 def _answered(
     found: Iterable[Record | BadRecord], demands: Mapping[str, Field], response: str
 ) -> Iterator[Record | BadRecord]:
-    """Holds records to `demands`, and refuses them all where none has a response."""
+    """Checks records against `demands`, and refuses them all if none has a response."""
     answered = unanswered = 0
     fields: dict[str, None] = {}
     for record in found:
@@ -127,9 +128,9 @@ def _answered(
     if unanswered and not answered:
         raise DataError(
             f"None of the {unanswered:,} records has a response (field {response!r}). AlpaCare's 167 seed "
-            "tasks, med_seed.json, are published as instructions without responses, and nobody can be trained "
-            "on those. Use MedInstruct-52k, the tasks generated from them, or answer the seeds: give each an "
-            "'output'. A file that calls its response otherwise is a table: "
+            "tasks, med_seed.json, are published as instructions without responses, so no model can be trained "
+            "on them. Use MedInstruct-52k, the tasks generated from them, or answer the seeds: give each an "
+            "'output'. If the file has its responses under another name, read it as a table: "
             'data.source = "table", data.columns = { response = ... }.'
         )
 
@@ -137,7 +138,7 @@ def _answered(
 def medquad(
     path: Paths, reading: Reading = Reading(), *, columns: Mapping[str, str] = MappingProxyType({})
 ) -> Loaded[Example]:
-    """MedQuAD: questions and answers of nine institutions, each an owner; the question type is the category."""
+    """MedQuAD: questions and answers of nine institutions, the owners; the question type is the category."""
     columns = {
         "instruction": "question",
         "response": "answer",
@@ -151,18 +152,18 @@ def medquad(
 def table(
     path: Paths, columns: Mapping[str, str] | None = None, reading: Reading = Reading()
 ) -> Loaded[Example]:
-    """Any JSONL, JSON, CSV, TSV or Parquet: a file, a folder of them, a pattern such as "data/*.csv", or several.
+    """Any JSONL, JSON, CSV, TSV or Parquet: a file, a folder, a pattern such as "data/*.csv", or several.
 
-    `columns` maps ours (instruction, response, context, category, owner) to those of the files. A column
-    it names must be in every record. Of the others, instruction and response must be there under our
-    name, the rest may be.
+    `columns` maps ours (instruction, response, context, category, owner) to those of the files. Every record
+    must have the columns that it names. Of the others, instruction and response are required under our
+    name; the rest are optional.
     """
     columns, demands = _mapped(columns)
     return _read(path, columns, demands, reading)
 
 
 def chat(path: Paths, reading: Reading = Reading()) -> Loaded[Example]:
-    """Conversations, OpenAI's `messages` or ShareGPT's `conversations`: one example of each, see chat.py."""
+    """Conversations, OpenAI's `messages` or ShareGPT's `conversations`: one example each, see chat.py."""
     return records.load(
         map(conversations.checked, _records(path, conversations.DEMANDS, reading)),
         conversations.example,
@@ -181,8 +182,8 @@ def hub(
 ) -> Loaded[Example]:
     """A data set on the Hugging Face Hub, "owner/name" or "owner/name:subset", or a local folder of Parquet.
 
-    Columns as for `table`. Only what is in the local cache is used unless `allow_download`. Places count
-    rows from 1. Needs the extra "data".
+    Columns as for `table`. Uses the local cache alone unless `allow_download`. Places count rows from 1.
+    Needs the extra "data".
     """
     columns, demands = _mapped(columns)
     rows = _load_dataset(name, split, revision, allow_download)
@@ -219,10 +220,10 @@ def load(
     quarantine: Path | None = None,
     allow_download: bool = False,
 ) -> tuple[list[Example], dict[str, Any]]:
-    """Examples of a source by name, and what the reader has to report: records, bad by code, duplicates, notes.
+    """Examples of a source by name, and the reader's report: records, bad by code, duplicates, notes.
 
-    `test_columns`, where it is not None, says that this is a test set and what it calls otherwise. With `owner`
-    = "file" an example's owner is the file it came from. Notes are sentences for the user.
+    If `test_columns` is not None, this is a test set, and they give the names that differ in it. With `owner`
+    = "file" an example's owner is its file. Notes are sentences for the user.
     """
     if not path:
         what = "the data set's id" if source == "hub" else "the file to read"
@@ -233,9 +234,9 @@ def load(
         )
     if test_columns and source not in (*FIXED, *MAPPED):
         raise ConfigError(
-            f'data.source = "{source}" reads a test set as it reads the rest; drop data.test_columns.'
+            f'data.source = "{source}" reads a test set like the rest of the data; drop data.test_columns.'
         )
-    told: dict[str, list[str]] = {}  # what was not as expected -> in which files
+    told: dict[str, list[str]] = {}  # what was not as expected -> the files
     key = "data.columns" if test_columns is None else "data.test_columns"
     reading = Reading(
         on_bad=on_bad,
@@ -272,17 +273,17 @@ def load(
 
 
 def _by_file(examples: Sequence[Example], places: Sequence[Place]) -> list[Example]:
-    """Each example with its file's name as its owner, without what says the format; folders only where they differ."""
+    """Each example with its file's name, without the endings, as owner; folders only where they differ."""
     plain = {
         p.file: p.file.removesuffix(Path(p.file).name) + Path(p.file).name.partition(".")[0] for p in places
     }
-    # Two files may differ in their endings alone: then these stay.
+    # If two files differ in their endings alone, the endings stay.
     unique = plain if len(set(plain.values())) == len(plain) else {file: file for file in plain}
     return [replace(e, owner=unique[p.file]) for e, p in zip(examples, places, strict=True)]
 
 
 def _mapped(columns: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, Field]]:
-    """All columns, ours -> theirs, and what theirs must hold."""
+    """All columns, ours -> theirs, and the demands on theirs."""
     asked = dict(columns or {})
     if unknown := sorted(asked.keys() - DEMANDS.keys()):
         raise ConfigError(f"Unknown column {unknown[0]!r}; ours are {', '.join(DEMANDS)}.")
@@ -295,7 +296,7 @@ def _mapped(columns: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str
 
 
 def _demands(columns: Mapping[str, str]) -> dict[str, Field]:
-    """Of two of ours that read the same column, the stricter demand counts."""
+    """If two of ours read the same column, the stricter demand counts."""
     demands: dict[str, Field] = {}
     for ours, theirs in columns.items():
         new, old = DEMANDS[ours], demands.get(theirs, DEMANDS[ours])
@@ -314,7 +315,7 @@ def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Ite
     together = os.path.commonpath([file.parent for file in files])
 
     def one(file: Path) -> Iterator[Record | BadRecord]:
-        # Short, and the same wherever the data lies: it ends up in example ids.
+        # Short, and independent of where the data lies: it becomes part of example ids.
         name = Path(os.path.relpath(file, together)).as_posix()
         read = parquet.read if file.suffix.lower() == PARQUET else records.read_records
         return read(file, demands, reading, name=name)
@@ -325,7 +326,7 @@ def _records(path: Paths, demands: Mapping[str, Field], reading: Reading) -> Ite
 def _unused(
     found: Iterable[Record | BadRecord], used: Collection[str], reading: Reading
 ) -> Iterator[Record | BadRecord]:
-    """The same; tells at the end which fields nobody asked for."""
+    """The records unchanged; reports at the end which fields are not used."""
     fields: Counter[str] = Counter()
     good = 0
     for record in found:
@@ -340,7 +341,7 @@ def _unused(
 
 
 def _files(path: Paths, reading: Reading) -> list[Path]:
-    """Every file that is meant, absolute; of a folder those we can read, in alphabetical order."""
+    """The absolute path of every file meant; from a folder, the readable files in alphabetical order."""
     given = [path] if isinstance(path, str | Path) else list(path)
     files: list[Path] = []
     for item in given:
@@ -397,11 +398,11 @@ def _load_dataset(name: str, split: str, revision: str | None, allow_download: b
     local = Path(name).is_dir()
     dataset, _, subset = (name, "", "") if local else name.partition(":")
     was_offline = datasets.config.HF_HUB_OFFLINE
-    # Read by the library at every call; also keeps it from reporting the use of a local folder.
+    # The library reads this at every call. It also stops the library from reporting use of a local folder.
     datasets.config.HF_HUB_OFFLINE = was_offline or local or not allow_download
     try:
         return datasets.load_dataset(dataset, subset or None, split=split, revision=revision)
-    except Exception as error:  # the library, its file formats and the network raise dozens of kinds
+    except Exception as error:  # the library, its file formats and the network raise dozens of types
         offline = datasets.config.HF_HUB_OFFLINE and not local
         hint = "Nothing is downloaded unless model.allow_download = true and HF_HUB_OFFLINE is not set. "
         raise ConfigError(

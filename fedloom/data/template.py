@@ -1,13 +1,13 @@
-"""An example as tokens: one prompt format for training, evaluation and chat, and the loss mask by construction.
+"""An example as tokens: one prompt format for training, evaluation and chat, and an exact loss mask.
 
-A prompt is a row of *parts*: control tokens, and the text between them in which the user's words are
-filled in. Control tokens come only from the format itself; whatever a user writes is tokenised as plain
-text, so a response that contains `</s>` does not end an answer. Text between two control tokens is
-tokenised in one piece, which gives the very ids that the tokenizer gives for the rendered prompt.
+A prompt is a row of *parts*: control tokens, and the text between them, with slots for the user's words.
+Control tokens come only from the format itself; whatever a user writes is tokenised as plain text, so a
+response that contains `</s>` does not end an answer. Text between two control tokens is tokenised in one
+piece, which gives exactly the ids that the tokenizer gives for the rendered prompt.
 
-The response is tokenised on its own and appended, so that a model is trained on exactly the ids it is
-given when it answers, and the mask is known without searching for a marker. So are earlier answers of a
-conversation, where they are learnt, too.
+The response is tokenised on its own and appended. So a model is trained on exactly the prompt ids that it
+sees when it answers, and the mask is known without searching for a marker. Earlier answers of a conversation
+are treated the same way where they are learnt, too.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SHORTEST_CUT = 16  # tokens of a response that truncation never removes
 class Template:
     """Turns examples into tokens in one format.
 
-    `format="auto"` is the tokenizer's own chat template where it has one, else Alpaca's wording. `system`
-    is said before the instruction, unless an example has a system turn of its own; a chat template that
-    knows no system role gets it as part of the user's first turn. `loss_on="assistant"` also learns the
+    `format="auto"` is the tokenizer's own chat template if it has one, else Alpaca's wording. `system`
+    comes before the instruction, unless an example has a system turn of its own; in a chat template without
+    a system role it is part of the user's first turn. `loss_on="assistant"` also learns the
     answers among an example's earlier turns, `"all"` the whole sequence. `max_length` is the most tokens of
-    a training sequence: prompt, response and end. `positions` is what the model reads at once, which bounds
-    a prompt that is to be answered.
+    a training sequence: prompt, response and end. `positions` is the model's context length, which bounds
+    a prompt to be answered.
 
     `stop` holds every token that ends an answer: the tokenizer's end of text and the chat template's end
     of turn. The latter (the former without a chat template) closes every response and is learnt.
@@ -75,7 +75,7 @@ class Template:
         self._opening = [] if format == "chat" else self._text.opening  # a chat template writes its own
         self._forms: dict[tuple[int, bool, bool], Form] = {}
 
-        # What closes a response: text up to the first control token after it, and that token.
+        # A response closes with the text up to the first control token after it, and that token.
         self._tail, self._closing, self._strip = "", None, (False, False)
         if format == "chat":
             chat = read_chat_template(tokenizer, turns=0, system=bool(system))
@@ -96,10 +96,10 @@ class Template:
         self.stop = frozenset({end} | ({tokenizer.eos_token_id} - {None}))
 
     def prompt(self, example: Example | str, context: str = "") -> str:
-        """The prompt of an example, or of an instruction and its context, as text to be shown.
+        """The prompt of an example, or of an instruction and its context, as text for people.
 
-        Models are given `prompt_ids`, which may differ from tokenising this text: here a control token
-        cannot be told from a user who spells one.
+        Models get `prompt_ids`, which may differ from the ids of this text: a control token typed by a user
+        looks like a real one here.
         """
         example = _asked(example, context)
         form, words = self._form(example), self._words(example)
@@ -109,67 +109,68 @@ class Template:
         )
 
     def prompt_ids(self, example: Example | str, context: str = "", *, room: int = 0) -> list[int]:
-        """What a model is given to answer: what `encode` puts before the response.
+        """The prompt for a model to answer, as `encode` puts it before the response.
 
-        Whole, where that leaves `room` tokens of the model's positions for the answer; else the earliest turns,
-        the end of the context, then that of the instruction are cut, but never to less than training shows of
-        the same example (of an instruction alone: to less than `max_length` but for 16 tokens).
+        It is whole if that leaves `room` of the model's positions for the answer. Otherwise the earliest
+        turns, the end of the context, then the end of the instruction are cut, but never below what training
+        shows of the same example (for an instruction alone: never below `max_length` less 16 tokens).
         """
         return self._given(_asked(example, context), room, trained=isinstance(example, Example))[0]
 
     def prompt_cut(self, example: Example | str, context: str = "", *, room: int = 0) -> Cut:
-        """What `prompt_ids` cuts off."""
+        """The part that `prompt_ids` cuts."""
         return self._given(_asked(example, context), room, trained=isinstance(example, Example))[1]
 
     def reading_all(self) -> Template:
-        """The same format for sequences as long as the model reads: for measuring, not for training."""
+        """The same format for sequences up to the model's context length: for measuring, not for training."""
         other = copy.copy(self)
         other.max_length = self.positions
         return other
 
     @property
     def end_text(self) -> str:
-        """How the token that closes a response is written."""
+        """The text of the token that closes a response."""
         return str(self._tokenizer.convert_ids_to_tokens(self.end))
 
     @property
     def around(self) -> tuple[str, str]:
-        """What stands before a response, and after it up to and with its end, as text."""
+        """The text before a response, and the text after it, its end included."""
         return self._form(Example("a", "")).lead, self._tail + self.end_text
 
     def encode(self, example: Example) -> Tokens:
         """Prompt, response, end; the last two are labelled.
 
-        Where that is more than `max_length`, first the earliest turns go, a question with its answer, then
-        the end of the context is cut, then the end of the response (which then has no end token, since it does not end there), but the response keeps at
-        least 16 tokens; at last the end of the instruction. `truncation` tells which was the last resort.
+        If that exceeds `max_length`, cuts are made in this order: the earliest turns, each question with its
+        answer; the end of the context; the end of the response, which keeps at least 16 tokens and loses its
+        end token, since it does not end there; the end of the instruction. `truncation` names the last of
+        these made.
         """
         return self._encode(example)[0]
 
     def contrast(self, example: Example) -> tuple[Tokens, Tokens]:
-        """The response after its prompt, and the very same tokens after the beginning of text alone.
+        """The response after its prompt, and the same tokens after the beginning of text alone.
 
-        In both exactly the response and its end are labelled, whatever `loss_on` says. Where the tokenizer
-        begins no text, the end of a text stands before the lone response, as it does in pretraining.
+        In both, exactly the response and its end are labelled, whatever `loss_on` says. If the tokenizer has
+        no beginning of text, the end-of-text token comes before the lone response, as in pretraining.
         """
         prompt, _, answer, _ = self._pieces(example)
         beginning = self._text.opening or [self._begin]
         return _labelled(prompt, answer), _labelled(beginning, answer)
 
     def document_ids(self, text: str) -> list[int]:
-        """Text that a base model is to continue, from its beginning, in no format; all of it plain text."""
+        """Plain text for a base model to continue: the beginning of text, then the text, in no format."""
         return [*self._text.opening, *self._text.ids(text, after=None)]
 
     def text(self, ids: Sequence[int]) -> str:
-        """What a base model has written, blanks and newlines as they are."""
+        """The text that a base model has written, with its spaces and newlines."""
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def truncation(self, example: Example) -> Cut:
-        """What `encode` cuts off this example."""
+        """The part of this example that `encode` cuts."""
         return self._encode(example)[1]
 
     def measure(self, examples: Iterable[Example]) -> dict[str, float]:
-        """How long the examples are and what `encode` cuts, in counts."""
+        """Counts of examples, of their tokens, and of the cuts that `encode` makes."""
         cuts: dict[Cut, int] = {"none": 0, "turns": 0, "context": 0, "response": 0, "instruction": 0}
         lengths, labelled = [], 0
         for example in examples:
@@ -190,7 +191,7 @@ class Template:
         }
 
     def sha256(self) -> str:
-        """Of all that the format puts around a user's words: other prompts have another."""
+        """Hash of all that the format puts around a user's words: different prompts have different hashes."""
         shapes = [
             (turns, system, context)
             for turns in (0, 2)
@@ -206,7 +207,7 @@ class Template:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The answer as text: up to the first stop token, without special tokens and surrounding blanks."""
+        """The answer as text up to the first stop token, without special tokens and outer white space."""
         kept = []
         for token in ids:
             if token in self.stop:
@@ -235,7 +236,7 @@ class Template:
         return ids, cut
 
     def _pieces(self, example: Example) -> tuple[list[int], list[bool], list[int], Cut]:
-        """Prompt and what of it is learnt, response with its end, and what was cut to make both fit."""
+        """The prompt, which of its tokens are learnt, the response with its end, and the cut made."""
         form = self._form(example)
         text = Form((), "", {RESPONSE: self._strip}).stripped(RESPONSE, example.response)
         answer = self._text.ids(form.lead + text + self._tail, after=form.parts[-1], before=self._closing)
@@ -251,8 +252,10 @@ class Template:
     def _fit_prompt(
         self, example: Example, wanted: int, *, at_most: int | None = None
     ) -> tuple[list[int], list[bool], Cut]:
-        """The prompt in `wanted` tokens if without the earliest turns and the context's end it gets there, else in
-        `at_most` by cutting the instruction's end, too; what of it is learnt; and what was cut."""
+        """The prompt, which of its tokens are learnt, and what was cut.
+
+        Cutting the earliest turns and the end of the context brings it to `wanted` tokens if it can;
+        otherwise the end of the instruction is cut, too, to reach `at_most`."""
         limit = wanted if at_most is None else at_most
         ids, learnt = self._prompt(example)
         cut: Cut = "none"
@@ -270,19 +273,19 @@ class Template:
             ids, learnt = self._prompt(example)
         if len(ids) > limit:
             raise DataError(
-                f"too-long: the prompt format alone takes {len(ids)} tokens and has room for {max(limit, 0)} of "
-                f"prompt.max_length={self.max_length}; raise that, or choose a model that reads more."
+                f"too-long: the prompt format alone takes {len(ids)} tokens, but only {max(limit, 0)} fit into "
+                f"prompt.max_length={self.max_length}; raise that, or choose a model with a longer context."
             )
         return ids, learnt, cut
 
     def _shortened(self, text: str, tokens: int) -> str:
-        """Without its last `tokens` tokens; what remains may merge into other tokens, so callers look again."""
+        """The text without its last tokens. The rest may merge into other tokens, so callers check again."""
         pieces = self._text.offsets(text)
         keep = len(pieces) - tokens
         return text[: min(pieces[keep][0], len(text) - 1)] if keep > 0 else ""
 
     def _prompt(self, example: Example) -> tuple[list[int], list[bool]]:
-        """Ids, and which of them are learnt: those of earlier answers, where `loss_on` says so."""
+        """Ids, and which of them are learnt: those of earlier answers, if `loss_on` says so."""
         form, words = self._form(example), self._words(example)
         answers = (
             [turn_slot(i) for i in range(1, len(_earlier(example)), 2)] if self.loss_on == "assistant" else []
@@ -317,7 +320,7 @@ class Template:
     def _form_or_none(self, shape: tuple[int, bool, bool]) -> Form | None:
         try:
             return self._form_of(*shape)
-        except ModelError:  # a chat template that knows no earlier turns
+        except ModelError:  # a chat template without earlier turns
             return None
 
     def _system(self, example: Example) -> str:
@@ -342,7 +345,7 @@ def _earlier(example: Example) -> tuple[Turn, ...]:
 
 
 def _labelled(before: Sequence[int], after: Sequence[int]) -> Tokens:
-    """One sequence of which the second part is learnt, or all but the first token where there is no first part."""
+    """One sequence whose second part is learnt, or all but the first token if there is no first part."""
     ids = (*before, *after)
     unlabelled = max(len(before), 1)
     return Tokens(ids, (False,) * unlabelled + (True,) * (len(ids) - unlabelled))

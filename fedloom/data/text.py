@@ -1,10 +1,10 @@
-"""How texts are compared, wherever that is done and in whatever script: words, and what two texts have in common.
+"""Comparing texts in any script: their words, and how much two texts have in common.
 
-A word is a run of letters, digits and combining marks. Scripts that write no blanks between words (Han, kana,
-Thai, Lao, Khmer, Burmese, ...) have each character, with the marks on it, as a word: finding their words needs
+A word is a run of letters, digits and combining marks. In scripts without spaces between words (Han, kana,
+Thai, Lao, Khmer, Burmese, ...) each character, with its marks, is a word: finding their real words needs
 a dictionary for every language. Korean and Tibetan mark where words or syllables end, and are split there. An
-emoji is a word, too. Case, canonical forms (NFC, NFD), widths and other shapes of one letter, and invisible
-characters make no difference. Superscripts and fractions stay what they are: 10² is not 102.
+emoji is a word, too. Case, canonical forms (NFC, NFD), widths and other shapes of a letter, and invisible
+characters make no difference. Superscripts and fractions are kept: 10² is not 102.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 import regex
 from rapidfuzz.distance import LCSseq
 
-CHARACTERS_PER_WORD = (
-    2  # in a script without blanks, roughly: so many count as one word where words are counted
-)
+CHARACTERS_PER_WORD = 2  # in a script without spaces, roughly: this many count as one word
 
 _SCRIPTS = (
     "Han",
@@ -39,9 +37,8 @@ _SCRIPTS = (
     "Nushu",
     "Tangut",
 )
-_UNSPACED = (
-    "[" + "".join(rf"\p{{{script}}}" for script in _SCRIPTS) + "\u30fc]"
-)  # and the mark of a long vowel
+# With the long vowel mark.
+_UNSPACED = "[" + "".join(rf"\p{{{script}}}" for script in _SCRIPTS) + "\u30fc]"
 _LETTER = r"[\p{L}\p{N}\p{Mn}\p{Mc}]"
 _WORD = regex.compile(
     rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]]\p{{M}}*"
@@ -52,7 +49,7 @@ _WORD = regex.compile(
 _ASCII_WORD = regex.compile("[a-z0-9]+")  # the same in ASCII, much faster
 _ONE = regex.compile(_UNSPACED, regex.V1)
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
-# One letter in other shapes. Compatibility forms beyond these would make 102 of 10².
+# Other shapes of one letter. Folding compatibility forms beyond these would turn 10² into 102.
 _SHAPES = regex.compile(
     r"[\p{InHalfwidth_and_Fullwidth_Forms}\p{InAlphabetic_Presentation_Forms}\p{InArabic_Presentation_Forms_A}"
     r"\p{InArabic_Presentation_Forms_B}\p{InMathematical_Alphanumeric_Symbols}]+"
@@ -60,7 +57,7 @@ _SHAPES = regex.compile(
 
 
 def folded(text: str) -> str:
-    """Without what does not count: case, white space but for one blank, and how Unicode writes the same letter."""
+    """The text without differences of case, of white space, and of how Unicode writes the same letter."""
     if text.isascii():
         return " ".join(text.lower().split())
     text = _SHAPES.sub(lambda found: unicodedata.normalize("NFKC", found[0]), _INVISIBLE.sub("", text))
@@ -76,12 +73,12 @@ def words(text: str) -> list[str]:
 
 
 def length(said: Sequence[str]) -> float:
-    """How long a text is, in words: characters of a script without blanks count as parts of one."""
+    """The length of a text in words: a character of a script without spaces counts as part of one."""
     return sum(map(_weight, said))
 
 
 def runs(said: Sequence[str], least: float) -> Iterator[tuple[str, ...]]:
-    """The shortest stretches that are at least `least` long, one from each place where one begins."""
+    """The shortest runs of words with a length of at least `least`, one from each starting place."""
     weights = [_weight(word) for word in said]
     end, reached = 0, 0.0
     for start, weight in enumerate(weights):
@@ -99,13 +96,13 @@ def _weight(word: str) -> float:
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F-measure of ROUGE-L over `words` (Lin 2004). Where neither text has a word: whether they are the same."""
+    """F-measure of ROUGE-L over `words` (Lin 2004). If neither text has a word: whether they are the same."""
     one, other = words(reference), words(answer)
     return overlap(one, other) if one or other else float(folded(reference) == folded(answer))
 
 
 def overlap(one: Sequence[str], other: Sequence[str]) -> float:
-    """`rouge_l` of texts that are words already."""
+    """`rouge_l` of texts already split into words."""
     if not one or not other:
         return float(not one and not other)
     common = LCSseq.similarity(one, other)

@@ -1,9 +1,9 @@
-"""Text to the very ids that its tokenizer gives, where a user cannot spell a control token.
+"""Text to exactly the ids that its tokenizer gives, but a user cannot spell a control token.
 
-Some tokenizers put a blank before the first word, and where depends on their kind: before a whole text only
-(Metaspace, scheme "first"), after every control token too (Metaspace "always", ByteLevel with
-`add_prefix_space`, the normalizer Prepend), or before every word. So a piece of text is tokenised by where it
-stands: at the beginning, after a control token, or after other text.
+Some tokenizers put a space before the first word. Where they do depends on their kind: before a whole text
+only (Metaspace, scheme "first"), after every control token too (Metaspace "always", ByteLevel with
+`add_prefix_space`, the normalizer Prepend), or before every word. So a piece of text is tokenised according
+to its place: at the beginning, after a control token, or after other text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Part = int | str  # a control token, or text with slots
 
 
 class TextTokenizer:
-    """Plain text to ids, knowing what stands before it; and format text split at its control tokens.
+    """Plain text to ids, given what comes before it; and format text split at its control tokens.
 
-    Control tokens are a tokenizer's added tokens, but for those of nothing but blanks: a user's own blanks may
-    merge with those of the format, so they are left to the text.
+    Control tokens are a tokenizer's added tokens, except those of white space alone: a user's own spaces may
+    merge with those of the format, so they stay part of the text.
     """
 
     def __init__(self, tokenizer: Any):
@@ -41,7 +41,7 @@ class TextTokenizer:
         }
         self._added = added
         self._controls = {entry.content: token for token, entry in added.items()}
-        # Longest first, so that no control token hides another; blanks beside one go as the tokenizer has it.
+        # Longest first, so that no control token hides another; the tokenizer says which adjacent spaces go.
         patterns = [
             (r"\s*" if entry.lstrip else "")
             + (r"(?<!\w)" if entry.single_word else "")
@@ -51,21 +51,21 @@ class TextTokenizer:
             for entry in sorted(added.values(), key=lambda entry: -len(entry.content))
         ]
         self._control = re.compile("|".join(patterns)) if patterns else None
-        # The beginning of text, where the tokenizer adds one.
+        # The beginning of text, if the tokenizer adds one.
         self.opening: list[int] = _opening(self._first)
 
     def _set_places(self) -> None:
         described = self._described
         self._first = _plain(described)
         self._after_control = _plain(_without_blanks(described, schemes=("first",)))
-        # A normalizer sees a text whole before control tokens that it may change are looked for.
+        # A normalizer sees the whole text before it is searched for control tokens that are normalized.
         self._after_normalized = _plain(_without_blanks(described, schemes=("first",), prepended=True))
         bare = _plain(_without_blanks(described, schemes=("first", "always"), prepended=True, spaced=True))
-        # Where every word gets a blank, so does the first after other text.
+        # If every word gets a space, so does the first word after other text.
         self._later = bare if _spelt(self._first, "a\na b").endswith(_spelt(bare, "a b")) else self._first
 
     def protect(self, token: int) -> None:
-        """Let nobody's words spell this token, although the tokenizer does not call it special."""
+        """Keep users' words from spelling this token, although the tokenizer does not call it special."""
         for entry in self._described["added_tokens"]:
             if entry["id"] == token and not entry["special"]:
                 entry["special"] = True
@@ -74,7 +74,7 @@ class TextTokenizer:
     def ids(self, text: str, *, after: Part | None, before: Part | None = None) -> list[int]:
         """Ids of plain text that follows `after`: nothing, a control token, or more text.
 
-        Blanks go where a neighbouring control token takes them.
+        Spaces that a neighbouring control token absorbs are dropped.
         """
         if isinstance(before, int) and self._added[before].lstrip:
             text = text.rstrip()
@@ -96,12 +96,12 @@ class TextTokenizer:
         return list(self._later.encode(text, add_special_tokens=False).offsets)
 
     def name(self, token: int) -> str:
-        """A control token as its tokenizer spells it."""
+        """How the tokenizer spells a control token."""
         entry = self._added.get(token)
         return entry.content if entry else str(self._backend.id_to_token(token))
 
     def split(self, text: str) -> list[Part]:
-        """Format text as control tokens and what stands between them."""
+        """Format text as control tokens and the text between them."""
         parts: list[Part] = []
         place = 0
         for match in self._control.finditer(text) if self._control else ():
@@ -125,7 +125,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
     except Exception as unknown:  # tokenizers has no class of its own
         raise ModelError(
-            "the tokenizer has no token for some of the text, and none that stands for unknown words; "
+            "the tokenizer has no token for some of the text, and none for unknown words; "
             "choose another base model, or set unk_token in its tokenizer.json."
         ) from unknown
 
@@ -133,7 +133,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def _without_blanks(
     described: dict[str, Any], *, schemes: tuple[str, ...], prepended: bool = False, spaced: bool = False
 ) -> dict[str, Any]:
-    """The same tokenizer without the blanks that it puts before words: those of Metaspace in these schemes,
+    """The same tokenizer without the spaces that it puts before words: those of Metaspace in these schemes,
     the normalizer's Prepend (`prepended`), and ByteLevel's `add_prefix_space` (`spaced`)."""
 
     def strip(node: Any) -> Any:
@@ -154,7 +154,7 @@ def _without_blanks(
 
 
 def _spelt(tokenizer: Tokenizer, text: str) -> str:
-    """What the model of a tokenizer is given, before it looks words up."""
+    """The text as a tokenizer's model receives it, normalized and split."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
     if tokenizer.pre_tokenizer is not None:
@@ -163,7 +163,7 @@ def _spelt(tokenizer: Tokenizer, text: str) -> str:
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer puts before a text; a model may know no "a", so others are tried."""
+    """The ids that a tokenizer puts before a text; its vocabulary may lack "a", so others are tried."""
     for text in ("a", *sorted(tokenizer.get_vocab(with_added_tokens=False), key=len)[:1000]):
         bare = _ids(tokenizer, text)
         if bare:

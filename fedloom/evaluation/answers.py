@@ -1,9 +1,9 @@
-"""What models answer to questions, each answer kept on the disk and never generated twice; and how right it is.
+"""Models' answers to questions, each kept on disk and never generated twice; and their grades.
 
-Metrics are shares in [0, 1]: "rule" is the microworld's own check, "exact" equality with the reference
-but for case, white space and how Unicode writes a letter, "rouge_l" the F-measure of the longest common subsequence of
-words, "ended" whether the model ended the answer. One that was cut at the limit is neither right nor exact, whatever it
-says so far: the model would have gone on.
+Metrics are shares in [0, 1]: "rule" is the microworld's own check; "exact" is equality with the reference up
+to case, white space and how Unicode writes a letter; "rouge_l" is the F-measure of the longest common
+subsequence of words; "ended" says whether the model ended the answer. An answer cut at the limit is neither
+right nor exact, whatever it says so far: the model would have continued.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fedloom.evaluation.cache import Cache, key_of
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
 
-BATCH = 128  # questions answered before their answers are kept
+BATCH = 128  # questions answered before their answers are stored
 
 
 @dataclass(frozen=True)
 class Answer:
     text: str
-    ended: bool  # by the model itself; else it was cut at the limit
+    ended: bool  # by the model itself; False: cut at the limit
 
 
 def answers_of(
@@ -41,8 +41,8 @@ def answers_of(
 ) -> dict[str, list[Answer]]:
     """Greedy answers of several adapters; None is the untuned base. `weights` names the base (its sha256).
 
-    Only what `cache` does not hold is generated, and kept as it comes. An answer of `max_new_tokens` tokens is cut by
-    definition, even if the end would have come next.
+    Only answers that `cache` lacks are generated, and each is stored as it arrives. An answer of
+    `max_new_tokens` tokens counts as cut, even if the end would have come next.
     """
     prompts = [template.prompt_ids(q, room=max_new_tokens) for q in questions]
     keys: dict[Hashable, list[str]] = {
@@ -82,7 +82,7 @@ def answers_of(
 
 
 def _kept(cache: Cache, key: str) -> Answer | None:
-    """What was answered before; an older version kept answers without saying whether they ended."""
+    """The stored answer; None for one from an older version, which did not record whether it ended."""
     record = cache.get(key)
     return (
         None
@@ -105,5 +105,5 @@ def grade(test: Sequence[Example], answers: Sequence[Answer]) -> dict[str, float
 
 
 def right(example: Example, answer: Answer) -> bool:
-    """Does it satisfy the example's rule?"""
+    """Did the model end this answer, and does it satisfy the example's rule?"""
     return answer.ended and microworld.check(example, answer.text)

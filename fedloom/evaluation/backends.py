@@ -1,7 +1,7 @@
 """Judges: a language model that is asked in words, a rule, and the likelihood of a reference answer.
 
-`PromptJudge` asks whatever writes text: an endpoint (`endpoint.py`) or a `LocalModel`. The other two ask
-nobody and need no network: they score each answer on its own, so the order cannot matter to them.
+`PromptJudge` asks anything that writes text: an endpoint (`endpoint.py`) or a `LocalModel`. The other two ask
+nobody and need no network. They score each answer on its own, so order cannot affect them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedloom.steps import Engine, Generate, Score, Scored
 
 T = TypeVar("T")
 
-BATCH = 16  # ratings a local model works on before they are kept
+BATCH = 16  # ratings that a local model makes before they are stored
 RUBRICS: Mapping[str, Rubric] = {"aspects": ASPECTS, "total": TOTAL}
 _SLOT = re.compile(r"\{(question|first|second|reference)\}")
 
@@ -48,7 +48,7 @@ _SLOT = re.compile(r"\{(question|first|second|reference)\}")
 @dataclass(frozen=True)
 class Reply:
     text: str
-    prompt_tokens: int = 0  # as the writer counted them; 0: not told
+    prompt_tokens: int = 0  # as the writer counted them; 0: unknown
     reply_tokens: int = 0
 
 
@@ -62,7 +62,7 @@ class Writer(Protocol):
     def varies(self) -> bool: ...
 
     def write(self, prompts: Mapping[str, str]) -> Generator[tuple[str, Reply | Failed], None, None]:
-        """A reply to each prompt under its key, as soon as it is there."""
+        """A reply to each prompt under its key, as soon as it arrives."""
         ...
 
 
@@ -81,8 +81,8 @@ def load_prompt(path: Path) -> str:
 
 @dataclass(frozen=True)
 class PromptJudge:
-    """Asks `writer` in the words of `prompt`, where {question}, {first}, {second} and, if wanted,
-    {reference} stand for the texts shown. The reply must have the rubric's form, so a prompt of your own
+    """Asks `writer` in the words of `prompt`, where {question}, {first}, {second} and, optionally,
+    {reference} are filled in. The reply must have the rubric's form, so a prompt of your own
     has to ask for that form."""
 
     writer: Writer
@@ -109,7 +109,7 @@ class PromptJudge:
         return self.writer.varies
 
     def words(self, shown: Shown) -> str:
-        """The prompt as it is sent. Whatever an answer contains stays text: slots are filled in one pass."""
+        """The prompt as it is sent. Slots are filled in one pass, so an answer cannot open another."""
         q = shown.question
         said = {"question": q.question, "first": shown.first, "second": shown.second, "reference": q.response}
         return _SLOT.sub(lambda slot: said[slot[1]], self.prompt)
@@ -128,8 +128,8 @@ class PromptJudge:
 class LocalModel:
     """A model on our own engine. `weights` names it (the sha256 of its weights) for the cache.
 
-    A prompt that does not fit the template's max_length beside the reply is a failure, never cut: the end
-    of the prompt says what to reply. Sampled replies hang on their key alone, not on the batch.
+    A prompt that does not fit into the template's max_length together with the reply is a failure, never cut:
+    its end says how to reply. Sampled replies depend on their key alone, not on the batch.
     """
 
     engine: Engine
@@ -211,26 +211,26 @@ class RuleJudge:
                 yield key, Verdict(Scores((first,), (second,)))
 
 
-SHOWN_AS = "Answer:"  # before the answer that the likelihood is conditioned on
+SHOWN_AS = "Answer:"  # precedes the answer on which the likelihood is conditioned
 
 
 @dataclass(frozen=True)
 class LikelihoodJudge:
-    """Which answer makes the reference likelier: a nearness to the reference, offline and deterministic.
+    """Which answer makes the reference likelier: a measure of nearness to it, offline and deterministic.
 
-    The score of an answer is the mean log-probability, in nats per token, of the *reference's* tokens when
-    the model has read the question and that answer. Both answers are thus measured on the very same tokens,
-    so that neither their length nor how fluent the model finds them can matter, as it would if the answers'
-    own tokens were measured: a model likes best what it would have said itself. It is half of BARTScore's F
-    (Yuan et al. 2021, arXiv 2106.11520), the recall.
+    An answer's score is the mean log-probability, in nats per token, of the *reference's* tokens after the
+    model has read the question and that answer. Both answers are thus measured on the same tokens, so neither
+    their length nor their fluency can matter. Measured on the answers' own tokens it would: a model prefers
+    what it would have said itself. The score is the recall, one half of BARTScore's F (Yuan et al. 2021,
+    arXiv 2106.11520).
 
-    It asks whether an answer holds what the reference says, not whether it is true, and does not see what
-    else the answer claims. It is no better than the model that measures, so validate that on answers you
-    know. Both sides have to be measured by one model, best a third one. There is no zero, so no relative
-    score.
+    It tells whether an answer holds what the reference says, not whether it is true, and ignores anything
+    else that the answer claims. It is only as good as the measuring model, so validate that on answers you
+    know. One model has to measure both sides, ideally a third one. The scale has no zero, so there is no
+    relative score.
 
-    Where question, answer and reference together are longer than the template's max_length, the rating fails;
-    nothing is cut. `template.reading_all()` goes up to what the model reads.
+    If question, answer and reference together exceed the template's max_length, the rating fails; nothing is
+    cut. `template.reading_all()` allows the model's whole context.
     """
 
     engine: Engine
@@ -254,9 +254,8 @@ class LikelihoodJudge:
 
     def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
         for part in _batches(shown):
-            answers = list(
-                dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second))
-            )  # each once
+            # Each once.
+            answers = list(dict.fromkeys((s.question, a) for _, s in part for a in (s.first, s.second)))
             found = dict(zip(answers, self._nearness(answers), strict=True))
             for key, s in part:
                 first, second = found[s.question, s.first], found[s.question, s.second]
@@ -271,9 +270,8 @@ class LikelihoodJudge:
         examples = [_after(question, answer) for question, answer in answers]
         problems = [self._problem(example) for example in examples]
         usable = [e for e, problem in zip(examples, problems, strict=True) if problem is None]
-        tokens = [
-            self.template.contrast(e)[0] for e in usable
-        ]  # the reference alone, whatever training learns
+        # Only the reference is labelled, whatever training learns.
+        tokens = [self.template.contrast(e)[0] for e in usable]
         scored = iter(self.engine.answer({"judge": Score(tokens, self.adapter)})["judge"] if usable else ())
         return [problem or _mean(next(scored)) for problem in problems]
 
@@ -286,14 +284,14 @@ class LikelihoodJudge:
 
 
 def _after(question: Example, answer: str) -> Example:
-    """The reference as the response, to be given after `answer` was read."""
+    """The reference as the response, after `answer` as part of the context."""
     context = "\n\n".join(part for part in (question.context, f"{SHOWN_AS} {answer}") if part)
     return Example(question.instruction, question.response, context, turns=question.turns)
 
 
 def _mean(scored: Scored) -> float | Failed:
     mean = -scored.nll / max(1, scored.targets)
-    return mean if math.isfinite(mean) else Failed("likelihood that is no finite number")
+    return mean if math.isfinite(mean) else Failed("likelihood that is not a finite number")
 
 
 def _batches(items: Mapping[str, T]) -> Iterator[list[tuple[str, T]]]:

@@ -1,7 +1,7 @@
-"""Keep every answer and reply: an append-only file of JSON lines, each under the hash of all that determines it.
+"""Stored replies: an append-only file of JSON lines, each under the hash of everything that determines it.
 
-An interrupted evaluation goes on where it stopped, and a repeated one asks nothing again. The files hold
-answers and judges' replies, so they belong to the owner of the test data.
+An interrupted evaluation continues where it stopped, and a repeated one asks nothing again. The files hold
+answers to questions and judges' replies, so they belong to the owner of the test data.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from fedloom.storage import durable
 
 
 def key_of(**parts: Any) -> str:
-    """sha256 of named JSON values; equal for equal values, in whatever order they are named."""
+    """sha256 of named JSON values; equal for equal values, whatever the order of names."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 class Cache:
-    """A mapping from keys to JSON objects, on the disk as soon as `put` returns. `path` None: in memory only.
+    """A mapping from keys to JSON objects, on disk when `put` returns. `path` None: in memory only.
 
-    Lines that are damaged, by a crash while the last was written or otherwise, are passed over: what they
-    held is asked for again. Where a key appears twice, the first line counts.
+    Damaged lines, such as one half written in a crash, are skipped: their contents are asked for again. If a
+    key appears twice, the first line counts.
     """
 
     def __init__(self, path: Path | None = None):
@@ -37,7 +37,7 @@ class Cache:
             path.touch(mode=0o600)
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
-            durable.append_line(path, "")  # or the next line would be glued to half a line
+            durable.append_line(path, "")  # or the next line would join half a line
         for line in data.splitlines():
             try:
                 record = json.loads(line)
@@ -53,7 +53,7 @@ class Cache:
         self.put_all({key: record})
 
     def put_all(self, records: Mapping[str, Mapping[str, Any]]) -> None:
-        """Several at once, with one wait for the disk."""
+        """Store several at once, with one wait for the disk."""
         if self._path is not None and records:
             lines = (json.dumps({"key": key, **record}, allow_nan=False) for key, record in records.items())
             durable.append_line(self._path, "\n".join(lines))

@@ -1,9 +1,9 @@
-"""A judge behind any OpenAI-compatible endpoint: GPT-4, vLLM, Ollama. The only code here that uses the network.
+"""A judge behind any OpenAI-compatible endpoint: GPT-4, vLLM, Ollama. Nothing else here uses the network.
 
-It goes to the address the user named and nowhere else: redirects are not followed. The key is read from
-the environment for each request, put into one header, and appears in no message, file or repr; a reply
-that repeats it is kept without it. Of a server's error only the status and a well-known code are shown,
-since its text may quote the prompt.
+It contacts the address that the user named and no other: redirects are not followed. The key is read from
+the environment for each request, sent in one header, and appears in no message, file or repr; it is removed
+from a reply that repeats it. Only the status and a well-known code of a server's error are shown, since the
+error's text may quote the prompt.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fedloom.evaluation.backends import Reply
 from fedloom.evaluation.verdicts import Failed
 
 LARGEST_REPLY = 4 << 20  # bytes
-BYTES_PER_TOKEN = 3.0  # of an estimate; English has about 4, so this errs to the dear side
+BYTES_PER_TOKEN = 3.0  # for estimates; English has about 4, so they err on the high side
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
-POINTLESS = frozenset({401, 402, 403, 404, 405})  # the next question would fare no better
+POINTLESS = frozenset({401, 402, 403, 404, 405})  # the next question would fail, too
 POINTLESS_CODES = frozenset(
     {
         "billing_hard_limit_reached",
@@ -58,19 +58,19 @@ CODES = POINTLESS_CODES | {
 class Endpoint:
     """A `Writer`. `url` is the base, as in https://api.openai.com/v1; "/chat/completions" is added.
 
-    Each prompt gets at most `tries` requests. Between them it waits `first_wait` seconds, twice that, and
-    so on up to `longest_wait`, or as long as the server's Retry-After asks, which holds back all others
-    too; being asked for more than `longest_wait` is a failure. After `give_up_after` prompts in a row that
-    failed, or a refusal that concerns all of them (a wrong key, an unknown model), the rest is not asked.
+    Each prompt gets at most `tries` requests. Between them it waits `first_wait` seconds, then twice that,
+    and so on up to `longest_wait`, or as long as the server's Retry-After asks, which holds back all other
+    prompts too; a Retry-After beyond `longest_wait` is a failure. After `give_up_after` failed prompts in a
+    row, or a refusal that concerns all of them (a wrong key, an unknown model), the rest are not asked.
     """
 
     url: str
     model: str
     key_variable: str | None = None  # the environment variable that holds the key; None: no key is sent
-    temperature: float | None = 0.0  # None: not sent, for models that take only their own
+    temperature: float | None = 0.0  # None: not sent, for models that accept only their own
     max_tokens: int = 400  # of a reply
     limit_parameter: str = "max_tokens"  # newer OpenAI models want "max_completion_tokens"
-    timeout: float = 60.0  # seconds, to connect, between two pieces, and for a reply as a whole
+    timeout: float = 60.0  # seconds: to connect, between two pieces, and for a whole reply
     tries: int = 5
     first_wait: float = 1.0  # seconds
     longest_wait: float = 60.0  # seconds
@@ -114,8 +114,8 @@ class Endpoint:
         return True  # even at temperature 0, since servers batch
 
     def write(self, prompts: Mapping[str, str]) -> Generator[tuple[str, Reply | Failed], None, None]:
-        """Replies in the order of their arrival. At most `concurrency` requests run ahead of the caller, so that
-        leaving early loses no more than that."""
+        """Replies in the order of arrival. At most `concurrency` requests run ahead of the consumer, so
+        stopping early loses no more than that."""
         traffic = _Traffic(self.per_minute, self.give_up_after)
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         waiting, running = iter(prompts.items()), dict[Future[Reply | Failed], str]()
@@ -197,7 +197,7 @@ class Endpoint:
     def _opener(self) -> urllib.request.OpenerDirector:
         handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
         if _is_here(urlsplit(self.url).hostname or ""):
-            handlers.append(urllib.request.ProxyHandler({}))  # a server on this machine is behind no proxy
+            handlers.append(urllib.request.ProxyHandler({}))  # no proxy for a server on this machine
         return urllib.request.build_opener(*handlers)
 
     def _key(self) -> str | None:
@@ -210,14 +210,14 @@ class Endpoint:
             )
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ConfigError(
-                f"The environment variable {self.key_variable} holds no usable key: blanks or odd characters in it."
+                f"The environment variable {self.key_variable} holds no usable key: it contains spaces or odd characters."
             )
         return key
 
 
 @dataclass(frozen=True)
 class Prices:
-    """In any currency, for a million tokens."""
+    """Per million tokens, in any currency."""
 
     prompt: float
     reply: float
@@ -225,8 +225,8 @@ class Prices:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What asking would cost: `cost` if every reply is well formed and as long as allowed, `most` if each
-    has to be asked for again as often as allowed. None where no prices are known."""
+    """The price of asking: `cost` if every reply is well formed and as long as allowed, `most` if each is
+    also retried as often as allowed. None if no prices are known."""
 
     calls: int
     prompt_tokens: int
@@ -242,7 +242,7 @@ class Estimate:
 def estimate_cost(
     prompts: Sequence[str], *, max_tokens: int, retries: int, prices: Prices | None
 ) -> Estimate:
-    """Before anything is sent. Tokens of prompts are estimated from bytes, since only the server can count them."""
+    """Before anything is sent. Prompt tokens are estimated from bytes: only the server can count them."""
     sent = sum(math.ceil(len(p.encode(errors="replace")) / BYTES_PER_TOKEN) for p in prompts)
     said = len(prompts) * max_tokens
     if not prompts:
@@ -273,7 +273,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _all_of(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The body, which may come slowly, but not for ever, and be long, but not endless."""
+    """The body. It may arrive slowly, but not past the deadline, and hold at most LARGEST_REPLY bytes."""
     data = bytearray()
     while piece := response.read1(1 << 16):
         data += piece
@@ -309,7 +309,7 @@ def _refusal(refused: urllib.error.HTTPError, deadline: float) -> _Trouble:
 
 
 def _phrase(status: int) -> str:
-    """Ours, not the server's, which may say anything."""
+    """Our own phrase: the server's may say anything."""
     return f" {http.HTTPStatus(status).phrase}" if status in http.HTTPStatus.__members__.values() else ""
 
 
@@ -328,12 +328,12 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _reply(data: bytes, secret: str | None) -> Reply | _Trouble:
-    """The text of a chat completion; one without text, as a refusal has it, is an empty reply."""
+    """The text of a chat completion; without text, as in a refusal, the reply is empty."""
     try:
         said = json.loads(data)
         text = said["choices"][0]["message"].get("content")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return _Trouble("reply that is no chat completion", again=True)
+        return _Trouble("reply that is not a chat completion", again=True)
     text = text if isinstance(text, str) else ""
     usage = said.get("usage")
     counted = [usage.get(k) if isinstance(usage, dict) else 0 for k in ("prompt_tokens", "completion_tokens")]
@@ -350,11 +350,11 @@ def _is_here(host: str) -> bool:
         return False
 
 
-# --- what requests in flight share -----------------------------------------------------------------------
+# --- state shared by requests in flight ------------------------------------------------------------------
 
 
 class _Traffic:
-    """Whose turn it is, who has to wait, and whether there is any point in going on."""
+    """Decides which request may go, which must wait, and whether to go on at all."""
 
     def __init__(self, per_minute: float | None, give_up_after: int):
         self._gap = 60.0 / per_minute if per_minute else 0.0  # seconds between two requests
@@ -363,23 +363,22 @@ class _Traffic:
         self._over = threading.Event()
         self._closed: str | None = None
         self._next = 0.0  # monotonic time of the next free slot
-        self._held = 0.0  # monotonic time before which the server wants to hear nothing
+        self._held = 0.0  # monotonic time until which the server wants no requests
         self._failures = 0  # prompts in a row
 
     def wait_turn(self) -> str | None:
-        """Returns at this request's turn: None, or why it is not to be sent after all."""
+        """Returns when it is this request's turn: None, or the reason not to send it after all."""
         with self._lock:
             slot = max(self._next, time.monotonic())
             self._next = slot + self._gap
         self.sleep(slot - time.monotonic())
-        while (
-            self._closed is None and (left := self._held - time.monotonic()) > 0
-        ):  # it may have grown meanwhile
+        # The hold may have grown meanwhile.
+        while self._closed is None and (left := self._held - time.monotonic()) > 0:
             self.sleep(left)
         return self._closed
 
     def sleep(self, seconds: float) -> None:
-        """Returns early when all is over."""
+        """Returns early once traffic is closed."""
         self._over.wait(max(0.0, seconds))
 
     def hold(self, seconds: float) -> None:

@@ -1,10 +1,10 @@
-"""Pairwise judging: every question shown in both orders (or in one, ours first), every reply kept, every malformed one counted.
+"""Pairwise judging in both orders (or in one, ours first); replies are kept, malformed ones counted.
 
     kept = Cache(folder / "verdicts.jsonl")
     found = compare(judge, questions, ours, theirs, cache=kept)
     found.win.share, found.order_disagreement.share, found.judged
 
-A judge is any object with the three members of `Judge`; `backends.py` has those that come with fedloom.
+A judge is any object with the members of `Judge`; `backends.py` has those that come with fedloom.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedloom.evaluation.verdicts import Failed, Rubric, Scores, Verdict
 
 @dataclass(frozen=True)
 class Shown:
-    """What a judge sees. The question's `response` is the reference, which not every judge looks at."""
+    """Shown to a judge. The question's `response` is the reference, which not every judge uses."""
 
     question: Example
     first: str
@@ -36,16 +36,16 @@ class Judge(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """JSON values that determine a verdict together with the pair shown. It is written to disk, so it holds no secrets."""
+        """JSON values that, with the pair shown, determine a verdict; no secrets, since they are stored."""
         ...
 
     @property
     def varies(self) -> bool:
-        """Asked the same again, may it say something else? If not, repeating and retrying are pointless."""
+        """May the same question get another verdict? If not, repeating and retrying are pointless."""
         ...
 
     def rate(self, shown: Mapping[str, Shown]) -> Generator[tuple[str, Verdict | Failed], None, None]:
-        """One verdict for each key, in any order, each as soon as it is there. A key is unique to this
+        """One verdict for each key, in any order, each as soon as it arrives. A key is unique to this
         rating, repetition and attempt, so it may name the randomness of the reply. When closed early,
         it asks no more."""
         ...
@@ -74,9 +74,10 @@ def compare(
 ) -> Comparison:
     """Rate every pair in both orders, or in one with ours first, `repeats` times each, and sum up.
 
-    A malformed reply is asked for again at most `retries` times; a reply that is still malformed after that is
-    stored like any other, and later evaluations do not ask again. A rating that failed (no reply) is not
-    stored, so a later evaluation tries it again. `on_progress` hears how many ratings are settled.
+    A malformed reply is asked for again at most `retries` times. A reply that is still malformed after that
+    is stored like any other, and later evaluations do not ask again. A rating that failed (no reply) is not
+    stored, so a later evaluation tries it again. `on_progress` receives the numbers of settled and of all
+    ratings.
     """
     waiting = _places(judge, questions, ours, theirs, repeats, retries, both_orders)
     total, said = len(waiting), dict[_Place, Verdict | Failed]()
@@ -116,7 +117,7 @@ def missing(
     retries: int = 2,
     both_orders: bool = True,
 ) -> list[Shown]:
-    """The pairs that `compare` would still show the judge, retries not counted."""
+    """The questions that `compare` would still ask the judge, without any retries of future replies."""
     out = {}
     identity = dict(judge.identity)
     for place in _places(judge, questions, ours, theirs, repeats, retries, both_orders):
@@ -141,7 +142,7 @@ def _places(
     retries: int,
     both_orders: bool,
 ) -> list[_Place]:
-    """Both orders of a question beside each other, so that a judge that batches sees them together."""
+    """Both orders of a question side by side, so that a judge that batches sees them together."""
     if not len(questions) == len(ours) == len(theirs):
         raise ConfigError(
             f"Expected one answer of each side to each question; got {len(questions)} questions, "
@@ -151,7 +152,7 @@ def _places(
         raise ConfigError(f"Expected repeats >= 1 and retries >= 0; got {repeats} and {retries}.")
     if repeats > 1 and not judge.varies:
         raise ConfigError(
-            f"Expected repeats = 1, since this judge always says the same; got {repeats}. "
+            f"Expected repeats = 1, since this judge always gives the same verdict; got {repeats}. "
             "A judge that samples (temperature above 0) can be repeated."
         )
     return [
@@ -188,9 +189,8 @@ def _key(identity: Mapping[str, Any], rubric: Rubric, shown: Shown, repetition: 
 def _record(identity: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
     s = verdict.scores
     return {
-        "judge": {
-            name: value for name, value in identity.items() if name != "prompt"
-        },  # it is long, and in the key
+        # Without the prompt, which is long, and part of the key.
+        "judge": {name: value for name, value in identity.items() if name != "prompt"},
         "scores": None if s is None else [s.first, s.second],
         "reply": verdict.reply,
         "tokens": [verdict.prompt_tokens, verdict.reply_tokens],

@@ -1,4 +1,4 @@
-"""Held-out loss: mean nats per labelled token, overall, by group, and in each client's own mix; and that of the end alone."""
+"""Held-out loss, mean nats per labelled token: overall, by group, in each client's mix, of the end alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedloom.steps import Engine, Score, Scored, Tokens
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    loss: float  # nats per labelled token, every token of the held-out set counting the same
+    loss: float  # nats per labelled token, with equal weight for every token of the held-out set
     groups: Mapping[str, float]  # the same within each category or owner
 
     def of_mix(self, mix: Mapping[str, float]) -> float | None:
-        """Loss in a client's own mix of groups; None where a group has no held-out example."""
+        """Loss in a client's own mix of groups; None if a group has no held-out example."""
         if any(group not in self.groups for group in mix):
             return None
         return sum(share * self.groups[group] for group, share in mix.items())
@@ -37,7 +37,7 @@ def held_out_loss(
 def end_loss(
     engine: Engine, template: Template, test: Sequence[Example], adapters: Mapping[Any, AdapterState | None]
 ) -> dict[Any, float]:
-    """Mean nats of the token that ends an answer, after the reference; of examples that are not cut before it."""
+    """Mean nats of the token that ends an answer, after the reference; without examples cut before it."""
     ends = [t for t in map(template.encode, test) if t.ids[-1] == template.end]
     only = [Tokens(t.ids, (False,) * (len(t.ids) - 1) + (True,)) for t in ends]
     if not only:

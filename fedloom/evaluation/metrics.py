@@ -1,27 +1,27 @@
-"""Which way a metric is better, and which metrics tell of leakage."""
+"""Which direction of a metric is better, and which metrics measure leakage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
-LEAKS = ("exposure", "extraction", "auc")  # the first that was measured stands beside quality
-LOWER = ("loss", "end_loss", *LEAKS)  # less is better; of an AUC, less distance from 1/2
+LEAKS = ("exposure", "extraction", "auc")  # the first one measured is shown beside quality
+LOWER = ("loss", "end_loss", *LEAKS)  # less is better; for an AUC, less distance from 1/2
 COIN = 0.5  # the AUC of a coin
 
 
 def better(metric: str, a: float, b: float) -> bool:
-    """Is a the better value? Loss and leakage are better when lower, every other metric when higher."""
+    """Is `a` the better value? Loss and leakage are better when lower, every other metric when higher."""
     return improves(metric, judged(metric, a) - judged(metric, b))
 
 
 def judged(metric: str, x: float) -> float:
-    """The part of a value that counts. An attack with an AUC below 1/2 tells as much as one above: turned round, it is one."""
+    """The part of a value that counts. An AUC below 1/2 tells as much as one above: reverse the score."""
     return abs(x - COIN) if metric == "auc" else x
 
 
 def improves(metric: str, gap: float) -> bool:
-    """Is a difference of judged values one for the better?"""
+    """Is this difference of judged values an improvement?"""
     return gap < 0 if metric in LOWER else gap > 0
 
 

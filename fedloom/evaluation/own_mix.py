@@ -12,13 +12,13 @@ from fedloom.statistics import estimate
 Groups = Mapping[str, Mapping[str, float]]  # group -> metric -> value, of one row
 
 GAIN, TIE, LOSE = OUTCOMES = ("gain", "tie", "lose")
-COUNTED = ("rule", "exact")  # shares of answers, each of them right or not
-PRINTED = 0.0005  # half of the last digit that is written of a loss or a ROUGE-L
+COUNTED = ("rule", "exact")  # shares of answers, each right or wrong
+PRINTED = 0.0005  # half of the last printed digit of a loss or a ROUGE-L
 
 
 def in_mix(groups: Groups, counts: Mapping[str, int], metric: str) -> float | None:
-    """A row's value with each group weighing as many as `counts` says; None where it lacks one of them: a mean
-    over the others would be another mix."""
+    """A row's value with groups weighted by `counts`; None if it lacks one of them, since a mean over the
+    others would be another mix."""
     held = {g: n for g, n in counts.items() if n}
     if not held or any(metric not in groups.get(g, {}) for g in held):
         return None
@@ -26,7 +26,7 @@ def in_mix(groups: Groups, counts: Mapping[str, int], metric: str) -> float | No
 
 
 def resolution(metric: str, counts: Mapping[str, int], answered: Mapping[str, int]) -> float:
-    """The smallest difference in a client's mix that counts: one answer's weight in shares of answers, else the last printed digit."""
+    """The least difference that counts in a client's mix: one answer for COUNTED metrics, else PRINTED."""
     weights = [n / answered[g] for g, n in counts.items() if n and answered.get(g)]
     if metric not in COUNTED or not weights:
         return PRINTED
@@ -34,10 +34,10 @@ def resolution(metric: str, counts: Mapping[str, int], answered: Mapping[str, in
 
 
 def outcomes(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """metric -> what every client of every seed gets from the federated model and from tuning alone; and how many
-    gain, tie and lose, the mean over seeds with its interval: clients of one seed share a model, so they are no sample.
+    """metric -> each client's values per seed, federated and tuned alone; and how many gain, tie and lose.
 
-    `results` are as `measure` makes them; those without a mix, or without the rows, are left out.
+    The counts are means over seeds with intervals: the clients of one seed share a model, so they are not a
+    sample. `results` are as `measure` makes them; those without a mix, or without the rows, are left out.
     """
     told: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -51,7 +51,7 @@ def outcomes(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if ours is None or theirs is None:
                     continue
                 gap = theirs - ours if metric in LOWER else ours - theirs
-                least = resolution(metric, counts, answered) * (1 - 1e-9)  # one answer more is a difference
+                least = resolution(metric, counts, answered) * (1 - 1e-9)  # one more answer counts
                 outcome = TIE if abs(gap) < least else GAIN if gap > 0 else LOSE
                 clients[client] = {"shared": ours, "alone": theirs, "outcome": outcome}
             if clients:
@@ -60,7 +60,7 @@ def outcomes(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _counts(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """outcome -> over seeds, how many clients have it."""
+    """outcome -> how many clients have it, over seeds."""
     found = {}
     for outcome in OUTCOMES:
         over = estimate([sum(c["outcome"] == outcome for c in seed["clients"].values()) for seed in seeds])

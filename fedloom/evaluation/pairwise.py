@@ -1,10 +1,10 @@
-"""From ratings to a table: both orders averaged, win, tie or lose, and intervals.
+"""From ratings to a table: both orders averaged; win, tie or lose; and how uncertain that is.
 
-FedPIT's rule: the overall score of each side is averaged over both orders (and over repeated ratings
-within an order); the greater wins, equal is a tie. A question counts as judged when both orders have at
-least one readable rating, since one order alone would carry the judge's position bias into the
-result. FedIT's: the scores of each side are summed over the questions, and the sums divided. It was judged in
-one order, ours first (`both_orders=False`): then nothing tells position bias from quality.
+FedPIT's rule: the overall score of each side is averaged over both orders (and over repeated ratings within
+an order); the greater wins, equal is a tie. A question counts as judged if both orders have at least one
+readable rating, since one order alone would carry the judge's preference for a position into the result.
+FedIT's rule: the scores of each side are summed over the questions, and the sums divided. It judged in one
+order, ours first (`both_orders=False`): this cannot separate a preference for a position from quality.
 
 Intervals are over the questions, for these two sets of answers. They say nothing about training again
 with another seed.
@@ -43,7 +43,7 @@ class Share:
 
     count: int
     of: int
-    share: float | None  # None of nothing
+    share: float | None  # None if `of` is 0
     ci95: tuple[float, float] | None
 
 
@@ -56,22 +56,23 @@ def share(count: int, of: int) -> Share:
 
 @dataclass(frozen=True)
 class Pair:
-    """One judged question. Scores are means over orders and repetitions; None where one order alone was asked."""
+    """One judged question. Scores are means over orders and repetitions.
+
+    `orders_agree` and `position_bias` are None if only one order was asked.
+    """
 
     question: int
     outcome: Outcome
     ours: float
     theirs: float
     orders_agree: bool | None
-    position_bias: (
-        float | None
-    )  # the answer shown first minus the second, the mean of both orders: quality cancels
+    position_bias: float | None  # first shown minus second, mean of both orders: quality cancels
     aspects: tuple[tuple[float, float], ...]  # (ours, theirs) for each
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our answers against an opponent's, as one judge sees them. All counts of outcomes are of judged questions."""
+    """Our answers against an opponent's, by one judge. Outcomes are counted over judged questions."""
 
     rubric: str
     both_orders: bool
@@ -81,14 +82,14 @@ class Comparison:
     tie: Share
     lose: Share
     win_or_tie: Share
-    order_disagreement: Share | None  # the two orders, each alone, give different outcomes; None of one order
-    position_bias: float | None  # mean over judged questions; None of one order, or of nothing
-    difference: Estimate | None  # ours - theirs a question; Student's t interval
+    order_disagreement: Share | None  # each order alone gives a different outcome; None for one order
+    position_bias: float | None  # mean over judged questions; None for one order or no questions
+    difference: Estimate | None  # ours - theirs per question; Student's t interval
     totals: tuple[float, float]  # (ours, theirs) summed over judged questions
-    relative: float | None  # their ratio; None where the scale has no meaningful zero or theirs is 0
+    relative: float | None  # their ratio; None if the scale has no meaningful zero or theirs is 0
     relative_ci95: tuple[float, float] | None  # percentiles of a bootstrap over questions
     aspects: Mapping[str, tuple[float, float]]  # mean of (ours, theirs)
-    ratings: int  # that should be: questions x orders x repetitions
+    ratings: int  # expected number: questions x orders x repetitions
     unread: Mapping[str, int]  # ratings without scores, by reason
     pairs: tuple[Pair, ...]
 
@@ -100,7 +101,7 @@ class Comparison:
 def summarise(
     rubric: Rubric, ratings: Sequence[Rating], *, questions: int, both_orders: bool = True, seed: int = 0
 ) -> Comparison:
-    """Without `both_orders`, ratings of the swapped order are left out."""
+    """The comparison from these ratings. Without `both_orders`, those of the swapped order are left out."""
     ratings = [r for r in ratings if both_orders or not r.swapped]
     of: dict[int, list[Rating]] = {q: [] for q in range(questions)}
     for rating in ratings:
@@ -140,7 +141,7 @@ def summarise(
 
 
 def _pair(question: int, ratings: Sequence[Rating], both_orders: bool) -> Pair | None:
-    """None unless every order that was asked was rated."""
+    """The question's result; None unless every order that was asked has a rating."""
     orders = [
         [
             r.said.scores.swapped() if swapped else r.said.scores
@@ -194,7 +195,7 @@ def _why(said: Verdict | Failed) -> str:
 def _ratio_interval(ours: np.ndarray, theirs: np.ndarray, seed: int) -> tuple[float, float] | None:
     drawn = numpy_stream(seed, "judge", "bootstrap").integers(len(ours), size=(DRAWS, len(ours)))
     below = theirs[drawn].sum(axis=1)  # (DRAWS,)
-    if (below == 0).any():  # a resample in which the opponent scores nothing has no ratio
+    if (below == 0).any():  # no ratio in a resample where the opponent scores nothing
         return None
     ratios = ours[drawn].sum(axis=1) / below
     if is_constant(ratios.tolist()):  # one ratio for every question

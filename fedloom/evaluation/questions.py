@@ -1,8 +1,8 @@
-"""Questions that no client holds, from a file, and answers to them that are stored in one.
+"""Questions that no client holds, from a file, and stored answers to them.
 
-A record is one question: in Dolly's or Alpaca's shape, in Vicuna's and MT-Bench's (`turns`, of which the first is
-asked), or in Self-Instruct's (`instances`, of which the first is taken). What else it holds as text, and is no label,
-is an answer of somebody's: MedInstruct-test has four such columns.
+A record is one question in the shape of Dolly or Alpaca, of Vicuna and MT-Bench (the first of its `turns` is
+asked), or of Self-Instruct (the first of its `instances` is taken). Any other text in it that is not a label
+is someone's answer: MedInstruct-test has four such columns.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fedloom.data.example import Example
 from fedloom.data.records import BadRecord, Field, Reading, Record
 from fedloom.errors import DataError
 
-# Ours -> what published files call it; the first that a record has is taken.
+# Ours -> its names in published files; the first that a record has is used.
 NAMES = {
     "instruction": ("instruction", "question", "prompt", "text", "turns"),
     "context": ("context", "input"),
     "response": ("response", "output", "answer", "reference"),
 }
-# Every field there is has its say, in whatever form; _question() looks.
+# Every field may have any form; _question() examines it.
 FIELDS = {
     name: Field(required=False, nested=True)
     for name in (*(n for names in NAMES.values() for n in names), "instances")
@@ -49,12 +49,12 @@ LABELS = frozenset(
 
 @dataclass(frozen=True)
 class Question:
-    asked: Example  # its response is the file's own reference, "" where it has none
+    asked: Example  # its response is the file's own reference, "" if it has none
     texts: Mapping[str, str]  # every field that is text
 
 
 def load(path: str | Path) -> list[Question]:
-    """Every question of the file, in its order. Raises DataError, under the strict reader's rules, where one has no instruction."""
+    """Every question of the file, in order, read strictly. Raises DataError if one has no instruction."""
     path = Path(path)
     return list(
         records.load(map(_checked, records.read_records(path, FIELDS, name=path.name)), _question, Reading())
@@ -62,7 +62,7 @@ def load(path: str | Path) -> list[Question]:
 
 
 def without(questions: Sequence[Question], held: Iterable[Example]) -> list[Question]:
-    """Those that are in no client's data; white space and case do not make a question another."""
+    """The questions that are not in `held`, ignoring white space and case."""
     known = {key(e) for e in held}
     return [q for q in questions if key(q.asked) not in known]
 
@@ -72,7 +72,10 @@ def key(question: Example) -> tuple[str, str]:
 
 
 def columns(path: str | Path, questions: Sequence[Question]) -> list[str]:
-    """The fields that hold an answer in every record: text that is neither the question nor a label. Raises DataError for none."""
+    """The fields that hold an answer in every record: text that is neither question nor label.
+
+    Raises DataError if there are none.
+    """
     asked = {name for ours in ("instruction", "context") for name in NAMES[ours]}
     found = [
         name
@@ -82,7 +85,7 @@ def columns(path: str | Path, questions: Sequence[Question]) -> list[str]:
     if not found:
         names = ", ".join(questions[0].texts)
         raise DataError(
-            f"{path} holds no stored answers: of its fields ({names}) none is an answer. Name them: evaluation.reference_columns."
+            f"{path} holds no stored answers: none of its fields ({names}) is an answer. Name them: evaluation.reference_columns."
         )
     return found
 
@@ -90,7 +93,7 @@ def columns(path: str | Path, questions: Sequence[Question]) -> list[str]:
 def answers(path: str | Path, questions: Sequence[Example], field: str) -> list[str]:
     """The answer stored under `field` for each question, found by instruction and context. It may be blank.
 
-    Raises DataError where a question has none, or two that differ.
+    Raises DataError if a question has none, or two that differ.
     """
     stored = load(path)
     if absent := [q for q in stored if field not in q.texts]:

@@ -1,8 +1,9 @@
 """The two papers' tables, from pairwise comparisons over seeds.
 
-FedIT's (arXiv 2305.05644): the summed scores of a baseline and of the federated model, and their ratio. FedPIT's
-(arXiv 2403.06131): how often a method's answers win, tie and lose against stored ones. Neither paper has intervals;
-both tables here do. A seed's comparisons are one, or one for each client where every client has a model of its own.
+FedIT's (arXiv 2305.05644): the summed scores of a baseline and of the federated model, and their ratio.
+FedPIT's (arXiv 2403.06131): how often a method's answers win, tie and lose against stored ones. Neither paper
+has intervals; both tables here do. A seed has one comparison, or one per client if every client has its own
+model.
 """
 
 from __future__ import annotations
@@ -20,29 +21,26 @@ from fedloom.statistics import Estimate, estimate
 
 @dataclass(frozen=True)
 class Relative:
-    """A baseline beside the federated model, whose answers are `theirs` of every comparison."""
+    """A baseline beside the federated model, whose answers are `theirs` in every comparison."""
 
     scores: tuple[float, float]  # (baseline, federated), summed over questions, mean over seeds
-    ratio: (
-        float | None
-    )  # federated / baseline; None where the scale has no zero or the baseline scores nothing
-    ci95: (
-        tuple[float, float | None] | None
-    )  # percentiles of a bootstrap over questions and seeds; (low, None): no upper bound
-    difference: Estimate  # federated - baseline a judged question; over seeds, of one seed over its questions
+    ratio: float | None  # federated / baseline; None if the scale has no zero or the baseline scores nothing
+    # Percentiles of a bootstrap over questions and seeds; (low, None): no upper bound.
+    ci95: tuple[float, float | None] | None
+    difference: Estimate  # federated - baseline per judged question; over seeds, or one seed's questions
     categories: Mapping[str, float | None]  # the ratio within each category of questions
 
 
 def relative(
     comparisons: Sequence[Comparison], categories: Sequence[Sequence[str]], *, divides: bool, crossed: bool
 ) -> Relative:
-    """One comparison a seed, and the category of each of its questions.
+    """One comparison per seed, and the category of each of its questions.
 
-    `crossed` says that every seed was asked the same questions: then seeds and questions are resampled each as a
-    whole; else a seed's questions within it. With few seeds an interval is too narrow, as any bootstrap's. A scale
-    that does not start at or above zero has no ratio: `divides` is False.
+    `crossed` says that all seeds have the same questions: seeds and questions are then each resampled as a
+    whole; otherwise each seed's questions are resampled within it. With few seeds the interval is too narrow,
+    like any bootstrap's. A scale that starts below zero has no ratio: `divides` is False.
     """
-    tables = [_scores(c) for c in comparisons]  # a seed: (questions, 2), NaN where a question was not judged
+    tables = [_scores(c) for c in comparisons]  # per seed: (questions, 2), NaN if not judged
     total = np.sum([np.nansum(t, axis=0) for t in tables], axis=0)  # (2,)
     names = sorted({name for of_seed in categories for name in of_seed})
     parts = {
@@ -66,19 +64,20 @@ def relative(
 
 @dataclass(frozen=True)
 class Wins:
-    """Shares of judged questions, mean over seeds; `ci95` is Student's t over seeds, of one seed exact over its questions."""
+    """Shares of judged questions, mean over seeds.
+
+    `ci95` is Student's t over seeds; for one seed, it is exact over questions.
+    """
 
     win: Estimate
     tie: Estimate
     lose: Estimate
     win_or_tie: Estimate
-    categories: Mapping[
-        str, float | None
-    ]  # share won or tied within each category of questions, over all seeds
+    categories: Mapping[str, float | None]  # share won or tied in each category of questions, over all seeds
 
 
 def wins(comparisons: Sequence[Sequence[Comparison]], categories: Sequence[Sequence[str]]) -> Wins | None:
-    """The comparisons of each seed, and the category of each of its questions. None where a seed has no judged question."""
+    """From each seed's comparisons and its questions' categories. None if a seed has no judged question."""
     if not all(sum(c.judged for c in its) for its in comparisons):
         return None
     names = sorted({name for of_seed in categories for name in of_seed})
@@ -118,9 +117,8 @@ def _ratio(total: np.ndarray) -> float | None:
 
 
 def _difference(tables: Sequence[np.ndarray]) -> Estimate:
-    apart = [
-        found[np.isfinite(found)] for found in (t[:, 1] - t[:, 0] for t in tables)
-    ]  # a seed: of its judged questions
+    # Per seed: its judged questions.
+    apart = [found[np.isfinite(found)] for found in (t[:, 1] - t[:, 0] for t in tables)]
     means = [float(a.mean()) for a in apart if len(a)]
     return estimate(means if len(means) > 1 else [float(x) for x in apart[0]] or [0.0])
 
@@ -137,7 +135,7 @@ def _interval(tables: Sequence[np.ndarray], *, crossed: bool) -> tuple[float, fl
                 questions = rng.integers(len(tables[s]), size=len(tables[s]))
             totals[draw] += np.nansum(tables[s][questions], axis=0)
     baseline, federated = totals.T
-    # Where the baseline scores nothing in a resample the ratio is above any number.
+    # If the baseline scores nothing in a resample, the ratio exceeds any number.
     ratios = np.divide(federated, baseline, out=np.full(DRAWS, np.inf), where=baseline > 0)
     low, high = (float(x) for x in np.quantile(ratios, [0.025, 0.975], method="inverted_cdf"))
     return None if low == np.inf else (low, None if high == np.inf else high)

@@ -1,7 +1,7 @@
-"""What a judge says about two answers, and how its reply is read: exactly, or not at all.
+"""A judge's verdict on two answers. Its reply is read exactly or not at all.
 
 A rubric names the aspects that are scored and their scale. The overall score of an answer is the mean of
-its aspects. A reply that is not what the rubric asks for is malformed; nobody guesses what it meant.
+its aspects. A reply that does not have the rubric's form is malformed; nothing guesses its meaning.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-# As people write a score: ASCII digits, no leading zeros, no sign, no exponent. Everything else is no number here.
+# A score as people write it: ASCII digits, no leading zeros, no sign, no exponent. Nothing else counts as a
+# number.
 _NUMBER = r"((?:0|[1-9][0-9]{0,2})(?:\.[0-9]{1,20})?)"
 _PLAIN = re.compile(_NUMBER)
 _TWO_NUMBERS = re.compile(rf"{_NUMBER}(?:[ \t]*,[ \t]*|[ \t]+){_NUMBER}")
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # what reasoning models write before they answer
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)  # reasoning models write this before they answer
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """What is scored. `version` changes whenever the same reply would be read differently."""
+    """The aspects to score. `version` changes whenever the same reply would be read differently."""
 
     name: str
     aspects: tuple[str, ...]
@@ -46,7 +47,7 @@ class Rubric:
 
 @dataclass(frozen=True)
 class Scores:
-    """One rating of two answers, in the order in which they were shown; one number for each aspect."""
+    """One rating of two answers, in the order they were shown; one number for each aspect."""
 
     first: tuple[float, ...]
     second: tuple[float, ...]
@@ -56,13 +57,13 @@ class Scores:
 
 
 def overall(aspects: Sequence[float]) -> Fraction:
-    """The mean, exact: whether two answers tie must not hang on rounding."""
+    """The exact mean: rounding must not decide whether two answers tie."""
     return sum(map(Fraction, aspects), Fraction()) / len(aspects)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reply that arrived. `scores` is None where it is malformed."""
+    """A reply that arrived. `scores` is None if it is malformed."""
 
     scores: Scores | None
     reply: str = ""
@@ -72,12 +73,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Failed:
-    """No reply arrived. `reason` is short, the same for the same cause, and quotes nothing."""
+    """No reply arrived. `reason` is short, always the same for one cause, and quotes nothing."""
 
     reason: str
 
 
-# FedPIT (arXiv 2403.06131): four aspects from 1 to 5. FedIT (arXiv 2305.05644), after Vicuna: a total from 1 to 10.
+# FedPIT (arXiv 2403.06131): four aspects from 1 to 5. FedIT (arXiv 2305.05644), after Vicuna: a total from 1
+# to 10.
 ASPECTS = Rubric("aspects", ("helpfulness", "relevance", "correctness", "coherence"), 1, 5, version=2)
 TOTAL = Rubric("total", ("score",), 1, 10, version=2)
 RULE = Rubric("rule", ("rule",), 0, 1)
@@ -85,7 +87,7 @@ LIKELIHOOD = Rubric("likelihood", ("likelihood",), -math.inf, 0)  # nats per tok
 
 
 def read_aspects(reply: str) -> Scores | None:
-    """One JSON object {"first": {aspect: number, ...}, "second": {...}}, perhaps in a code fence, and no other text."""
+    """One JSON object {"first": {aspect: number, ...}, "second": {...}} alone, perhaps in a code fence."""
     text = _answer_of(reply)
     fenced = _FENCED.fullmatch(text)
     try:
@@ -107,7 +109,7 @@ def read_aspects(reply: str) -> Scores | None:
 
 
 def read_total(reply: str) -> Scores | None:
-    """Two numbers alone on the first line that is not blank; a rationale may follow."""
+    """Two numbers, alone on the first nonblank line; a rationale may follow."""
     found = _TWO_NUMBERS.fullmatch(_answer_of(reply).partition("\n")[0].rstrip())
     return TOTAL.scores([float(found[1])], [float(found[2])]) if found else None
 

@@ -2,7 +2,7 @@
 
 A round is two files. `round-00007.safetensors` holds every tensor; `round-00007.json`, the manifest,
 holds the rest and the sha256 of both itself and the tensors. The manifest is written last: it is the
-commit point. The newest valid pair wins, two are kept, and a damaged one is named, not used.
+commit point. The newest valid pair wins, two are kept, and a damaged one is reported and not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedloom.state import AdapterState
 from fedloom.storage import durable
 from fedloom.transport.base import Snapshot
 
-SCHEMA = 3  # also where the same settings come to another result than before: no run goes on in two ways
+SCHEMA = 3  # rises also when the same settings give another result: no run mixes both
 KEPT = 2
 
 
@@ -32,7 +32,7 @@ KEPT = 2
 class Checkpoint:
     state: ServerState
     transport: Snapshot
-    record: Mapping[str, Any]  # the journal's line of this round, so that no crash can part the two
+    record: Mapping[str, Any]  # the journal's line of this round, so that no crash can separate the two
 
 
 def commit(folder: Path, checkpoint: Checkpoint, *, fingerprint: str) -> None:
@@ -82,7 +82,7 @@ class Found:
 
 
 def newest(folder: Path, *, fingerprint: str, before: int | None = None) -> Found:
-    """The newest valid round, of those before `before` where it is given. Raises RunError when all of them are damaged."""
+    """The newest valid round, before round `before` if that is given. Raises RunError if all are damaged."""
     damaged: list[str] = []
     manifests = sorted(folder.glob("round-*.json"), reverse=True)
     if before is not None:
@@ -116,12 +116,12 @@ def _read(manifest: Path, fingerprint: str) -> Checkpoint:
     if body["schema"] != SCHEMA:
         raise RunError(
             f"{manifest} was written by another version of fedloom (expected schema {SCHEMA}, got {body['schema']}): "
-            "finish the run with that version, or start anew in another --out."
+            "finish the run with that version, or start a new one in another --out."
         )
     if body["fingerprint"] != fingerprint:
         raise RunError(
-            f"{manifest.parent.parent} holds another experiment than the one given. Resume it as it is "
-            "(--resume with its own experiment.toml), or start anew in another --out."
+            f"{manifest.parent.parent} holds a different experiment. Resume that one "
+            "(--resume with its own experiment.toml), or start a new run in another --out."
         )
     try:
         data = manifest.with_suffix(".safetensors").read_bytes()
@@ -163,7 +163,7 @@ def _sealed(body: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Refuses a second server on the same run folder; released by the kernel even after SIGKILL."""
+    """Keeps a second server off the same run folder; the kernel releases it even after SIGKILL."""
     folder.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder / ".lock", timeout=0)
     try:

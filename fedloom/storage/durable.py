@@ -31,7 +31,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle on a folder; its rename is journalled
+    if os.name == "nt":  # Windows cannot open a folder; its renames are journalled
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

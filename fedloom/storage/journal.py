@@ -12,7 +12,7 @@ from fedloom.storage import durable
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole line. A partial last line, left by a crash, is not a line; a damaged one is passed over."""
+    """Every whole line. A partial last line, left by a crash, is skipped, and so is a damaged line."""
     if not path.exists():
         return []
     records = []
@@ -33,7 +33,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 def align(path: Path, last: Mapping[str, Any] | None) -> list[int]:
     """After a crash: cut the journal back to the committed round, or complete it with that round's line.
 
-    Returns the earlier rounds whose lines are lost, which takes more than a crash.
+    Returns the earlier rounds whose lines are lost; a crash alone loses none.
     """
     kept: list[Mapping[str, Any]] = []
     if last is not None:
@@ -43,7 +43,7 @@ def align(path: Path, last: Mapping[str, Any] | None) -> list[int]:
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """For JSON, which has no NaN."""
+    """The values for JSON, which has no NaN: None in place of NaN and infinity."""
     return {
         name: None if value is None or not math.isfinite(value) else value for name, value in values.items()
     }

@@ -1,4 +1,4 @@
-"""What a synthesizer returns: every candidate with its fate, so that nothing is dropped in silence."""
+"""A synthesizer's result: every candidate with its fate, so that nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Synthesis:
     """The candidates of one client in one round, in the order they were generated."""
 
     candidates: tuple[Candidate, ...] = ()
-    repeated: int = 0  # draws that were not asked: greedy decoding had answered the same prompt before
+    repeated: int = 0  # draws that were skipped: greedy decoding had already answered the same prompt
 
     @property
     def examples(self) -> list[Example]:
@@ -38,7 +38,7 @@ class Synthesis:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """By fate; "generated" is the sum of all others but "repeated"."""
+        """Candidates by fate; "generated" is the sum of all fates, without "repeated"."""
         fates = Counter(c.fate for c in self.candidates)
         return {
             "generated": len(self.candidates),

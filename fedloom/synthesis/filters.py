@@ -1,4 +1,4 @@
-"""Which generated examples are no good: failures, repeats, near-copies of private text. Pure functions.
+"""Which generated examples to drop: failures, repeats, near-copies of private text. Pure functions.
 
 Every check returns a short stable reason code, which is counted and reported, or None. FedPIT's filters
 (arXiv 2403.06131v3, section 3.3) are format, refusals and ROUGE-L; length and keywords are those of
@@ -19,7 +19,7 @@ from fedloom.data.example import Example
 from fedloom.data.text import CHARACTERS_PER_WORD, folded, length, overlap, runs, words
 from fedloom.errors import ConfigError
 
-# What a text model cannot do, or what asks for something it cannot see: Self-Instruct's list.
+# Tasks that a text model cannot do, or that refer to something it cannot see: Self-Instruct's list.
 KEYWORDS = (
     "image",
     "images",
@@ -42,14 +42,14 @@ KEYWORDS = (
 )
 OPENERS = ("as a", "as an", "sorry", "i m sorry", "i am sorry", "i apologize", "i apologise")
 _MARKER = re.compile(r"\b(task \d+|instruction|input|output|response)\s*[:：]", re.IGNORECASE)
-_OPEN = "¿¡"  # where Spanish begins a question
+_OPEN = "¿¡"  # Spanish questions and exclamations begin with these
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """The limits. A sample on a limit passes: it is dropped when shorter, longer or more alike than that.
+    """The limits. A sample exactly at a limit of length or likeness passes.
 
-    In scripts without blanks two characters count as a word.
+    In scripts without spaces two characters count as a word.
     """
 
     shortest: int = 4  # words of an instruction
@@ -58,8 +58,8 @@ class Filters:
     openers: tuple[str, ...] = OPENERS  # of an instruction or a response: a role, or a refusal
     rouge_instruction: float = 0.7  # to any local instruction
     rouge_example: float = 0.7  # of instruction, context and response together to any local example
-    verbatim: int = 8  # a run of so many words that a local text has too; 0: not looked at
-    repeats: int = 4  # of the same words one after the other in a response
+    verbatim: int = 8  # drop if a local text holds the same run of this many words; 0: not checked
+    repeats: int = 4  # drop if a phrase of the response occurs this many times in a row
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest:
@@ -98,7 +98,7 @@ class Filters:
 
 
 def _malformed(instruction: str) -> bool:
-    """No words, a mark of the prompt's own format, or a beginning that is punctuation."""
+    """No words, a marker of the prompt's own format, or punctuation at the beginning."""
     return (
         not words(instruction)
         or _MARKER.search(instruction) is not None
@@ -107,10 +107,10 @@ def _malformed(instruction: str) -> bool:
 
 
 def _repeats(said: Sequence[str], times: int) -> bool:
-    """Does some phrase of up to eight words stand `times` times in a row?"""
+    """Does a phrase of up to eight words occur `times` times in a row?"""
     most = 8 if length(said) == len(said) else 8 * CHARACTERS_PER_WORD
     for size in range(1, most + 1):
-        run = 0  # words that equal the one a phrase earlier
+        run = 0  # words equal to the word one phrase earlier
         for here, before in zip(said[size:], said, strict=False):
             run = run + 1 if here == before else 0
             if run >= size * (times - 1):
@@ -119,11 +119,11 @@ def _repeats(said: Sequence[str], times: int) -> bool:
 
 
 class LocalTexts:
-    """What a client's own texts are, indexed so that near-copies of them are found quickly.
+    """A client's own texts, indexed so that near-copies of them are found quickly.
 
     The index bounds ROUGE-L from above by the words two texts share in any order, which is cheap for all
-    local texts at once; only where that bound allows a near-copy is the true value computed. So nothing
-    is missed, however large the client.
+    local texts at once. The true value is computed only where that bound allows a near-copy, so none is
+    missed, however many texts a client has.
     """
 
     def __init__(self, examples: Sequence[Example], filters: Filters):
@@ -135,7 +135,7 @@ class LocalTexts:
         self._exact = {_folded(e) for e in examples}
 
     def instruction(self, text: str) -> str | None:
-        """ "near-instruction": too like one of the client's own."""
+        """ "near-instruction": too similar to one of the client's own."""
         return (
             "near-instruction"
             if self._instructions.has_alike(text, self._filters.rouge_instruction)
@@ -155,7 +155,7 @@ class LocalTexts:
 
 
 def whole(example: Example) -> str:
-    """Instruction, context and response as one text: what near-copies are judged by."""
+    """Instruction, context and response as one text, by which near-copies are judged."""
     return f"{example.instruction}\n{example.context}\n{example.response}"
 
 
@@ -169,7 +169,7 @@ def _runs(texts: Iterable[str], least: int) -> Iterable[tuple[str, ...]]:
 
 
 class _Index:
-    """Texts by their words, each word counted: (word, 2) is where it stands a second time."""
+    """Texts by their words, with counts: (word, 2) leads to the texts that hold the word at least twice."""
 
     def __init__(self, texts: Sequence[str]):
         self._texts = [words(text) for text in texts]

@@ -1,6 +1,6 @@
-"""Examples from a pool in the place of generated ones: what better or worse synthetic data would bring.
+"""Examples from a pool instead of generated ones, to see what better or worse synthetic data would bring.
 
-FedPIT's ablation: real held-out examples of the same kind ("ideal"), of a related domain, of another.
+FedPIT's ablation: real held-out examples of the same kind ("ideal"), of a related domain, or of another.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fedloom.synthesis.candidates import Candidate, Synthesis
 
 @dataclass(frozen=True, kw_only=True)
 class HeldBack:
-    """Settings of a `FromPool` whose pool is the data that no client holds (`data.pool` leaves some over)."""
+    """Settings of a `FromPool` whose pool is the data that no client holds (`data.pool` sets some aside)."""
 
     candidates: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherStyle:
-    """The same with answers in another style than the federation's; only the microworld has one."""
+    """The same with answers in a style that the federation does not use; only the microworld has one."""
 
     candidates: int = 32
 

@@ -1,4 +1,4 @@
-"""A client's own instructions, answered anew by the model it has received: FewFedWeight's pseudo data."""
+"""A client's own instructions, answered anew by the model it received: FewFedWeight's pseudo data."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 FedPIT's self-generation (arXiv 2403.06131v3, section 3.3), after Self-Instruct (Wang et al. 2022,
 https://arxiv.org/abs/2212.10560), in two phases:
 
-1. Instructions. Eight of the client's instructions, drawn at random, as a numbered list; the model
+1. Instructions. Eight of the client's instructions, drawn at random, form a numbered list; the model
    writes the ninth.
-2. Responses. A few of the client's examples as numbered worked tasks, then the new instruction; the
-   model writes the rest, an input of its own first where it finds that one is needed. An answer
-   without the response marker is asked for again with other examples, three times in all.
+2. Responses. A few of the client's examples form numbered worked tasks, followed by the new instruction;
+   the model writes the rest, beginning with an input of its own if the task needs one. If the answer lacks
+   the response marker, the model is asked again with other examples, three times in all.
 
-What the filters leave over is returned, with the fate of every candidate. Decoding is greedy, so all
+The examples that pass the filters are returned, with the fate of every candidate. Decoding is greedy, so all
 variety comes from the draw of demonstrations, and a prompt that has been answered is not asked again.
 """
 
@@ -30,13 +30,13 @@ from fedloom.steps import Generate, Steps
 from fedloom.synthesis.candidates import KEPT, Candidate, Synthesis
 from fedloom.synthesis.filters import Filters, LocalTexts
 
-LONGEST_CONTEXT = 2048  # tokens of a prompt and its answer, however many more the model reads
+LONGEST_CONTEXT = 2048  # tokens of a prompt and its answer together, even if the model reads more
 NO_INPUT = ("<noinput>", "noinput", "none", "n/a")  # how models say that a task needs no input
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """The text of the two prompts. The defaults are what the embedded base model was pretrained on."""
+    """The text of the two prompts. The embedded base model was pretrained on the defaults."""
 
     list_opening: str = "Come up with a list of tasks."
     list_item: str = "Task {number}: {instruction}"
@@ -44,7 +44,7 @@ class Wording:
     worked_item: str = "Task {number}\nInstruction: {instruction}\n"
     input: str = "Input:"
     output: str = "Output:"
-    item_end: str = "\n\n"  # what follows a worked task; a demonstration that contains it has a newline there
+    item_end: str = "\n\n"  # ends a worked task; inside a demonstration a newline replaces it
 
     def instruction_prompt(self, shown: Sequence[Example]) -> str:
         """The client's instructions, each on one line, up to the number of the next."""
@@ -73,7 +73,7 @@ class Wording:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfInstructWording(Wording):
-    """For base models that have read the web: their answers may have paragraphs."""
+    """For base models pretrained on the web, whose answers may have several paragraphs."""
 
     list_opening: str = "Come up with a series of tasks:\n"
     worked_opening: str = "Come up with an output for each of the following tasks. Give an input first where the task needs one.\n"
@@ -89,19 +89,17 @@ class SelfInstruct:
 
     wording: Wording = Wording()
     filters: Filters = field(default_factory=Filters)
-    candidates: int = 32  # instructions that go on to be answered
-    attempts: int = 96  # draws of demonstrations for instructions, at most
-    shown: int = 8  # instructions in a list; all of them, permuted, where the client has fewer
-    worked: int = 3  # worked examples in front of a new instruction
-    trials: int = 3  # of an answer
+    candidates: int = 32  # instructions to be answered
+    attempts: int = 96  # most draws of demonstrations for instructions
+    shown: int = 8  # instructions in a list; all of them, permuted, if the client has fewer
+    worked: int = 3  # worked examples before a new instruction
+    trials: int = 3  # attempts at each answer
     instruction_tokens: int = 64
     response_tokens: int = 512
-    context_words: int = 150  # of an input the model writes
+    context_words: int = 150  # most words in an input that the model writes
     temperature: float = 0.0  # 0: greedy
     repetition_penalty: float = 1.0  # on responses; FedPIT's first version used one
-    distinct: Literal["instruction", "sample"] = (
-        "instruction"  # or "sample": the same instruction again is fine with another input
-    )
+    distinct: Literal["instruction", "sample"] = "instruction"  # "sample": may repeat with another input
 
     def __post_init__(self) -> None:
         low = [
@@ -123,7 +121,7 @@ class SelfInstruct:
             raise ConfigError(f'Expected distinct = "instruction" or "sample", got {self.distinct!r}.')
 
     def check(self, site: Words) -> None:
-        """Raises ConfigError where the model reads too little for a prompt beside an answer."""
+        """Raises ConfigError if the model's context has no room for a prompt beside an answer."""
         longest = max(self.instruction_tokens, self.response_tokens)
         if _context(site) <= longest:
             raise ConfigError(
@@ -140,7 +138,7 @@ class SelfInstruct:
         seed: int,
         stream: tuple[Name, ...],
     ) -> Steps[Synthesis]:
-        """Both phases and the filters. A client without examples gets an empty `Synthesis`. Raises: ConfigError."""
+        """Both phases and the filters. Without examples the `Synthesis` is empty. Raises: ConfigError."""
         self.check(words)
         if not examples:
             return Synthesis()
@@ -167,7 +165,7 @@ class SelfInstruct:
         while good < self.candidates and draws < self.attempts:
             prompts: list[tuple[int, ...]] = []
             first = draws
-            # Never less than half a batch: one prompt takes as long to continue as many.
+            # At least half a batch: continuing one prompt takes as long as continuing many.
             batch = max(self.candidates - good, self.candidates // 2)
             while len(prompts) < batch and draws < self.attempts:
                 shown = _draw(seed, examples, self.shown, *stream, "instruction", draws)
@@ -219,7 +217,7 @@ class SelfInstruct:
         seed: int,
         stream: tuple[Name, ...],
     ) -> Steps[list[Candidate]]:
-        """Phase 2: answer what passed, again with other examples where the answer has not the form."""
+        """Phase 2: answer the instructions that passed; if an answer is malformed, retry with others."""
         found = list(candidates)
         asked: set[tuple[int, ...]] = set()
         waiting = [index for index, c in enumerate(found) if c.fate == KEPT]
@@ -295,7 +293,7 @@ def _context(site: Words) -> int:
 def _fitting(
     site: Words, render: Callable[[Sequence[Example]], str], shown: Sequence[Example], answer: int
 ) -> tuple[int, ...]:
-    """The prompt with as many examples as fit beside an answer; the longest go first."""
+    """The prompt with as many examples as fit beside an answer; the longest are dropped first."""
     few = list(shown)
     while True:
         prompt = tuple(site.document_ids(render(few)))
@@ -305,13 +303,13 @@ def _fitting(
 
 
 def _until(site: Words, end: str, ids: Sequence[int], limit: int) -> tuple[str, bool]:
-    """The answer up to `end`, and whether it ended at all: there, or by a stop token."""
+    """The answer up to `end`, and whether it ended: there, or at a stop token."""
     text, found, _ = site.text(ids).lstrip().partition(end)
     return text.strip(), bool(found) or len(ids) < limit
 
 
 def _stop_at(site: Words, end: str) -> frozenset[int]:
-    """Where one token spells `end`, generation need not go on to the limit."""
+    """Stop tokens. If a single token spells `end`, generation stops there rather than at the limit."""
     last = site.document_ids(f"a{end}")[-1]
     return site.stop | {last} if site.text([last]) == end else site.stop
 

@@ -12,9 +12,9 @@ from fedloom.state import AdapterState
 
 @dataclass(frozen=True)
 class Arrival:
-    """An answer at the server's door, not yet looked into.
+    """An answer that has reached the server, not yet opened.
 
-    Sender and size are known before a byte of it is read: the gate calls `open` only once it has judged both.
+    Sender and size are known before any of it is parsed: the gate calls `open` only after judging both.
     """
 
     client: ClientId  # whom the channel authenticated, whatever the message says
@@ -25,10 +25,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a transport carries from round to round: AdapterStates and JSON values, so that it can be saved."""
+    """A transport's state between rounds: AdapterStates and JSON values, so that it can be saved."""
 
     server: Mapping[str, Any] = field(default_factory=dict)  # versions sent, who holds which
-    # Of simulated clients. On a network clients keep their own, and these are empty.
+    # For simulated clients. On a network clients keep their own, and these are empty.
     memories: Mapping[ClientId, Mapping[str, Any]] = field(default_factory=dict)
     residuals: Mapping[ClientId, Mapping[str, AdapterState]] = field(default_factory=dict)
 
@@ -39,11 +39,11 @@ class Transport(Protocol):
         ...
 
     def settle(self, round: int, used: Collection[ClientId]) -> None:
-        """The round is over, and these clients' updates were used: they, and no others, may remember it."""
+        """The round is over and used these clients' updates: they, and no others, may remember it."""
         ...
 
     def snapshot(self) -> Snapshot:
-        """Between rounds. The next exchange after `restore` sends the very bytes that it would have sent."""
+        """Taken between rounds. After `restore` the next exchange sends the same bytes it would have sent."""
         ...
 
     def restore(self, snapshot: Snapshot) -> None: ...

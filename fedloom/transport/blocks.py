@@ -1,9 +1,10 @@
-"""Rounding in blocks: so many values share a scale and become small whole numbers.
+"""Rounding in blocks: the `block` values of a block share a scale and become small integers.
 
-A value is off by half a step at most, a step being the largest of its block over `levels`, or `SMALLEST` where that
-is more. Scales are cut off, never rounded up, so that a step is no longer than that; they keep so many digits that the
-largest is still within half a step of the last code. No block spans two tensors; the last of a tensor may be short. NaN and infinity
-make the scale, and so the block, no number; what is finite stays finite.
+A value is off by at most half a step. A step is the largest magnitude of its block over `levels`, or
+`SMALLEST` if that is more. Scales are truncated, never rounded up, so a step is never longer than that; they
+keep enough digits for the largest value to lie within half a step of the last code. No block spans two
+tensors; a tensor's last block may be short. NaN or infinity in a block makes its scale, and so all of it,
+NaN; finite blocks stay finite.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Codes = NDArray[np.uint8]  # 8 or 4 bits a value, zero in the middle of their range
-Scales = NDArray[
-    np.uint16
-]  # a step for each block: a float32's exponent and the first 8 binary places, no sign
+Codes = NDArray[np.uint8]  # 8 or 4 bits per value, zero in the middle of their range
+Scales = NDArray[np.uint16]  # a step per block: a float32's exponent and first 8 binary places, no sign
 
-SMALLEST = 2.0**-126  # step; a smaller one has too few digits for half a step to be kept
+SMALLEST = 2.0**-126  # shortest step; a shorter one has too few digits to bound the error by half a step
 LARGEST = torch.finfo(torch.float32).max
-CUT = 15  # bits of a float32 that a scale lacks; a step is short by less than 2^-8, and so 127 of them by less than half a step
-CHUNK = 1 << 16  # values worked on at a time: what stays in the cache is ten times as fast
+# Bits of a float32 that a scale drops. A step is short by less than 2^-8 of itself, 127 of them by less than
+# half a step.
+CUT = 15
+CHUNK = 1 << 16  # values processed at a time: ten times as fast while they stay in the cache
 
 
 def room(sizes: Sequence[int], *, bits: int, block: int) -> tuple[int, int]:
-    """Bytes of codes and number of scales for tensors of these sizes."""
+    """Number of code bytes and number of scales for tensors of these sizes."""
     return sum(-(-n * bits // 8) for n in sizes), sum(-(-n // block) for n in sizes)
 
 
 def quantise(tensors: Sequence[Tensor], *, bits: int, block: int, levels: int) -> tuple[Codes, Scales]:
-    """Of flat float32 tensors."""
+    """Codes and scales of flat float32 tensors."""
     sizes = [t.numel() for t in tensors]
     n_codes, n_scales = room(sizes, bits=bits, block=block)
     largest, codes = torch.empty(n_scales), np.empty(n_codes, np.uint8)
@@ -44,7 +45,7 @@ def quantise(tensors: Sequence[Tensor], *, bits: int, block: int, levels: int) -
     largest.div_(levels)
     largest[(largest > 0) & (largest < SMALLEST)] = SMALLEST
     scales = (largest.numpy().view(np.uint32) >> CUT).astype(np.uint16)
-    if bits == 4:  # for few levels 6 places are enough, and leave zstd more to find
+    if bits == 4:  # for few levels 6 places are enough, and zstd compresses them better
         scales &= 0xFFFC
     steps = _steps(scales)
     sound = bool(steps.isfinite().all())
@@ -63,7 +64,7 @@ def quantise(tensors: Sequence[Tensor], *, bits: int, block: int, levels: int) -
 
 
 def restore(codes: Codes, scales: Scales, sizes: Sequence[int], *, bits: int, block: int) -> Tensor:
-    """All tensors end to end, float32."""
+    """All tensors end to end, in float32."""
     flat = torch.empty(sum(sizes))
     half, steps = 1 << (bits - 1), _steps(scales)[:, None]
     steps = torch.where(steps.isfinite(), steps, torch.nan)
@@ -88,7 +89,7 @@ def _steps(scales: Scales) -> Tensor:
 
 
 def _buffer(sizes: Sequence[int], block: int) -> Tensor:
-    """Room for a chunk, or for the largest tensor where that is less."""
+    """Room for a chunk, or for the largest tensor if that is smaller."""
     return torch.zeros(min(max(1, CHUNK // block), -(-max(sizes, default=0) // block)), block)
 
 
@@ -97,7 +98,7 @@ def _rows(x: Tensor, block: int) -> Tensor:
 
 
 def _pieces(sizes: Sequence[int], bits: int, block: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """(tensor, its first value, values, first byte of codes, first scale), a chunk at a time."""
+    """(tensor, its first value, number of values, first code byte, first scale), one chunk at a time."""
     step, byte, row = max(1, CHUNK // block) * block, 0, 0
     for i, size in enumerate(sizes):
         for start in range(0, size, step):
@@ -107,7 +108,7 @@ def _pieces(sizes: Sequence[int], bits: int, block: int) -> Iterator[tuple[int, 
 
 
 def _packed(codes: Codes) -> Codes:
-    """Two values a byte, the first in its lower half."""
+    """Two values per byte, the first in its lower half."""
     pairs = codes.reshape(-1).view("<u2")
     packed: Codes = (pairs | pairs >> 4).astype(np.uint8)
     return packed

@@ -1,6 +1,6 @@
 """The client's end: a client is a generator from bytes to bytes.
 
-In simulation `drive` advances many of them together; on a network one runs alone. Same object, same lines.
+In simulation `drive` advances many of them together; on a network one runs alone. The code is the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Outgoing = Callable[[Update, Client], Update]  # clips, adds noise, asks a polic
 
 @dataclass(frozen=True)
 class _Staged:
-    """What a client would remember of a round."""
+    """What a client will remember of a round once that is acknowledged."""
 
     round: int
     memory: dict[str, Any]
@@ -36,22 +36,23 @@ class _Staged:
 class ClientEnd:
     """One client, and what it keeps between rounds.
 
-    A round leaves no trace, neither in the client's memory nor in the residual, until the server has acknowledged
-    it: a refused or a lost update leaves the client as it was.
+    A round leaves no trace in the client's memory or in the residual until the server has acknowledged it:
+    a refused or lost update leaves the client as it was.
     """
 
     client: Client
     algorithm: Algorithm
     codec: Codec = Fp32()
-    experiment: str = ""  # names settings and base model; a broadcast of another is refused
-    # Adapters by version, from which coded steps go on. Clients of one process share it: equal versions are equal bits.
+    experiment: str = ""  # identifies settings and base model; a broadcast of another is refused
+    # Adapters by version, from which coded steps continue. Clients of one process share it: a version has the
+    # same bits for all.
     held: MutableMapping[int, AdapterState] = field(default_factory=dict)
     outgoing: Sequence[Outgoing] = ()
     residual: Residual = field(default_factory=dict)
     staged: _Staged | None = None
 
     def reply(self, method: str, data: bytes) -> Steps[bytes]:
-        """Raises: RefusedUpdate, for bytes that are no broadcast of this experiment."""
+        """The update, packed. Raises: RefusedUpdate, if the bytes are not a broadcast of this experiment."""
         if method != TRAIN:
             raise RefusedUpdate("method", f"expected the method {TRAIN!r}, got {method!r}")
         message = wire.unpack_broadcast(data, self.codec, self.held, experiment=self.experiment)
@@ -73,7 +74,7 @@ class ClientEnd:
         return packed
 
     def settle(self, acknowledged: int | None) -> None:
-        """Remember the round that was acknowledged, and nothing of one that was not."""
+        """Remember the staged round if it was acknowledged; else forget it."""
         if self.staged is not None and self.staged.round == acknowledged:
             self.client.memory, self.residual = self.staged.memory, self.staged.residual
         self.staged = None

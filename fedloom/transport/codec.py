@@ -1,4 +1,4 @@
-"""Codecs: how the tensors of a message become fewer bytes. Below the algorithm, which sees what arrives."""
+"""Codecs: how the tensors of a message become fewer bytes. The algorithm above them sees what arrives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import zstandard
 from fedloom.errors import ConfigError, RefusedUpdate
 from fedloom.state import AdapterState
 
-if TYPE_CHECKING:  # settings are read without waiting for torch
+if TYPE_CHECKING:  # settings load without torch
     import torch
     from torch import Tensor
 
@@ -24,18 +24,18 @@ Parts = Mapping[str, "Tensor"]  # a state as it travels
 
 
 class Codec(Protocol):
-    """Simulation loses what a codec loses. NaN and infinity stay no numbers, so that the gate sees them."""
+    """Simulation suffers a codec's losses as a network does. NaN and infinity stay visible to the gate."""
 
     @property
     def error_feedback(self) -> bool: ...
     @property
     def label(self) -> str:
-        """Travels with a message, so that none is read by another codec; "" for tensors as they are."""
+        """Sent with a message, so that no other codec reads it; "" for tensors as they are."""
         ...
 
     def encode(self, state: AdapterState) -> Parts: ...
     def decode(self, parts: Parts, like: AdapterState) -> AdapterState:
-        """With the names, shapes and precision of `like`, which bounds the memory that foreign bytes can take.
+        """A state with the names, shapes and dtypes of `like`, which bounds the memory for foreign bytes.
 
         Raises: RefusedUpdate("malformed").
         """
@@ -44,7 +44,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Fp32:
-    """Tensors as they are. What comes is judged by the gate alone."""
+    """Tensors as they are. The gate alone judges what arrives."""
 
     label: ClassVar[str] = ""
     error_feedback: ClassVar[bool] = False
@@ -58,7 +58,7 @@ class Fp32:
 
 @dataclass(frozen=True, kw_only=True)
 class Bf16:
-    """Every value to 8 significant bits: off by 1/256 of itself at most, or by 2^-134 where that is more."""
+    """Values rounded to 8 significant bits: off by at most 1/256 of themselves, or 2^-134 if that is more."""
 
     label: ClassVar[str] = "bf16"
     error_feedback: bool = False
@@ -66,7 +66,7 @@ class Bf16:
     def encode(self, state: AdapterState) -> Parts:
         import torch
 
-        nothing = torch.empty(0, dtype=torch.bfloat16)  # of no tensors, too, there is one
+        nothing = torch.empty(0, dtype=torch.bfloat16)  # torch.cat needs at least one tensor
         return {
             "values": torch.cat([nothing, *(_narrowed(t.flatten(), torch.bfloat16) for t in state.values())])
         }
@@ -76,13 +76,13 @@ class Bf16:
 
         _expect(parts, {"values": torch.bfloat16})
         if parts["values"].numel() != like.numel():
-            raise _malformed(f"{parts['values'].numel()} values for {like.numel()}")
+            raise _malformed(f"{parts['values'].numel()} values instead of {like.numel()}")
         return _shaped(parts["values"].flatten(), like)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8:
-    """Blocks of `block` values, each in up to 127 steps of its block to either side of zero."""
+    """Blocks of `block` values, each rounded to one of 127 steps on either side of zero."""
 
     block: int = 256
     zstd: bool = True
@@ -93,7 +93,7 @@ class Int8:
 
     @property
     def label(self) -> str:
-        return f"int8 block={self.block} zstd={self.zstd} scale=2"  # the second form of scales
+        return f"int8 block={self.block} zstd={self.zstd} scale=2"  # version 2 of the scale format
 
     def encode(self, state: AdapterState) -> Parts:
         from fedloom.transport import blocks
@@ -106,9 +106,9 @@ class Int8:
 
 @dataclass(frozen=True, kw_only=True)
 class Int4:
-    """Blocks of `block` values, each in up to `levels` steps of its block to either side of zero.
+    """Blocks of `block` values, each rounded to one of `levels` steps on either side of zero.
 
-    Fewer levels are coarser and leave zstd more to find. Without zstd 7 take no more room than 1.
+    Fewer levels are coarser and compress better. Without zstd, 7 levels take no more room than 1.
     """
 
     block: int = 64
@@ -123,7 +123,7 @@ class Int4:
 
     @property
     def label(self) -> str:
-        return f"int4 block={self.block} zstd={self.zstd} scale=2"  # whatever the levels, it is read alike
+        return f"int4 block={self.block} zstd={self.zstd} scale=2"  # reading does not depend on the levels
 
     def encode(self, state: AdapterState) -> Parts:
         from fedloom.transport import blocks
@@ -137,7 +137,7 @@ class Int4:
 
 
 def layout(state: AdapterState) -> str:
-    """Of names and shapes: equal where one state can be decoded like the other."""
+    """Hash of names and shapes: equal where one state can be decoded like the other."""
     text = json.dumps([[name, *t.shape] for name, t in state.items()])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -159,7 +159,7 @@ def _shaped(flat: Tensor, like: AdapterState) -> AdapterState:
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another precision; what is finite stays so, for the largest numbers would be rounded to infinity."""
+    """Convert to another dtype. Clamped, so that the largest finite values do not round to infinity."""
     import torch
 
     y, largest = x.to(dtype), torch.finfo(dtype).max
@@ -195,7 +195,7 @@ def _bytes(part: Tensor, size: int, *, zstd: bool) -> blocks.Codes:
     data = part.flatten().numpy()
     if zstd:
         try:
-            # The size is looked at first: the library allocates whatever a frame says it holds.
+            # Check the size first: the library allocates whatever size a frame claims.
             if zstandard.get_frame_parameters(data.data).content_size != size:
                 raise _malformed(f"a zstd frame that does not hold {size} bytes")
             data = np.frombuffer(
@@ -205,7 +205,7 @@ def _bytes(part: Tensor, size: int, *, zstd: bool) -> blocks.Codes:
         except zstandard.ZstdError as broken:
             raise _malformed(f"zstd: {broken}") from broken
     if len(data) != size:
-        raise _malformed(f"{len(data)} bytes for {size}")
+        raise _malformed(f"{len(data)} bytes instead of {size}")
     return data
 
 

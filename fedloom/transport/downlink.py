@@ -1,10 +1,10 @@
-"""The way down, coded: a client gets the steps from the adapter it has to the newest one.
+"""The way down, coded: a client receives the steps from the adapter it holds to the newest one.
 
-Every step is coded once and is the same for everybody: version t = version t-1 + decoded(coded(server's
-adapter - version t-1)). So all clients of one version hold the same bits, the server knows them, and what a step
-loses is part of the next: the newest version is off by one rounding, not by the sum of all. The server's own
-adapter is never rounded; deltas are relative to the version a client was sent. A client that is new, or whose
-version is so old that the steps to it are no smaller, gets the newest version as it is.
+Every step is coded once, the same for every client: version t = version t-1 + decoded(coded(server's adapter
+- version t-1)). So all clients of one version hold the same bits, the server knows them, and each step makes
+up for the last one's loss: the newest version is off by one rounding, not by the sum of all. The server's own
+adapter is never rounded; deltas are relative to the version a client was sent. A new client, or one whose
+version is so old that the steps would be no smaller, receives the newest version whole and uncoded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEP = "step to version "  # in a snapshot: each step from there
 
 @dataclass
 class Downlink:
-    """The server's end. Versions are kept only as far back as steps are worth sending."""
+    """The server's side of it. Versions are kept only as far back as their steps are worth sending."""
 
     codec: Codec
     versions: dict[int, AdapterState] = field(default_factory=dict)  # by number, the oldest first
@@ -49,7 +49,7 @@ class Downlink:
             del self.steps[0], self.versions[self.first]
 
     def pack(self, message: Broadcast, held: int | None, *, experiment: str = "") -> bytes:
-        """For a client that holds this version, or none; the adapter it gets is the newest version."""
+        """Bytes that bring a client from version `held`, or from none, to the newest version."""
         if held is None or held not in self.versions:
             whole = replace(message, states={**message.states, "adapter": self.versions[self.newest]})
             return wire.pack_broadcast(whole, self.codec, version=self.newest, experiment=experiment)
@@ -59,7 +59,7 @@ class Downlink:
         )
 
     def snapshot(self) -> dict[str, Any]:
-        """What a resumed server has to know."""
+        """What a resumed server needs."""
         if not self.versions:
             return {}
         steps = {f"{STEP}{n}": AdapterState(s) for n, s in enumerate(self.steps, start=self.first + 1)}

@@ -1,8 +1,8 @@
-"""Error feedback (Seide et al. 2014; Karimireddy et al. 2019): what rounding took away is sent the next time.
+"""Error feedback (Seide et al. 2014; Karimireddy et al. 2019): what rounding removed is sent the next time.
 
-A client adds to each delta what its last upload lacked, so the sum of its uploads differs from the sum of its deltas
-by one rounding, after any number of rounds. The residual, one state the size of an adapter, waits at the client's end
-until its next turn; with low participation it is stale and can hurt.
+A client adds to each delta what its last upload lacked, so the sum of its uploads differs from the sum of its
+deltas by one rounding, after any number of rounds. The residual, one state the size of an adapter, waits at
+the client's end until its next turn; with low participation it is stale and can hurt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from fedloom.messages import Update
 from fedloom.state import AdapterState
 
-Residual = Mapping[str, AdapterState]  # by the name of an update's state
+Residual = Mapping[str, AdapterState]  # by the names of an update's states
 
 
 def add_residual(update: Update, owed: Residual) -> Update:
@@ -22,6 +22,6 @@ def add_residual(update: Update, owed: Residual) -> Update:
 
 
 def residual(meant: Update, arrived: Update) -> dict[str, AdapterState]:
-    """What of `meant` is not in `arrived`; nothing of a state that diverged, so that the old residual stays."""
+    """`meant` minus `arrived`. States that diverged are left out, so that their old residual stays."""
     lacking = {name: state - arrived.states[name] for name, state in meant.states.items()}
     return {name: state for name, state in lacking.items() if state.is_finite()}

@@ -19,7 +19,7 @@ from fedloom.transport.server_end import ServerEnd
 
 @dataclass(frozen=True)
 class InProcess:
-    """A Channel to clients' ends. Groups are taken, and answered, in the order of the letters."""
+    """A Channel to clients' ends. Groups are formed, and answered, in the order of the payloads."""
 
     ends: Mapping[ClientId, ClientEnd]
     engine: Engine
@@ -35,8 +35,8 @@ class InProcess:
 class Simulation:
     """A Transport with both ends in this process, over real bytes.
 
-    It may look into clients' memories, as no server can: they are part of its snapshot, so that a killed run
-    resumes. Clients settle at the end of a round, where on a network the next broadcast tells them.
+    Unlike a real server it can read clients' memories: they are part of its snapshot, so that a killed run
+    can resume. Clients settle at the end of a round; on a network the next broadcast tells them to.
     """
 
     def __init__(

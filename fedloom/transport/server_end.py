@@ -17,14 +17,14 @@ from fedloom.transport.downlink import Downlink
 
 @dataclass
 class ServerEnd:
-    """A Transport. The codec of `downlink` is that of both directions."""
+    """A Transport. The codec of `downlink` serves both directions."""
 
     channel: Channel
     expects: Callable[[Broadcast], Mapping[str, AdapterState]]  # Algorithm.expects
     downlink: Downlink = field(default_factory=lambda: Downlink(Fp32()))
-    experiment: str = ""  # names settings and base model, in every message
-    acknowledged: dict[ClientId, int] = field(default_factory=dict)  # the last round that was used
-    holds: dict[ClientId, int] = field(default_factory=dict)  # the version that it was sent in that round
+    experiment: str = ""  # identifies settings and base model, in every message
+    acknowledged: dict[ClientId, int] = field(default_factory=dict)  # last round that used its update
+    holds: dict[ClientId, int] = field(default_factory=dict)  # version it was sent in that round
 
     def exchange(self, broadcasts: Mapping[ClientId, Broadcast]) -> Iterator[Arrival]:
         letters = _Letters(broadcasts, partial(self._pack, versioned=self._publish(broadcasts)))
@@ -48,7 +48,7 @@ class ServerEnd:
         self.downlink.restore(snapshot.server)
 
     def _publish(self, broadcasts: Mapping[ClientId, Broadcast]) -> bool:
-        """There are versions only of an adapter that is the same for everybody."""
+        """Make a new version if every client gets the same adapter; return whether one was made."""
         adapters = list({id(message.adapter): message.adapter for message in broadcasts.values()}.values())
         if not self.downlink.codec.label or not adapters:
             return False
@@ -69,7 +69,7 @@ class ServerEnd:
 
 
 class _Letters(Mapping[ClientId, bytes]):
-    """Broadcasts as bytes, packed when somebody asks for one; `sizes` are of those that were asked for."""
+    """Broadcasts as bytes, each packed on access; `sizes` holds the sizes of those packed so far."""
 
     def __init__(
         self, broadcasts: Mapping[ClientId, Broadcast], pack: Callable[[ClientId, Broadcast], bytes]

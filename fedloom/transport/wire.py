@@ -1,7 +1,7 @@
 """Messages to bytes and back: a checksum, then one safetensors buffer, whose header holds the other fields.
 
-Simulation sends its messages through here too, so that the bytes it reports are the bytes that travel. Whatever comes
-back out of foreign bytes is a message of this schema or a RefusedUpdate; memory is bounded by the bytes themselves.
+Simulation packs its messages here too, so the bytes it reports are the bytes that a network would carry.
+Foreign bytes yield a message of this schema or a RefusedUpdate; their length bounds the memory taken.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fedloom.state import AdapterState
 from fedloom.transport.codec import Codec, Fp32, Parts, layout
 
 SCHEMA = 2
-PLAIN = 65_536  # bytes of a header's fields, at most
-NAMED = 512  # bytes a tensor in a header, beside its name, at most
+PLAIN = 65_536  # most bytes of a header's fields
+NAMED = 512  # most bytes per tensor in a header, besides its name
 CHECKSUM = 16  # bytes
 
 
@@ -36,7 +36,11 @@ def pack_broadcast(
     version: int | None = None,
     experiment: str = "",
 ) -> bytes:
-    """With a `version`, the adapter is that version: coded steps from version `since`, or as it is where that is None."""
+    """The message as bytes.
+
+    With a `version`, the adapter is that version, sent as coded steps from version `since`, or whole if that
+    is None.
+    """
     fields: dict[str, object] = {"round": message.round, "acknowledged": message.acknowledged}
     states: dict[str, Parts] = dict(message.states)
     if version is not None:
@@ -54,16 +58,16 @@ def unpack_broadcast(
     *,
     experiment: str = "",
 ) -> Broadcast:
-    """The broadcast; an adapter that has a version is added to `held`, from which coded steps go on.
+    """The broadcast. An adapter with a version is added to `held`, from which coded steps continue.
 
-    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not a broadcast of this schema, "experiment" or
-    "codec" for one of another, "version" for steps from a version that is not held.
+    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not a broadcast of this schema,
+    "experiment" or "codec" for one of another, "version" for steps from a version that is not held.
     """
     held = {} if held is None else held
     fields, states = _unpack(data, "broadcast", {"round": int}, codec, experiment)
     acknowledged, since, version = (fields.get(name) for name in ("acknowledged", "since", "version"))
     if any(n is not None and type(n) is not int for n in (acknowledged, since, version)):
-        raise _malformed("broadcast", "'acknowledged', 'since' or 'version' is no whole number")
+        raise _malformed("broadcast", "'acknowledged', 'since' or 'version' is not a whole number")
     if since is not None:
         if version is None or not since <= version <= since + len(states):
             raise _malformed("broadcast", "its steps do not lead from version to version")
@@ -99,11 +103,11 @@ def pack_update(update: Update, codec: Codec = Fp32(), *, experiment: str = "") 
 def unpack_update(
     data: bytes, codec: Codec = Fp32(), expected: Mapping[str, AdapterState] = {}, *, experiment: str = ""
 ) -> Update:
-    """An update whose states were coded; `expected` has their names, and names, shapes and precisions of their tensors.
+    """The update. `expected` has the names of its states, and the names, shapes and dtypes of their tensors.
 
-    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not an update of this schema, "experiment" or "codec"
-    for one of another, "states" or "keys" for coded states of other names or shapes. Fp32 says its own names and
-    shapes, which are the gate's to judge.
+    Raises RefusedUpdate: "malformed" or "schema" for bytes that are not an update of this schema,
+    "experiment" or "codec" for one of another, "states" or "keys" for coded states of other names or shapes.
+    Fp32 carries its own names and shapes, which the gate checks.
     """
     room = PLAIN + sum(NAMED + 4 * len(name) for state in expected.values() for name in state)
     kinds = {"client": str, "round": int, "weight": int | float, "metrics": dict}
@@ -124,7 +128,7 @@ def unpack_update(
 
 
 def seal(body: bytes) -> bytes:
-    """Behind its checksum, so that no damage on the way passes for another message; it proves nobody's honesty."""
+    """The checksum, then the body: damage in transit cannot pass for a message. It does not prove honesty."""
     return _checksum(body) + body
 
 
@@ -151,7 +155,7 @@ def _unpack(
     *,
     header: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Fields and tensors, where the header has at most so many bytes."""
+    """Fields and tensors of a message whose header has at most `header` bytes."""
     body = data[CHECKSUM:]
     if data[:CHECKSUM] != _checksum(body):
         raise _malformed(kind, "its checksum does not match")
@@ -178,7 +182,7 @@ def _unpack(
             raise _malformed(kind, f"{field!r} is missing or of another type")
     states_named = fields.get("states")
     if not (isinstance(states_named, list) and all(isinstance(state, str) for state in states_named)):
-        raise _malformed(kind, "'states' is missing or no list of names")
+        raise _malformed(kind, "'states' is missing or not a list of names")
     states: dict[str, dict[str, Tensor]] = {state: {} for state in states_named}
     if len(states) < len(states_named):
         raise _malformed(kind, "a state is named twice")
@@ -195,10 +199,10 @@ def _checksum(body: bytes) -> bytes:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which nothing is said twice: readers differ in which of two they believe."""
+    """A JSON object without duplicate keys: parsers differ in which of two they keep."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key occurs twice")
     return found
 
 

@@ -117,7 +117,7 @@ def test_all_models_are_attacked_in_one_call_greedily_on_the_trained_prompts() -
 
 
 def test_a_tuned_model_cannot_stand_in_for_the_base() -> None:
-    with pytest.raises(ConfigError, match="call it otherwise"):
+    with pytest.raises(ConfigError, match="rename it"):
         with_base({BASE: TUNED})
 
 

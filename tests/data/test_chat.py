@@ -194,7 +194,7 @@ def test_generating_examples_from_conversations_is_refused() -> None:
 
 
 def test_turns_in_another_order_make_no_example() -> None:
-    with pytest.raises(DataError, match="order system"):
+    with pytest.raises(DataError, match="an optional system turn"):
         Example("a", "b", turns=(Turn("assistant", "c"),))
 
 

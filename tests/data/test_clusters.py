@@ -132,7 +132,7 @@ def test_the_number_of_threads_is_put_back() -> None:
 
 @pytest.mark.parametrize("count", [0, 13])
 def test_more_clusters_than_examples_or_none_are_refused(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"between 1 and the 12 examples there are, got {count}"):
+    with pytest.raises(ConfigError, match=f"between 1 and 12, the number of examples, got {count}"):
         clusters.cluster(features(), count=count, seed=0)
 
 
@@ -141,7 +141,7 @@ def test_as_many_clusters_as_examples_are_singletons() -> None:
 
 
 def test_examples_too_much_alike_for_so_many_clusters_are_refused() -> None:
-    with pytest.raises(ConfigError, match="3 clusters were asked for, and the 5 examples fall into 2"):
+    with pytest.raises(ConfigError, match="Expected 3 clusters, but the 5 examples form only 2"):
         clusters.cluster(np.array([[0.0], [0.0], [0.0], [1.0], [1.0]]), count=3, seed=0)
 
 

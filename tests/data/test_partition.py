@@ -117,7 +117,7 @@ def test_any_split_uses_every_index_once_and_leaves_nobody_empty_or_is_refused(s
 
 
 def test_more_clients_than_examples_are_refused():
-    with pytest.raises(ConfigError, match="3 examples cannot be shared by 4 clients"):
+    with pytest.raises(ConfigError, match="3 examples are too few for 4 clients"):
         IID()(examples(3), 4, 0)
 
 
@@ -331,7 +331,7 @@ def test_a_split_along_owners_needs_owners_and_names_the_ways_to_them():
     ("labels", "message"),
     [
         (["a"] * 6, "All 6 examples have the same category"),
-        (list("abcdef"), "Each of the 6 examples has another category"),
+        (list("abcdef"), "Each of the 6 examples has a different category"),
     ],
 )
 def test_labels_that_group_nothing_are_refused(labels, message):
@@ -353,7 +353,7 @@ def test_hold_out_draws_from_all_where_nobody_names_a_category():
 def test_hold_out_of_each_category_refuses_data_that_lacks_some():
     data = [Example(f"q{i}", "a", category="" if i < 3 else "x") for i in range(40)]
     with pytest.raises(
-        ConfigError, match="3 of 40 examples name no category; holding out so many of each category"
+        ConfigError, match="3 of 40 examples name no category; holding out examples of each category"
     ):
         hold_out(data)
     with pytest.raises(ConfigError, match=r"3 of 40 examples name no category; data\.pool"):

@@ -365,7 +365,7 @@ def test_rows_that_hold_nothing_but_delimiters_are_passed_over_and_counted(tmp_p
     told: list[tuple[str, str]] = []
     reading = Reading(tell=lambda file, what: told.append((file, what)))
     assert read(tmp_path, HEADER + b"a,b,c\n,,\n,,\n", "d.csv", reading)[1] == []
-    assert told == [("d.csv", "2 rows hold nothing but delimiters, and are passed over")]
+    assert told == [("d.csv", "2 rows hold nothing but delimiters and are skipped")]
 
 
 @pytest.mark.parametrize(

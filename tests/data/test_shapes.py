@@ -113,9 +113,9 @@ def test_a_key_is_refused_where_there_is_none_to_look_under(tmp_path, content):
         (
             "d.json",
             dump({"instruction": {"0": "a"}, "response": {"0": "b"}}),
-            "columns where records were expected",
+            "expected records, got columns",
         ),
-        ("d.json", dump({"instruction": ["a"], "response": ["b"]}), "columns where records were expected"),
+        ("d.json", dump({"instruction": ["a"], "response": ["b"]}), "expected records, got columns"),
         ("d.json", dump({"columns": ["a"], "index": [0], "data": [["x"]]}), 'orient="records"'),
         ("d.json", "// mine\n" + dump(ROWS), "d.json:1: a comment"),
         ("d.json", '{\n // x\n "data": [\n' + dump(ROWS[0]) + "\n]}", "d.json:3: not JSON.*comments"),
@@ -224,10 +224,10 @@ def test_an_encoding_that_does_not_fit_is_refused_whole(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"delimiter": "ab"}, "one mark"),
-        ({"delimiter": '"'}, "one mark"),
-        ({"encoding": "klingon"}, "no encoding"),
-        ({"encoding": "base64"}, "no encoding"),
+        ({"delimiter": "ab"}, "one character"),
+        ({"delimiter": '"'}, "one character"),
+        ({"encoding": "klingon"}, "not an encoding"),
+        ({"encoding": "base64"}, "not an encoding"),
     ],
 )
 def test_delimiters_and_encodings_that_are_none_are_refused(tmp_path, options, message):

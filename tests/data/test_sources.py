@@ -357,7 +357,7 @@ def test_parquet_is_read_by_path_and_its_rows_meet_the_same_demands(tmp_path):
     with pytest.raises(DataError, match=r"'m' is a object, not text|'m' is an object, not text"):
         sources.table(tmp_path / "x" / "p.parquet", {"instruction": "m", "response": "r"})
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="no Parquet file, or a damaged one"):
+    with pytest.raises(DataError, match="not a Parquet file, or a damaged one"):
         sources.table(tmp_path / "bad.parquet", columns)
 
 

@@ -432,7 +432,7 @@ def test_a_chat_template_that_cannot_be_rendered_is_refused_in_words(call):
 
 
 def test_a_chat_template_that_is_no_jinja_is_refused_in_words():
-    with pytest.raises(ModelError, match="no valid Jinja"):
+    with pytest.raises(ModelError, match="not valid Jinja"):
         Template(byte_level("{% for m in messages %}{{ m.content"))
 
 

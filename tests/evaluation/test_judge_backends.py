@@ -248,7 +248,7 @@ def test_a_broken_model_judges_nothing():
             return [Scored(float("nan"), 1) for _ in request.examples]
 
     found = compare(likelihood(Broken()), [Example("?", "X")], ["X"], ["Z"], cache=Cache())
-    assert found.unread == {"likelihood that is no finite number": 2}
+    assert found.unread == {"likelihood that is not a finite number": 2}
 
 
 def test_the_reference_alone_is_measured_whatever_training_learns():

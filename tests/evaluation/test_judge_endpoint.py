@@ -77,13 +77,13 @@ def test_malformed_verdicts_are_asked_again_and_counted(serve, text):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "reply that is no chat completion"),
-        (b"<html>", "reply that is no chat completion"),
-        (b"[]", "reply that is no chat completion"),
-        (b'{"choices": []}', "reply that is no chat completion"),
-        (b'{"choices": [{"message": null}]}', "reply that is no chat completion"),
-        (b"\xff\xfe", "reply that is no chat completion"),
-        (b"[" * 100_000, "reply that is no chat completion"),
+        (b"", "reply that is not a chat completion"),
+        (b"<html>", "reply that is not a chat completion"),
+        (b"[]", "reply that is not a chat completion"),
+        (b'{"choices": []}', "reply that is not a chat completion"),
+        (b'{"choices": [{"message": null}]}', "reply that is not a chat completion"),
+        (b"\xff\xfe", "reply that is not a chat completion"),
+        (b"[" * 100_000, "reply that is not a chat completion"),
     ],
 )
 def test_a_body_that_is_no_completion_is_a_failure(serve, data, reason):

@@ -116,7 +116,7 @@ def test_stored_answers_are_every_column_of_text_that_is_neither_question_nor_la
 
 def test_a_file_without_answers_says_which_fields_it_has(tmp_path: Path) -> None:
     path = write(tmp_path, {"instruction": "Why?", "category": "x"})
-    with pytest.raises(DataError, match=r"of its fields \(instruction, category\) none is an answer"):
+    with pytest.raises(DataError, match=r"none of its fields \(instruction, category\) is an answer"):
         columns(path, load(path))
 
 

@@ -110,7 +110,7 @@ def test_leftovers_of_a_crash_are_no_rounds(tmp_path: Path) -> None:
 
 def test_another_experiment_is_refused(tmp_path: Path) -> None:
     commit(tmp_path, 1)
-    with pytest.raises(RunError, match="holds another experiment"):
+    with pytest.raises(RunError, match="holds a different experiment"):
         checkpoint.newest(tmp_path, fingerprint="of another")
 
 
