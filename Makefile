@@ -1,7 +1,7 @@
-# make demo   shows federated tuning beside local-only and centralised tuning, on this machine, in minutes
+# make demo   compares federated with local-only and centralised tuning, on this machine, in minutes
 # make test   runs the tests
 # make lint   checks style, types and which module may import which
-# Each sets up .venv by itself; the second time that is quick.
+# Each sets up .venv first; the second time that is quick.
 
 .PHONY: help demo test lint clean
 
@@ -12,7 +12,7 @@ demo:
 	@scripts/setup.sh run
 	@scripts/demo.sh
 
-# One thread a worker: two workers with two threads each fight over two cores.
+# One thread per worker: two workers with two threads each would compete for two cores.
 test:
 	@scripts/setup.sh dev
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n 2 $(ARGS)

@@ -1,11 +1,11 @@
-"""What fedloom costs beside other ways of doing the same work; every contest first asserts equal results.
+"""The cost of fedloom beside other ways of doing the same work; every contest first asserts equal results.
 
-`python -m benchmarks` runs all of them; docs/benchmarks.md says what each measures.
+`python -m benchmarks` runs them all; docs/benchmarks.md says what each measures.
 """
 
 import os
 
-# Before torch reads them. OpenMP threads that spin for work slow a busy machine down many times over.
+# Set before torch reads them. OpenMP threads that spin while idle slow a busy machine down many times over.
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",

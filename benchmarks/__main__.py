@@ -5,7 +5,7 @@
     python -m benchmarks --only B4 B5 --scale real --record
 
 With `--record` the results of real runs go to docs/benchmarks.json, and the table in docs/benchmarks.md is
-made anew from that file; what was not run keeps its row.
+rebuilt from that file; benchmarks that were not run keep their rows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COLUMNS = (
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Markdown, one line a contestant; a row says so where nothing was measured."""
+    """A Markdown table, one line per contestant; a row without measurements says so."""
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     for id, title in TITLES.items():
         goal = " / ".join(GOALS[id].values())
@@ -96,7 +96,7 @@ def _contestants(id: str, title: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _told(figures: Mapping[str, Any]) -> str:
-    """What gpu.py found, in words."""
+    """The results of gpu.py, in words."""
     parts = []
     for name, value in figures.items():
         if isinstance(value, Mapping):
@@ -175,7 +175,7 @@ def main() -> None:
                     given.scale,
                     "--repeats",
                     str(given.repeats),
-                ]  # prints, too
+                ]  # prints too
             else:
                 words = [
                     {"B6": "benchmarks.generation", "memory": "benchmarks.memory"}.get(id, "benchmarks.gpu"),

@@ -1,9 +1,10 @@
-"""B10: FlexLoRA's server step for a 7B model on one core, beside the singular value decomposition of the whole sum.
+"""B10: FlexLoRA's server step for a 7B model on one core, beside decomposing the whole sum.
 
     python -m benchmarks.aggregation --scale real
 
-Five clients of rank 8 on the four attention maps of 32 layers: 128 sums of 4096 x 4096, of which the server makes
-none. The whole one is made here for one target, decomposed, and the two results compared; its time is told for that one.
+Five clients of rank 8 on the four attention maps of 32 layers: 128 sums of 4096 x 4096, none of which the
+server forms. Here the whole sum is formed for one target, its singular value decomposition taken, and the two
+results compared; its time is reported for that target.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.contest import Stopwatch
 from fedloom.algorithms.products import mean_product
 from fedloom.state import AdapterState
 
-CLOSE = 1e-4  # of the norm: the whole sum is decomposed in float32
+CLOSE = 1e-4  # relative to the norm: the whole sum is decomposed in float32
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""B9: what a codec makes of an 80 MB delta, and how long that takes on one core.
+"""B9: how small a codec makes an 80 MB delta, and how long that takes on one core.
 
     python benchmarks/codec.py
 
-The delta of an adapter for LLaMA-7B (rank 8 on all linear maps, 20 million values), of values that a client of the
-quickstart learns in one round: blocks of 64 in random order and with random signs, so that nothing repeats for
-zstd to find. And as many from a normal distribution. Measured are whole messages, packed and unpacked as they travel.
+The delta of an adapter for LLaMA-7B (rank 8 on all linear maps, 20 million values), filled with values that a
+client of the quickstart learns in one round: blocks of 64 in random order and with random signs, so that zstd
+finds no repetition. Then the same number of values from a normal distribution. Whole messages are measured,
+packed and unpacked as they travel.
 
-First what every codec may lose is asserted. Times are of the processor, so that neighbours on shared cores count
-little: the median and, in brackets, the smallest and largest.
+First the codecs' error bounds are asserted. Times are processor times, which neighbours on shared cores
+affect little: the median and, in brackets, the smallest and largest.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LINEARS = ["self_attn"] * 4 + ["mlp"] * 3
 LAYERS, RANK = 32, 8
 CODECS: list[
     tuple[str, Codec, float]
-] = [  # and the largest error of a value, as a part of the largest of its block
+] = [  # and the largest error of a value, as a fraction of its block's largest value
     ("fp32", Fp32(), 0.0),
     ("bf16", Bf16(), 2**-8),
     ("int8", Int8(), 0.5 / 127),
@@ -52,7 +53,7 @@ CODECS: list[
 
 
 def learnt() -> torch.Tensor:
-    """What one client of the quickstart learns in its first round, end to end."""
+    """The values that one client of the quickstart learns in its first round, end to end."""
     experiment = load("quickstart")
     data, machine = load_data(experiment), load_machine(experiment)
     start, client = machine.engine.initial_adapter(experiment.seed), "client-000"
@@ -62,7 +63,7 @@ def learnt() -> torch.Tensor:
 
 
 def large(values: Callable[[int], torch.Tensor]) -> AdapterState:
-    """In the shapes of the 7B adapter."""
+    """The values in the shapes of the 7B adapter."""
     sizes = {
         f"{layer:02}.{i}.{ab}": n
         for layer in range(LAYERS)

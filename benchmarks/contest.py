@@ -1,8 +1,8 @@
-"""Clocks, peaks and tables: how contestants are timed, and how their figures are told.
+"""Clocks, peaks and tables: how contestants are timed, and how their figures are reported.
 
-Two clocks. Processor time of one thread counts what was computed, and neighbours on shared cores move it
-little; wall time of two threads is what a user waits for. Contestants take turns, so that a slow minute hits
-all of them; of the repeats the smallest is compared and the median and the spread are shown.
+There are two clocks. Processor time of one thread counts computation, and neighbours on shared cores affect
+it little; wall time of two threads is the time a user waits. Contestants take turns, so that a slow minute
+hits all of them. The smallest of the repeats is compared; the median and the spread are shown.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 from fedloom.state import AdapterState
 
 EXACT = 1e-11  # largest difference of a value, in float64, on a small copy
-CLOSE = 2e-2  # float32: length of the difference over the length of what was learnt; Adam's first steps
+CLOSE = 2e-2  # float32: norm of the difference over the norm of the learnt change; Adam's first steps
 # are signs, so a gradient near zero that rounds to the other side moves a value by the whole rate
-SPENT_AT_LEAST = 0.05  # seconds that a peak is looked for
+SPENT_AT_LEAST = 0.05  # seconds spent looking for a peak
 
 
 class Stopwatch:
-    """Processor seconds and wall seconds of what runs inside `running()`."""
+    """Processor and wall seconds of everything inside `running()`."""
 
     def __init__(self) -> None:
         self.cpu = self.wall = 0.0
@@ -56,11 +56,11 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# --- what the machine can do --------------------------------------------------------------------------------
+# --- the machine's peak -------------------------------------------------------------------------------------
 
 
 def peak(dtype: torch.dtype, *, size: int = 1024, device: str = "cpu") -> float:
-    """FLOP/s of square matrix products, measured now: the fastest library that computes in `dtype` without cheating.
+    """FLOP/s of square matrix products, measured now, by the fastest library that really computes in `dtype`.
 
     On one thread, by processor time; on a GPU by wall time, with all of it.
     """
@@ -96,14 +96,14 @@ def _rate(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _computes_in_float32() -> bool:
-    """Under "medium", which on some processors means products in bfloat16."""
+    """Whether float32 products really are: under "medium", some processors compute them in bfloat16."""
     a, b = (torch.randn(256, 256, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     exact = a.double() @ b.double()
     return float((a @ b - exact).norm() / exact.norm()) < 1e-5
 
 
 def computes_in_bfloat16() -> bool:
-    """Where the processor cannot, bfloat16 is emulated, and many times slower than float32."""
+    """Whether bfloat16 is native; otherwise it is emulated and many times slower than float32."""
     if torch.cuda.is_available():
         return True
     info = Path("/proc/cpuinfo")
@@ -133,7 +133,7 @@ class Times:
     """Seconds of one contestant, repeat by repeat."""
 
     cpu: list[float] = field(default_factory=list)  # of one thread
-    wall: list[float] = field(default_factory=list)  # with two threads, where asked for
+    wall: list[float] = field(default_factory=list)  # with two threads, if requested
 
 
 @dataclass
@@ -142,10 +142,10 @@ class Row:
 
     name: str
     times: Times
-    tokens: int  # real ones in the work
-    padding: float  # share of the slots it ran that hold none
-    labelled: float  # share of the slots that count for the loss
-    useful: float = 0.0  # FLOP that the work needs
+    tokens: int  # real tokens in the work
+    padding: float  # share of the processed slots without one
+    labelled: float  # share of the slots that count towards the loss
+    useful: float = 0.0  # FLOP needed by the work
     peak: float = 0.0  # FLOP/s of this machine in the contestant's dtype
 
     @property
@@ -163,7 +163,7 @@ class Report:
     rows: list[Row]  # the peer first
     equality: Mapping[str, Any]
     workload: dict[str, Any]
-    goals: Mapping[str, str] = field(default_factory=dict)  # contestant -> ratio aimed at
+    goals: Mapping[str, str] = field(default_factory=dict)  # contestant -> target ratio
     notes: list[str] = field(default_factory=list)
 
     def ratio(self, row: Row) -> float:
@@ -238,13 +238,13 @@ def save(report: Report, path: Path) -> None:
 
 
 def _module() -> str:
-    """`benchmarks.training`, however it was started."""
+    """The command `benchmarks.training`, however it was started."""
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def _shown(words: Sequence[str]) -> list[str]:
-    """Without the folders of whoever ran it."""
+    """The word without the folders of the person who ran it."""
     return [f"<{Path(word).name}>" if "/" in word else word for word in words]
 
 
@@ -256,13 +256,13 @@ def largest_difference(one: AdapterState, other: AdapterState) -> float:
 
 
 def relative_difference(one: AdapterState, other: AdapterState, start: AdapterState) -> float:
-    """Length of the difference over the length of what `other` learnt since `start`."""
+    """Norm of the difference over the norm of `other`'s change since `start`."""
     as_double = [state.to(torch.float64) for state in (one, other, start)]
     return (as_double[0] - as_double[1]).norm() / (as_double[1] - as_double[2]).norm()
 
 
 def must_be(what: str, value: float, bound: float) -> float:
-    """`value`, if it is within `bound`; results that are not equal must not be timed."""
+    """`value`, if it is within `bound`; unequal results must not be timed."""
     if not value <= bound:
         raise AssertionError(
             f"{what} differ by {value:.2e}, more than {bound:.0e}: this is not the same work"
@@ -294,7 +294,7 @@ def finish(report: Report, out: Path | None) -> None:
 def take_turns(
     contestants: Mapping[str, Callable[[], Stopwatch]], *, repeats: int, wall: bool
 ) -> dict[str, Times]:
-    """Everyone once, then everyone again. With `wall` a second time round with two threads."""
+    """Run every contestant once, then every one again. With `wall`, a second series with two threads."""
     times = {name: Times() for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():

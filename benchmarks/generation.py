@@ -1,13 +1,14 @@
-"""B6: a round of FedPIT. Every client has examples made with its own adapter, then tunes two adapters.
+"""B6: a round of FedPIT. Every client generates examples with its own adapter, then tunes two adapters.
 
     python -m benchmarks.generation --scale real
 
-Eight prompts a client are continued greedily by 48 tokens; the private adapter is tuned on local and synthetic
-examples, the public one on synthetic ones. The peer asks Hugging Face's `generate` for one prompt after the other and
-calls Trainer twice a client; "per-client batches" asks for a client's prompts at once. In float64, on a
-small copy, all tokens must be the same; in float32 a random model's next-best token is often as good to the
-last digit, so there the share of equal tokens is told and both sides tune on the same synthetic examples. fedloom runs in
-bfloat16 as well, where the processor does; what that changes is told.
+Eight prompts per client are continued greedily by 48 tokens; the private adapter is tuned on local and
+synthetic examples, the public one on synthetic ones. The peer passes prompts to Hugging Face's `generate` one
+by one and calls Trainer twice per client; "per-client batches" passes all of a client's prompts at once. In
+float64, on a small copy, all tokens must be the same. In float32 a random model's two best tokens are often
+equal to the last digit, so there the share of equal tokens is reported and both sides tune on the same
+synthetic examples. fedloom also runs in bfloat16 where the processor supports it; the change this makes is
+reported.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ TINY = replace(SETTING, size="tiny", clients=2, per_round=2, samples=3, batch=3,
 
 @dataclass(frozen=True)
 class Round:
-    """What all contestants start from."""
+    """The common starting point of all contestants."""
 
     setting: Setting
-    new: int  # tokens an answer
+    new: int  # tokens per answer
     local: list[list[Example]]  # by client
     prompts: list[list[list[int]]]  # by client
     adapters: list[AdapterState]  # by client
@@ -70,7 +71,7 @@ Answers = list[list[list[int]]]  # by client, by prompt
 
 
 def by_hugging_face(peft: Any, given: Round, *, width: int | None) -> Answers:
-    """`width` prompts of a client at a time; None: all."""
+    """Continue `width` prompts of a client at a time; None: all."""
     answers: Answers = []
     for adapter, prompts in zip(given.adapters, given.prompts, strict=True):
         workload.put(peft, adapter)
@@ -121,14 +122,14 @@ def peft_of(given: Round, dtype: torch.dtype) -> Any:
 
 
 def never_ending(model: Any) -> Any:
-    """A model that cannot say the end of text: everybody answers with as many tokens."""
+    """A model that cannot produce the end of text: all answers have the same number of tokens."""
     with torch.no_grad():
         model.generation_config.eos_token_id = None
     return model
 
 
 def synthetic(given: Round, answers: Answers) -> list[list[Tokens]]:
-    """Prompt and answer as an example whose answer counts."""
+    """Prompt and answer as an example with the loss on its answer."""
     return [
         [Tokens((*p, *a), (False,) * len(p) + (True,) * len(a)) for p, a in zip(ps, xs, strict=True)]
         for ps, xs in zip(given.prompts, answers, strict=True)
@@ -138,7 +139,7 @@ def synthetic(given: Round, answers: Answers) -> list[list[Tokens]]:
 def tuned_by_trainer(
     peft: Any, given: Round, made: Sequence[Sequence[Tokens]]
 ) -> tuple[list[AdapterState], list[Any], Work]:
-    """Private, then public, client by client; the order in which each consumed its examples; the work."""
+    """Tune private, then public adapters, client by client: the adapters, their orders of examples, the work."""
     found, orders, done = [], [], Outcome(given.adapters[0], Stopwatch())
     for adapter, local, new in zip(given.adapters, given.local, made, strict=True):
         for examples in ([*map(given.encode, local), *new], list(new)):
@@ -174,7 +175,7 @@ def tuned_by_fedloom(
 
 
 def small_copy_differs(new: int = 6) -> float:
-    """The largest difference of a value of the tuned adapters, in float64; every token must be the same."""
+    """The largest difference between values of the tuned adapters, in float64; all tokens must be equal."""
     given = Round.of(TINY, new, torch.float64)
     with workload.everything_in_double():
         peft, engine = peft_of(given, torch.float64), engine_of(given, torch.float64)
@@ -189,7 +190,7 @@ def small_copy_differs(new: int = 6) -> float:
 
 
 def measure(*, scale: str = "tiny", repeats: int = 3, wall: bool = False) -> list[Report]:
-    """Three reports: generation, tuning, and the round, which is the one after the other."""
+    """Three reports: generation, tuning, and the round, which is one after the other."""
     with contest.threads(1):
         exact = small_copy_differs()
     given = Round.of(SETTING, 48, torch.float32) if scale == "real" else Round.of(TINY, 8, torch.float32)

@@ -2,17 +2,18 @@
 
     python -m benchmarks.gpu --scale real --out runs/benchmarks
 
-First, on small copies, fedloom and Trainer must learn the same: in float64 as everywhere, and in float32 and bfloat16 on
-the device. B7 is a round of FedIT: five clients with about 150 examples, loss on all tokens, rank 8 on the attention.
-fedloom does all of it, over weights in bfloat16 and in 8 bits. The trainers get two optimizer steps of one client, and are
-compared by the time a token takes them: as Shepherd trains (padded micro-batches of 8, checkpointing); packed, with flash
-attention and Liger's kernels (packed_trainer.py); and as well as plain Trainer can (batches of like length, no
-checkpointing). fedloom does their part too, and what was learnt is compared. B8 continues 64 prompts of each of five
-clients by 256 tokens; Hugging Face's `generate` gets one client's batch, and two prompts one by one, compared by tokens a
-second.
+First, on small copies, fedloom and Trainer must learn the same: in float64 as everywhere, and in float32 and
+bfloat16 on the device. B7 is a round of FedIT: five clients with about 150 examples, loss on all tokens, rank
+8 on the attention. fedloom does all of it, over weights in bfloat16 and in 8 bits. The trainers get two
+optimizer steps of one client and are compared by their time per token: as Shepherd trains (padded
+micro-batches of 8, checkpointing); packed, with flash attention and Liger's kernels (packed_trainer.py); and
+plain Trainer at its best (batches of similar length, no checkpointing). fedloom does their part too, and the
+learnt adapters are compared. B8 continues 64 prompts of each of five clients by 256 tokens; Hugging Face's
+`generate` gets one client's batch, and two prompts one by one, compared by tokens per second.
 
-Each part has its time, and all have SECONDS; what is found is told, and written, part by part, and what is missing is
-named. Wall times: a GPU has no processor time. Without a GPU only `--scale tiny` runs, to try the program.
+Each part has a time limit, and SECONDS limits them all. Results are printed and written part by part, and
+missing ones are named. Times are wall times: a GPU has no processor time. Without a GPU only `--scale tiny`
+runs, to try the program.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ SMALL = replace(TINY, size="5M", samples=8, batch=4, micro_batch=4)
 FEDLOOM, IN_8_BITS = "fedloom", "fedloom, 8-bit weights"
 LIKE_SHEPHERD = "HF Trainer, padded, checkpointing"
 WELL = "HF Trainer, like lengths, no checkpointing"
-DIFFERENT = 0.3  # bfloat16: length of the difference over the length of what was learnt
-SECONDS = 450.0  # for all parts
+DIFFERENT = 0.3  # bfloat16: norm of the difference over the norm of the learnt change
+SECONDS = 450.0  # for all parts together
 
 Peer = Callable[[Any, Setting, AdapterState], Outcome]  # model, setting, start
 
@@ -53,7 +54,7 @@ class TimeUp(Exception):
 
 @dataclass
 class Findings:
-    """What is known so far, on the screen and in a file, whatever happens next."""
+    """Results so far, on the screen and in a file, whatever happens next."""
 
     out: Path | None
     found: dict[str, Any]
@@ -64,13 +65,13 @@ class Findings:
         return self.start + SECONDS - time.monotonic()
 
     def part(self, group: str, name: str, most: float, run: Callable[[], Any]) -> Any:
-        """`run()`, kept under its names; None, and the reason kept, if it failed or took more than `most` seconds."""
+        """`run()`, stored under its names; None, and the reason stored, if it fails or takes over `most` s."""
         began = time.monotonic()
         try:
             with _alarm(min(most, self.left)):
                 value = run()
             self.found.setdefault(group, {})[name] = value
-        except Exception as error:  # whatever befell this part, the others are worth their time
+        except Exception as error:  # whatever happened to this part, the others are still worth running
             value = None
             reason = (
                 "no time was left" if isinstance(error, TimeUp) else f"{type(error).__name__}: {error}"[:500]
@@ -108,7 +109,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Work:
-    """What all contestants of B7 start from."""
+    """The common starting point of B7's contestants."""
 
     setting: Setting
     device: str
@@ -139,7 +140,7 @@ class Work:
         return peer
 
     def beside(self, peer: Peer, how: Setting, dtype: torch.dtype, limit: float) -> dict[str, Any]:
-        """A peer, and fedloom on the same; each twice, as the first time warms the device. How far they are apart."""
+        """Time and compare a peer and fedloom on the same work, twice each: the first run warms the device."""
         times, our_times = [], []
         for _ in range(2):
             theirs = peer(self.model(dtype), how, self.start)
@@ -156,7 +157,7 @@ class Work:
         }
 
     def whole_round(self, repeats: int, peak: float, *, in_8_bits: bool) -> dict[str, Any]:
-        """fedloom alone with everything there is to do, at least twice on a GPU and for half a minute at most."""
+        """fedloom alone on all of the work, at least twice on a GPU and for at most half a minute."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         taken = [[[self.encode(e).ids for e in mine] for mine in self.data]]
@@ -203,7 +204,7 @@ def equality(findings: Findings, device: str) -> None:
 
 
 def tuning(findings: Findings, work: Work, *, repeats: int) -> None:
-    """B7. What matters most comes first."""
+    """B7, the most important parts first."""
     part = replace(work.setting, per_round=1, steps=2)
     bf16 = torch.bfloat16
     peak = contest.peak(bf16, size=8192 if work.device != "cpu" else 256, device=work.device)
@@ -224,7 +225,7 @@ def tuning(findings: Findings, work: Work, *, repeats: int) -> None:
 
 
 def answering(findings: Findings, setting: Setting, new: int, *, device: str, repeats: int) -> None:
-    """B8: new tokens a second."""
+    """B8: new tokens per second."""
     given = generation.Round.of(setting, new, torch.float32)
 
     def model() -> Any:
@@ -246,11 +247,11 @@ def answering(findings: Findings, setting: Setting, new: int, *, device: str, re
 
 
 def _rate(how: Callable[[], generation.Answers], repeats: int) -> float:
-    """The best of some repeats, which together take half a minute or little more."""
+    """The best of several repeats, which together take about half a minute."""
     best, began = 0.0, time.monotonic()
     for _ in range(repeats):
         start = time.perf_counter()
-        answers = how()  # lists: whatever ran on the GPU has ended
+        answers = how()  # lists, so everything on the GPU has ended
         best = max(best, sum(len(a) for mine in answers for a in mine) / (time.perf_counter() - start))
         if time.monotonic() - began > 30:
             break

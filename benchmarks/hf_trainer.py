@@ -1,7 +1,7 @@
-"""The baseline of our own making: Hugging Face's Trainer over PEFT, one client after the other.
+"""Our own baseline: Hugging Face's Trainer over PEFT, one client after the other.
 
-What a peer does without what only slows it: examples are read from memory, nothing is saved, nothing logged.
-It stands in where no clone of a peer is given, and is called by this name.
+It does a peer's work without avoidable costs: examples are read from memory, nothing is saved, nothing
+logged. Where no clone of a peer is given, it stands in under its own name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def with_lora(model: Any, setting: Setting) -> Any:
 
 
 def chosen(setting: Setting, data: Sequence[Sequence[Example]], number: int) -> list[list[Example]]:
-    """The clients of a round, and what each of them trains on."""
+    """The clients of a round and each one's examples."""
     draw = np.random.default_rng(number)
     cohort = draw.choice(len(data), setting.per_round, replace=False)
     most = None if setting.steps is None else setting.steps * setting.batch
@@ -58,7 +58,7 @@ def run(
     data: Sequence[Sequence[Example]],
     tokenizer: Any,
 ) -> Outcome:
-    """The rounds of `setting`, from `start`. The clock runs once the model has its adapter."""
+    """The rounds of `setting`, from `start`. The clock starts when the model has its adapter."""
     peft = with_lora(model, setting)
 
     def tune(examples: Sequence[Example], folder: str, outcome: Outcome) -> list[Ids]:
@@ -74,7 +74,10 @@ def client_by_client(
     data: Sequence[Sequence[Example]],
     tune: Callable[[Sequence[Example], str, Outcome], list[Ids]],
 ) -> Outcome:
-    """The rounds of a federation. `tune` trains on a client's examples, given a folder for its files, and says in which order."""
+    """The rounds of a federation. `tune` trains on a client's examples and returns their order.
+
+    It is given a folder for its files.
+    """
     outcome = Outcome(start, Stopwatch())
     with tempfile.TemporaryDirectory() as folder, outcome.watch.running():
         for number in range(setting.rounds):
@@ -99,7 +102,7 @@ def fit(
     folder: str,
     outcome: Outcome,
 ) -> list[tuple[int, ...]]:
-    """Train on a client's examples; the order in which they went by."""
+    """Train on a client's examples; returns the order in which they were used."""
     rows = []
     for tokens in map(encode, examples):
         labels = [i if counts else -100 for i, counts in zip(tokens.ids, tokens.labelled, strict=True)]

@@ -1,15 +1,16 @@
-"""Does memory grow with the number of clients? The peak of a run with a thousand against one with ten, and of a server's round.
+"""Does memory grow with the number of clients? Peaks of runs with ten and a thousand, and of server rounds.
 
     python -m benchmarks.memory --scale real
 
-Both are `fedloom run quickstart` in a process of its own: ten clients of a round, some seven examples each, no
-answers. The clients that are not in a round cost their examples' text and nothing else. Passes are kept to 1,024
-tokens, so that both federations fill them: with larger ones the longest round would decide, and among more
-examples there is a longer one.
+Both are `fedloom run quickstart`, each in its own process: ten clients per round, about seven examples each,
+no answers. Clients outside the round cost only their examples' text. Passes are limited to 1,024 tokens, so
+that both federations fill them: with larger passes the longest round would decide, and more examples have a
+longer one.
 
-The server's round is one of FedAvg over 512 clients against one over 64, which fill its window: letters packed, answers opened,
-judged and folded, over an adapter of 1M values. A cohort kept whole would take 448 adapters more, 1.8 GB. glibc is told to
-give large blocks back: by default its heap breaks into pieces, to twice as much from some 500 clients on, and no further.
+The server's round is one of FedAvg over 512 clients beside one over 64, which fill its window: letters
+packed, answers opened, judged and folded, over an adapter of 1M values. Keeping the whole cohort would take
+448 adapters more, 1.8 GB. glibc is told to return large blocks: by default its heap fragments, to twice the
+size from about 500 clients on, but no further.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def settings(clients: int, rounds: int) -> list[str]:
     return [
         f"rounds={rounds}",
         f"data.clients={clients}",
-        f"data.examples={7 * clients + 32}",  # held out: 4 of each of 8 categories; the microworld has 7,040 for a seed
+        f"data.examples={7 * clients + 32}",  # 4 of each of 8 categories are held out; of 7,040 per seed
         'data.partition={kind="iid"}',
         "data.hold_out=4",
         "data.private_facts=0",
@@ -54,7 +55,7 @@ def settings(clients: int, rounds: int) -> list[str]:
 
 
 def peak_of(clients: int, rounds: int) -> float:
-    """MB of resident memory at most, of a process that runs nothing else."""
+    """Peak resident memory in MB of a process that runs nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         return _peak("--one", str(clients), str(rounds), f"{folder}/run")
 
@@ -101,7 +102,7 @@ def server(cohort: int, values: int) -> None:
 
 
 def resident() -> float:
-    """MB at most, so far."""
+    """Peak memory so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 

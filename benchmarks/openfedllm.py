@@ -1,9 +1,9 @@
 """OpenFedLLM: its `main_sft.py` executed as it is, with its own configuration, sampling and averaging.
 
-It needs `DataCollatorForCompletionOnlyLM` and an `SFTTrainer` with arguments that trl gave up after 0.9, and
-that trl does not run with today's transformers. So a `trl` stands in which does what 0.9 did with these
-arguments: formats and tokenizes the data set, labels what follows the response's template, hands the rest to
-transformers' Trainer. From outside come also the starting adapter and a LoRA dropout of zero.
+It needs `DataCollatorForCompletionOnlyLM` and an `SFTTrainer` with arguments that trl dropped after 0.9, and
+trl 0.9 does not run with current transformers. So a substitute `trl` does what 0.9 did with these arguments:
+it formats and tokenizes the data set, labels the tokens after the response's template, and hands the rest to
+transformers' Trainer. The starting adapter and a LoRA dropout of zero are also set from outside.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ URL = "https://github.com/rui-ye/OpenFedLLM"
 
 
 class CompletionOnly:
-    """trl 0.9's collator: right after the last place where the template is found, labels begin."""
+    """trl 0.9's collator: labels begin right after the last occurrence of the template."""
 
     def __init__(self, template: Sequence[int], tokenizer: Any):
         self.template = list(template)
@@ -95,7 +95,7 @@ def run(
     data: Sequence[Sequence[Example]],
     tokenizer: Any,
 ) -> Outcome:
-    """The rounds of `setting`, from `start`. The clock runs from the moment its model has an adapter."""
+    """The rounds of `setting`, from `start`. The clock starts when its model has an adapter."""
     datasets = peers.needed("datasets", NAME)
     transformers.utils.logging.disable_progress_bar()
     outcome = Outcome(start, Stopwatch())
@@ -163,7 +163,7 @@ def run(
 
 
 def _write(data: Sequence[Sequence[Example]], folder: Path) -> None:
-    """All examples in one file: it deals them out to clients itself."""
+    """All examples in one file: OpenFedLLM distributes them to clients itself."""
     folder.mkdir(parents=True)
     rows = [
         {"instruction": e.instruction, "input": e.context, "output": e.response, "text": ""}

@@ -1,8 +1,8 @@
-"""The best single-client trainer we can put together of other people's parts: what fedloom should beat by little.
+"""The best single-client trainer we can build from other people's parts; fedloom should beat it slightly.
 
-Hugging Face's Trainer over PEFT, an optimizer batch laid end to end without padding, torch's flash attention of
-variable length, no checkpointing, and Liger's norms, rotations, SwiGLU and loss where `liger_kernel` is installed.
-One client after the other, as everybody else has it.
+Hugging Face's Trainer over PEFT, an optimizer batch laid end to end without padding, torch's variable-length
+flash attention, no checkpointing, and Liger's norms, rotations, SwiGLU and loss where `liger_kernel` is
+installed. One client after the other, like every other peer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(
     *,
     liger: bool,
 ) -> Outcome:
-    """The rounds of `setting`, from `start`. The clock runs once the model has its adapter."""
+    """The rounds of `setting`, from `start`. The clock starts when the model has its adapter."""
     with _with_liger(model) if liger else nullcontext():
         model.config._attn_implementation = _ATTENTION
         peft = hf_trainer.with_lora(model, setting)
@@ -50,7 +50,7 @@ def run(
 
 
 class _Flattened:
-    """A collator that lays examples end to end, and notes what goes by."""
+    """A collator that lays examples end to end and records them."""
 
     def __init__(self) -> None:
         self.inner = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
@@ -108,7 +108,7 @@ def _attend(
     max_length_q: int,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """(1, H, T, D) -> (1, T, H, D). Without a GPU by the book, to try the program."""
+    """(1, H, T, D) -> (1, T, H, D). Without a GPU, plain attention, to try the program."""
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -130,7 +130,7 @@ AttentionInterface.register(_ATTENTION, _attend)
 
 @contextmanager
 def _with_liger(model: Any) -> Iterator[None]:
-    """Liger puts its own into transformers' module, too, where it must not stay: others run after this."""
+    """Liger also patches transformers' module; undo that, since other contestants run after this one."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     names = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")

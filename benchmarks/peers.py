@@ -1,7 +1,7 @@
 """Other people's programs as contestants: their own unmodified code, from a clone that the user names.
 
-What today's libraries ask of yesterday's programs is done from outside, while they run: a module is stood in
-for, an argument is translated. Not one of their files is changed or copied.
+Whatever old programs need to run with current libraries is done from outside, while they run: a module is
+substituted, an argument translated. None of their files is changed or copied.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fedloom.errors import ConfigError
 
 @contextlib.contextmanager
 def at_home(clone: Path, stand_ins: dict[str, ModuleType]) -> Iterator[None]:
-    """Inside, imports and relative paths are those of the clone, and it talks to nobody.
+    """Inside, imports and relative paths are those of the clone, and no network is used.
 
-    Afterwards its modules are forgotten: two peers both call one of theirs `utils`.
+    Afterwards its modules are forgotten: two peers each have one called `utils`.
     """
     before = set(sys.modules)
     replaced = {name: sys.modules.get(name) for name in stand_ins}
@@ -61,7 +61,7 @@ def at_home(clone: Path, stand_ins: dict[str, ModuleType]) -> Iterator[None]:
 
 
 def check(clone: Path, commit: str, url: str) -> Path:
-    """The clone, if it is at the commit that the figures are for and none of its programs are changed."""
+    """The clone, if it is at the commit that the figures refer to and none of its programs has changed."""
     how = f"Do: git clone {url} && git checkout {commit}"
     if not (clone / ".git").exists():
         raise ConfigError(f"Expected a clone of {url} in {clone.name}. {how}")
@@ -82,7 +82,7 @@ def _git(clone: Path, *words: str) -> str:
 
 
 def needed(module: str, why: str) -> Any:
-    """Import what a peer needs and fedloom does not."""
+    """Import a module that a peer needs and fedloom does not."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -90,7 +90,7 @@ def needed(module: str, why: str) -> Any:
 
 
 def blank(name: str, **contents: Any) -> ModuleType:
-    """A module that stands in for one that is not here."""
+    """A substitute for a module that is not installed."""
     module = ModuleType(name)
     vars(module).update(contents)
     return module

@@ -1,8 +1,8 @@
-"""Rounds of federated tuning by fedloom's engine, over the very batches that somebody else has taken.
+"""Rounds of federated tuning by fedloom's engine, over exactly the batches that a peer has used.
 
-A peer runs first, and what it consumed is recorded: whose examples, in which order. The engine gets each
-client's examples arranged so that its own order of them is the recorded one, and so does the same optimizer
-steps on the same batches. Examples arrive as text: turning them into tokens is part of a round.
+The peer runs first, and its consumption is recorded: whose examples, in which order. Each client's examples
+are arranged so that the engine's own order is the recorded one; so it takes the same optimizer steps on the
+same batches. Examples arrive as text: turning them into tokens is part of a round.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ LEARNING_RATE = 3e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is trained, on what, and how; one row of a peer's configuration."""
+    """One row of a peer's configuration: what is trained, on which data, and how."""
 
     size: str  # of the model
     clients: int
-    samples: int  # of a client, about
+    samples: int  # per client, approximately
     per_round: int  # clients
     rounds: int = 1
     batch: int  # examples of an optimizer step
-    micro_batch: int  # how many a padding trainer runs at once
+    micro_batch: int  # how many a trainer with padding runs at once
     targets: tuple[str, ...]
     response_only: bool = False
     group_by_length: bool = False
     checkpointing: bool = False
     tokens_per_pass: int = 4096  # of fedloom's engine
-    steps: int | None = None  # optimizer steps of a client; None: one epoch
+    steps: int | None = None  # optimizer steps per client; None: one epoch
 
     @property
     def lora(self) -> LoraSpec:
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What a contestant made of its rounds."""
+    """A contestant's results over its rounds."""
 
     adapter: AdapterState  # after the last round
     watch: Stopwatch
@@ -67,10 +67,10 @@ class Outcome:
 
 
 class Recorder:
-    """A collator that notes what goes by.
+    """A collator that records the batches.
 
-    A first token is not counted for the loss: left padding would have it predicted from padding, while
-    nothing precedes it.
+    First tokens do not count towards the loss: nothing precedes one, but with left padding it would be
+    predicted from padding.
     """
 
     def __init__(self, inner: Any, consumed: list[Ids]):
@@ -91,7 +91,7 @@ class Recorder:
 def arranged(
     examples: Sequence[Example], local: LocalTraining, stream: tuple[str | int, ...]
 ) -> list[Example]:
-    """`examples` in an order in which the engine's own shuffling brings them back."""
+    """`examples` in an order that the engine's own shuffling turns back into this one."""
     blank = Fit(AdapterState({}), examples, local, stream=stream)
     places = [index for batch in batches(blank) for index, _ in batch]
     out = list(examples)
@@ -118,13 +118,13 @@ def by_fedloom(
     peer: Outcome,
     data: Sequence[Sequence[Example]],
 ) -> Outcome:
-    """The peer's rounds again. The model is the engine's from here on."""
+    """The peer's rounds again. From here on the model belongs to the engine."""
     known = {encode(example).ids: example for examples in data for example in examples}
     rounds = []
     for number, consumed in enumerate(peer.consumed):
         chosen = [
             [replace(known[ids]) for ids in mine] for mine in consumed
-        ]  # new objects: no tokens are kept
+        ]  # new objects, so no tokens are cached
         rounds.append([arranged(e, setting.local, (client, number)) for client, e in enumerate(chosen)])
     machine = engine(model, setting, encode)
     outcome = Outcome(start.to(torch.promote_types(model.dtype, torch.float32)), Stopwatch())

@@ -1,10 +1,11 @@
 """Shepherd (FedIT), as published: `main.fl_finetune` with its own client, trainer settings and averaging.
 
-From outside come: a random model and a word tokenizer in place of LLaMA in 8 bits (so no checkpointing
-either, which its 8-bit preparation would switch on); no 16-bit autocast on a CPU; arguments by their new
-names; the starting adapter; loading that works (`load` below: without it, under PEFT 0.21, every client goes
-on from the one before, the average is never loaded, and no message says so). Two settings are ours for the sake of equal results: the learning rate is
-constant within a round, not falling to zero, and a first token is not counted for the loss.
+Set from outside: a random model and a word tokenizer in place of LLaMA in 8 bits (hence no checkpointing,
+which its 8-bit preparation would switch on); no 16-bit autocast on a CPU; arguments under their new names;
+the starting adapter; and loading that works (`load` below: without it, under PEFT 0.21, every client silently
+continues from the previous one and the average is never loaded). Two settings are ours, for equal results:
+the learning rate is constant within a round instead of falling to zero, and first tokens do not count towards
+the loss.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def run(
     data: Sequence[Sequence[Example]],
     tokenizer: Any,
 ) -> Outcome:
-    """The rounds of `setting`, from `start`. The clock runs from the moment its model has an adapter."""
+    """The rounds of `setting`, from `start`. The clock starts when its model has an adapter."""
     datasets = peers.needed("datasets", NAME)
     outcome = Outcome(start, Stopwatch())
     recorders: list[Recorder] = []
@@ -60,7 +61,7 @@ def run(
     load_adapter = peft.set_peft_model_state_dict
 
     def load(model: Any, *state: Any) -> Any:
-        """Shepherd puts a function in place of `model.state_dict`, by which PEFT now looks for names to load into."""
+        """Load past Shepherd's replacement for `model.state_dict`, where PEFT now looks for names to load."""
         theirs = vars(model).pop("state_dict", None)
         result = load_adapter(model, *state)
         if theirs is not None:
@@ -116,7 +117,7 @@ def run(
     for number in range(setting.rounds):
         mine = recorders[number * setting.per_round : (number + 1) * setting.per_round]
         outcome.consumed.append([recorder.consumed for recorder in mine])
-        # as its FedAvg has them: normalised in float32, whatever the model's precision
+        # as in its FedAvg: normalised in float32, whatever the model's precision
         counts = torch.tensor([len(recorder.consumed) for recorder in mine], dtype=torch.float32)
         outcome.shares.append(torch.nn.functional.normalize(counts, p=1, dim=0).tolist())
     for recorder in recorders:

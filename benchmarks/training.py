@@ -1,9 +1,9 @@
-"""B1 to B5: rounds of federated tuning, by fedloom and by somebody else, on the same batches.
+"""B1 to B5: rounds of federated tuning, by fedloom and by a peer, on the same batches.
 
     python -m benchmarks.training B1 --scale real --shepherd ../FederatedGPT-Shepherd
 
-Without a clone of the peer, "HF Trainer per client" stands in (hf_trainer.py). First a small copy of the work
-is done in float64 by both, and the averaged adapters must agree to 1e-11; then the work itself is timed, and the
+Without a clone of the peer, "HF Trainer per client" stands in (hf_trainer.py). First both do a small copy of
+the work in float64, and the averaged adapters must agree to 1e-11. Then the work itself is timed, and the
 adapters of every repeat are compared again, in float32.
 """
 
@@ -35,11 +35,11 @@ class Benchmark:
     title: str
     peer: str  # whose work this is
     setting: Setting
-    goals: dict[str, str]  # times faster, in brackets what would be better still
+    goals: dict[str, str]  # times faster; in brackets, the stretch goal
 
     @property
     def small(self) -> Setting:
-        """Two clients of seven examples, in two optimizer steps each: everything that can go wrong, in a second."""
+        """Two clients with seven examples and two optimizer steps each: everything that can go wrong, fast."""
         cut = {"size": "tiny", "clients": 3, "samples": 7, "per_round": 2, "batch": 4}
         micro = 4 if self.setting.micro_batch == self.setting.batch else 2
         return replace(self.setting, **cut, micro_batch=micro, steps=2 if self.setting.steps else None)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ BENCHMARKS = {
 
 
 def tokens_of(setting: Setting) -> tuple[Any, Encode]:
-    """The tokenizer, and how the peer turns examples into tokens with it."""
+    """The tokenizer, and the peer's way of turning examples into tokens with it."""
     tokenizer = workload.tokenizer()
     tokenizer.padding_side = "right" if setting.response_only else "left"
     encode = workload.openfedllm_tokens if setting.response_only else workload.shepherd_tokens
@@ -100,7 +100,7 @@ def tokens_of(setting: Setting) -> tuple[Any, Encode]:
 
 
 def contestant(benchmark: Benchmark, clones: dict[str, Path]) -> tuple[str, Peer]:
-    """The peer's own program where its clone was named, else our baseline."""
+    """The peer's own program if its clone was named, else our baseline."""
     tokenizer, encode = tokens_of(benchmark.setting)
     clone = clones.get(benchmark.peer)
     if clone is None:
@@ -119,7 +119,7 @@ def start_of(setting: Setting, dtype: torch.dtype) -> AdapterState:
 
 
 def small_copy_differs(benchmark: Benchmark, peer: Peer) -> float:
-    """The largest difference of a value of the averaged adapters, in float64. Raises if it is not rounding."""
+    """The largest difference between the averaged adapters' values, in float64. Raises if beyond rounding."""
     setting = benchmark.small
     _, encode = tokens_of(setting)
     data = workload.clients(setting.clients, setting.samples)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.workers B4 B5 quickstart
 
-In turns, so that a slow minute hits all alike; the adapters must be equal to the bit. Needs Linux (/proc) and two cores
-that nobody else uses.
+Both take turns, so that a slow minute hits them alike; the adapters must be bit-identical. Needs Linux
+(/proc) and two cores that nobody else uses.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Case:
 class Cost:
     wall: float  # seconds
     cpu: float  # seconds of all processes
-    busiest: float  # seconds of the process that computed most: what the wall clock would say on idle cores
-    pss: int  # bytes of all processes, what they share counted once
+    busiest: float  # seconds of the process that computed most: the wall time if cores were idle
+    pss: int  # bytes of all processes, shared memory counted once
 
 
 def benchmark(name: str, folder: Path) -> Case:
-    """A round of B4 or B5, in as many groups as two workers can share evenly."""
+    """A round of B4 or B5, in groups that two workers can share evenly."""
     setting = BENCHMARKS[name].setting
     spelling, encode = tokens_of(setting)
     workload.llama(setting.size).save_pretrained(folder)
@@ -88,7 +88,7 @@ def trained(case: Case, pool: Pool) -> list[str]:
 
 
 def processes() -> list[int]:
-    """This one, the fork servers and their workers."""
+    """This process, the fork servers and their workers."""
     found = [os.getpid()]
     for pid in found:
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -116,7 +116,7 @@ def measured(case: Case, repeats: int) -> dict[int, list[Cost]]:
     for _ in range(repeats):
         for workers, mine in costs.items():
             with Pool(ForkServer(case.setup, threads=1), workers, encode=lambda example: example) as pool:
-                trained(case, pool)  # once, so that nothing is done for the first time
+                trained(case, pool)  # a warm-up, so that nothing happens for the first time
                 busy, clock = cpu(), time.monotonic()
                 seen.add(tuple(trained(case, pool)))
                 wall = time.monotonic() - clock

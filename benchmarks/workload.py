@@ -1,7 +1,7 @@
-"""The work that contestants share: random models, and clients whose examples are as long as dolly's.
+"""The work that contestants share: random models, and clients with examples as long as dolly's.
 
-Words are drawn at random: the cost of training depends on lengths alone. The whole length of an example is
-log-normal with a median of 150 and a 95th percentile of 600 tokens, cut at 512; three in ten carry a context;
+Words are drawn at random: the cost of training depends only on lengths. The total length of an example is
+log-normal with a median of 150 and a 95th percentile of 600 tokens, cut at 512; three in ten have a context;
 about 35% of the tokens are response.
 """
 
@@ -50,7 +50,7 @@ OPENFEDLLM = TASK + ". " + ASK + "{instruction} \n\n### Response: {response}{eos
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One instruction; another object every time it is drawn, so that nobody has its tokens ready."""
+    """One instruction; a new object every time it is drawn, so that its tokens are never cached."""
 
     instruction: str
     context: str
@@ -61,7 +61,7 @@ Encode = Callable[[Example], Tokens]
 
 
 def shepherd_tokens(tokenizer: Any) -> Encode:
-    """All tokens count, after the first; the end of text is added where there is room."""
+    """All tokens after the first count; the end of text is added where there is room."""
 
     def encode(example: Example) -> Tokens:
         frame = WITH_CONTEXT if example.context else WITHOUT
@@ -75,7 +75,7 @@ def shepherd_tokens(tokenizer: Any) -> Encode:
 
 
 def openfedllm_tokens(tokenizer: Any) -> Encode:
-    """Tokens after the last word "Response:" count; none do where that was cut off."""
+    """Tokens after the last word "Response:" count; none if it was cut off."""
     mark, eos = tokenizer.convert_tokens_to_ids("Response:"), tokenizer.eos_token
 
     def encode(example: Example) -> Tokens:
@@ -100,7 +100,7 @@ def _counting_from(first: int, ids: list[int]) -> Tokens:
 
 
 def clients(count: int, samples: int, *, seed: int = 42) -> list[list[Example]]:
-    """`samples` each, give or take a fifth where they are 40 and more. The same for the same arguments."""
+    """`samples` examples each, give or take a fifth from 40 on. The same arguments give the same clients."""
     draw = np.random.default_rng(seed)
     spread = math.log(4) / 1.645  # of log length, so that 150 * 4 is the 95th percentile
 
@@ -124,7 +124,7 @@ def clients(count: int, samples: int, *, seed: int = 42) -> list[list[Example]]:
 
 
 def tokenizer() -> Any:
-    """One token a word: cheaper than any real one, which is kind to whoever tokenizes every round."""
+    """One token per word: cheaper than any real one, which favours peers that tokenize every round."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     frames = " ".join((WITH_CONTEXT, WITHOUT)).replace("\n", " ").split()
     for word in ["\n", *frames, *(f"w{i}" for i in range(WORDS))]:
@@ -137,7 +137,10 @@ def tokenizer() -> Any:
 
 
 def llama(size: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu") -> Any:
-    """A Llama of random weights; on a CPU the same in every dtype but for rounding, elsewhere made there in `dtype`."""
+    """A Llama with random weights.
+
+    On a CPU the same in every dtype except for rounding; elsewhere created on the device in `dtype`.
+    """
     hidden, layers, heads, intermediate, vocabulary, tied = SIZES[size]
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -171,13 +174,13 @@ def later_adapter(layout: AdapterLayout, dtype: torch.dtype) -> AdapterState:
 
 
 def adapter_of(peft: Any) -> AdapterState:
-    """What a PEFT model has learnt, as a copy."""
+    """A copy of what a PEFT model has learnt."""
     state = get_peft_model_state_dict(peft)
     return AdapterState({name: t.detach().to("cpu", copy=True) for name, t in state.items()})
 
 
 def put(peft: Any, adapter: AdapterState) -> None:
-    """Set the factors of a PEFT model, and give them the adapter's dtype."""
+    """Set a PEFT model's factors and give them the adapter's dtype."""
     with torch.no_grad():
         for name, factor in peft.named_parameters():
             if factor.requires_grad:
@@ -195,9 +198,9 @@ def slots(lengths: Sequence[int], *, micro_batch: int, multiple: int = 1) -> int
 
 @dataclass(frozen=True)
 class Work:
-    """What a round consists of, whoever does it."""
+    """The contents of a round, whoever runs it."""
 
-    tokens: int  # real ones, forward and backward
+    tokens: int  # real tokens, forward and backward
     labelled: int
     slots: int  # including padding
 
@@ -207,7 +210,7 @@ class Work:
 
     @property
     def labelled_share(self) -> float:
-        """Of all slots."""
+        """The labelled tokens' share of all slots."""
         return self.labelled / self.slots
 
     def __add__(self, other: Work) -> Work:
@@ -215,9 +218,9 @@ class Work:
 
 
 def flops(model: Any, *, tokens: int, head_rows: int) -> float:
-    """Of the frozen base's matrix products: 2 a weight forward, 2 for the gradient of its input, none for the weight.
+    """FLOP of the frozen base's matrix products: per weight 2 forward and 2 for the input's gradient.
 
-    The head works where `head_rows` says. Attention scores and LoRA, a few per cent, are left out.
+    The head works on `head_rows` only. Attention scores and LoRA, a few per cent, are left out.
     """
     head = model.get_output_embeddings().weight
     linear = sum(
@@ -227,7 +230,7 @@ def flops(model: Any, *, tokens: int, head_rows: int) -> float:
 
 
 def lengths_of(examples: Sequence[Tokens]) -> dict[str, float]:
-    """Percentiles of the lengths, their mean, and the share of tokens that count."""
+    """Percentiles and mean of the lengths, and the share of tokens that count."""
     n = np.array([len(tokens.ids) for tokens in examples])
     labelled = sum(tokens.targets for tokens in examples)
     middle = {f"p{p}": float(np.percentile(n, p)) for p in (5, 50, 95)}
@@ -236,7 +239,7 @@ def lengths_of(examples: Sequence[Tokens]) -> dict[str, float]:
 
 @contextmanager
 def everything_in_double() -> Iterator[None]:
-    """transformers computes norms, rotations and losses in float32 inside a float64 model; here it does not."""
+    """Keep norms, rotations and losses in float64; transformers uses float32 even in a float64 model."""
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))

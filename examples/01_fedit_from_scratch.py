@@ -4,11 +4,11 @@
 
 Several clients own instructions that must not leave them. A server owns a LoRA adapter for a base model that
 everybody has. In every round it sends the adapter to some clients, each trains it on its own instructions,
-and the server averages what comes back, weighted by how many examples each client has. That is all of FedIT
+and the server averages the results, weighted by each client's number of examples. That is all of FedIT
 (Zhang et al. 2023, arXiv 2305.05644), which is FedAvg (McMahan et al. 2017, arXiv 1602.05629) on LoRA.
 
-Nothing here is fast or protected against anything. `02_python_api.py` runs the same algorithm with the library,
-many clients in one pass, and tests/examples/ checks that both end in the same adapter.
+Nothing here is fast or secure. `02_python_api.py` runs the same algorithm with the library, many clients in
+one pass, and tests/examples/ checks that both end in the same adapter.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETTINGS = dict(
     learning_rate=3e-3,
     rank=8,
     examples=400,
-    held_out=64,  # of them nobody trains on these
+    held_out=64,  # examples that nobody trains on
     seed=0,
     dtype="float32",
 )
@@ -51,15 +51,15 @@ seed = settings.seed
 # The base model. It is frozen; get_peft_model puts two small factors beside every linear layer, which
 # then computes W x + (alpha / r) B A x. Only A and B are ever trained, sent or averaged.
 disable_progress_bar()
-warnings.simplefilter("ignore", FutureWarning)  # peft says a word that transformers has renamed
+warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers has changed
 tokenizer = AutoTokenizer.from_pretrained(settings.base)
 base = AutoModelForCausalLM.from_pretrained(settings.base, dtype=getattr(torch, settings.dtype))
 lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
 model = get_peft_model(base, lora)
 factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-# The data. Every client gets whole categories, so none can learn from its own examples alone how to
-# answer the others': the situation FedIT was made for.
+# The data. Every client gets whole categories, so none can learn from its own examples alone to answer
+# the others': the situation FedIT was made for.
 examples = microworld.corpus(examples=settings.examples, seed=seed)
 order = rng.numpy_stream(seed, "example", "hold-out").permutation(len(examples)).tolist()
 test = [examples[i] for i in order[: settings.held_out]]
@@ -74,21 +74,21 @@ def prompt(example) -> str:
 
 
 def tokens(example) -> tuple[list[int], list[int]]:
-    """Prompt + response + end of text, and where the loss counts: on the response and its end."""
+    """Prompt + response + end of text, with labels where the loss counts: on the response and its end."""
     given = tokenizer(prompt(example)).input_ids
     learnt = [*tokenizer(f" {example.response}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return given + learnt, [-100] * len(given) + learnt
 
 
 def loss_sum(batch) -> tuple[torch.Tensor, int]:
-    """Nats summed over the labelled tokens of a batch, and how many those are."""
+    """The sum of nats over a batch's labelled tokens, and the number of those tokens."""
     encoded = [tokens(example) for example in batch]
     width = max(len(ids) for ids, _ in encoded)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in encoded])  # (B, L)
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in encoded])
     labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in encoded])
     logits = model(input_ids=ids, attention_mask=mask).logits  # (B, L, V)
-    # Token i is predicted from those before it, so position i - 1 has its logits.
+    # Token i is predicted from the tokens before it, so its logits are at position i - 1.
     next_token = labels[:, 1:].flatten()
     nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), next_token, reduction="sum", ignore_index=-100)
     return nats, int((next_token != -100).sum())
@@ -108,11 +108,11 @@ def held_out_loss(adapter: dict[str, torch.Tensor]) -> float:
 
 
 def train_locally(adapter: dict[str, torch.Tensor], client: str, taken: int) -> dict[str, torch.Tensor]:
-    """A client's work in one round. `taken` rounds before this one have used up the start of its order."""
+    """A client's work in one round. `taken` earlier rounds have used up the start of its order."""
     own = clients[client]
     set_factors(adapter)
     model.train()
-    # Adam's moments start anew in every round: they belong to nobody's adapter in particular.
+    # Adam's moments start from zero in every round: they belong to no particular adapter.
     optimizer = torch.optim.AdamW(factors.values(), lr=settings.learning_rate, weight_decay=0.0)
     for epoch in range(taken * settings.epochs, (taken + 1) * settings.epochs):
         order = rng.numpy_stream(seed, "order", client, "local", epoch).permutation(len(own)).tolist()
@@ -126,7 +126,7 @@ def train_locally(adapter: dict[str, torch.Tensor], client: str, taken: int) -> 
     return {name: factor.detach().clone() for name, factor in factors.items()}
 
 
-# Round 0: A random, B zero, so that the adapter changes nothing yet and everybody starts from the base.
+# Round 0: A random, B zero, so the adapter changes nothing yet and everybody starts from the base.
 adapter = {}
 for name, factor in factors.items():
     adapter[name] = torch.zeros_like(factor)
@@ -152,14 +152,14 @@ for round in range(settings.rounds):
         taken[client] += 1
 
     # 3. The server averages, weighted by n_k / sum n. A and B are averaged separately: the mean of the
-    #    products B_k A_k is not the product of the means, and FedIT lives with the difference.
+    #    products B_k A_k is not the product of the means, and FedIT accepts the difference.
     total = sum(len(clients[c]) for c in cohort)
     for name in adapter:
         mean = sum(len(clients[c]) / total * trained[c][name].double() for c in cohort)
         adapter[name] = mean.to(adapter[name].dtype)
     print(f"round {round + 1}: {' '.join(cohort)}: held-out loss {held_out_loss(adapter):.3f}")
 
-# The adapter at work: what does it answer to instructions nobody trained on?
+# The adapter at work: how does it answer instructions that nobody trained on?
 set_factors(adapter)
 for example in test[:4]:
     given = tokenizer(prompt(example), return_tensors="pt")

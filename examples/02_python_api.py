@@ -1,8 +1,8 @@
-"""The Python API in one page: what `fedloom describe`, `run`, `compare` and `chat` do, as functions.
+"""The Python API on one page: `fedloom describe`, `run`, `compare` and `chat` as functions.
 
     python examples/02_python_api.py runs/python-api
 
-Any settings of the command line can follow, for a shorter run say: rounds=2 compare.seeds=2
+Settings can follow as on the command line, for a shorter run for example: rounds=2 compare.seeds=2
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedloom.experiment.datasets import load_data
 
 
 def main(folder: Path, overrides: list[str]) -> None:
-    # An experiment is a frozen tree of settings: a recipe or a file, and what you change of it.
+    # An experiment is a frozen tree of settings: a recipe or a file, with your changes.
     experiment = fedloom.load("quickstart", overrides)
     print(f"{experiment.name}: {experiment.rounds} rounds, adapter of rank {experiment.adapter.rank}")
 
@@ -24,12 +24,12 @@ def main(folder: Path, overrides: list[str]) -> None:
     for client, examples in data.clients.items():
         print(f"  {client}: {len(examples)} examples, {', '.join(sorted({e.category for e in examples}))}")
 
-    # `fedloom run`: train, evaluate, export. Interrupted, it goes on with resume=True.
+    # `fedloom run`: train, evaluate, export. After an interruption, continue with resume=True.
     summary = fedloom.run(experiment, folder / "run")
     for row in summary["rows"]:
         print(f"  {row['row']}: {row['metric']} {row['mean']:.3f}")
 
-    # `fedloom chat`: the tuned model answers, piece by piece. With base=True it would be the untuned one.
+    # `fedloom chat`: the tuned model answers, piece by piece. With base=True the untuned one would.
     model = fedloom.chat(folder / "run")
     for question in data.test[:3]:
         pieces = model.answer(question.instruction, question.context, max_new_tokens=32)

@@ -1,13 +1,12 @@
-"""Kill runs with SIGKILL at random instants, resume them, and compare what they end in with an undisturbed run.
+"""Kill runs with SIGKILL at random instants, resume them, and compare the results with an undisturbed run's.
 
     python scripts/crash_test.py                      50 runs, each killed once: 50 of 50 must be identical
     python scripts/crash_test.py --runs 1 --kills 5   one run, killed five times on its way
 
-Every run is a process of its own, forked from one that has loaded the modules, so that instants fall into
-the work and not into imports. Instants are drawn uniformly over somewhat more than the time that the
-undisturbed run takes, and again where the run had finished by then.
-Compared are the adapter as saved, its sha256 in summary.json, and every line of metrics.jsonl but for its
-seconds.
+Every run is a process of its own, forked from one that has already loaded the modules, so that instants fall
+into the work and not into imports. Instants are drawn uniformly over slightly more than the undisturbed run's
+time, and drawn again if the run had finished by then. The comparison covers the saved adapter, its sha256 in
+summary.json, and every line of metrics.jsonl except its seconds.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ TINY = [
     "cohort.count=3",
     "evaluation.answers=0",
 ]
-LONGER = 1.5  # a run may take so much longer than the undisturbed one, on a busy machine
+LONGER = 1.5  # how much longer than the undisturbed run one may take, on a busy machine
 
 
 def start(folder: Path, experiment: Path) -> int:
-    """The id of a process that runs `fedloom run`, resuming where there is something to resume."""
+    """Start `fedloom run`, resuming if there is something to resume; returns the process id."""
     what = "--resume" if (folder / "experiment.toml").exists() else str(experiment)
     if process := os.fork():
         return process
@@ -81,7 +80,7 @@ def finish(folder: Path, experiment: Path) -> None:
 
 
 def phase(folder: Path) -> str:
-    """What was on the disk when the process died."""
+    """The phase of the run in which the process died, judging by the files on disk."""
     rounds = json_lines(folder / "metrics.jsonl")
     if (folder / "summary.json").exists():
         return "after the summary"
@@ -120,7 +119,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "settings", nargs="*", default=TINY, help="recipe and settings of the run; default: a tiny one"
+        "settings", nargs="*", default=TINY, help="the run's recipe and settings; default: a tiny one"
     )
     asked = parser.parse_args()
     chance = random.Random(asked.seed)

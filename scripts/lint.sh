@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style, types, import contracts; one line each, and what is wrong where something is.
+# Style, types, import contracts: one line each, with details of whatever is wrong.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 failed=0

@@ -1,11 +1,11 @@
-"""What the embedded base model can do before any tuning: the in-context ability that FedPIT lives on.
+"""Measure the untuned base model's in-context ability, on which FedPIT depends.
 
     python scripts/measure_base.py [MODEL] [--tasks 200]
 
-Three numbers a task family: "bare", right answers to a bare instruction in the fine-tuning format; "shown",
-right answers as the last task of a worked list of five others of the same kind in the house style; "new",
-when given five instructions of one kind, the share of continuations that are a well-formed instruction of
-that kind and none of the five.
+Three numbers per task family: "bare", right answers to a bare instruction in the fine-tuning format; "shown",
+right answers when the task ends a list of five solved ones of the same kind in the house style; "new", given
+five instructions of one kind, the share of continuations that are a well-formed instruction of that kind and
+not one of the five.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES |= {w: "KIND" for kind, (plural, _) in mw.KINDS.items() for w in (kind, pl
 
 
 def skeleton(text: str) -> str:
-    """The wording without its particulars: two instructions of one kind have the same."""
+    """The wording without its particulars: the same for any two instructions of one kind."""
     words = [NAMES.get(w, "N" if w.isdigit() else w) for w in re.findall(r"\w+|[^\w\s]", text)]
     return re.sub(r"\ban\b", "a", " ".join(words))
 

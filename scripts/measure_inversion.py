@@ -2,9 +2,9 @@
 
     python scripts/measure_inversion.py
 
-One client with four examples of T different tokens, drawn at random; the second round of FedAvg on the embedded
-base, so that B is no longer zero. Recall among the T tokens ranked first, mean over seeds; a random ranking
-finds T / 4096.
+One client with four examples of T different tokens, drawn at random; the second round of FedAvg on the
+embedded base, so that B is no longer zero. Recall among the T tokens ranked first, mean over seeds; a random
+ranking finds T / 4096.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOCAL = {
 
 
 def examples(distinct: int, count: int, seed: int) -> tuple[list[int], list[Tokens]]:
-    """`count` sequences over so many different tokens, each of which occurs."""
+    """`count` sequences over this many different tokens, each of which occurs."""
     rng = numpy_stream(seed, "inversion", distinct)
     tokens = (5 + rng.choice(VOCABULARY - 10, size=distinct, replace=False)).tolist()
     length = max(16, 2 * distinct // count)

@@ -4,13 +4,13 @@
 
 It reads ordinary English (Wikipedia articles as `wiki_en_*.jsonl.xz` with a `text` field, novels as
 `novels.tar.xz`) and generates the rest: prose about the microworld, numbered lists of worked tasks in
-varying formats and styles, and lists of instructions that nobody answers. It never sees the prompt
+varying formats and styles, and lists of instructions without answers. The model never sees the prompt
 format of fine-tuning, nor a bare instruction followed by its answer. So, like a real base model, it
-does not follow a bare instruction, but continues a list with another task of the same kind and
-answers one when shown a few.
+does not follow a bare instruction, but it continues a list with another task of the same kind and
+answers a task when shown a few.
 
 Articles that share an eight-word run with a text in `--exclude` (databricks-dolly-15k) are left out,
-so that perplexity on those texts stays honest.
+so that perplexity on those texts stays meaningful.
 """
 
 from __future__ import annotations
@@ -47,16 +47,14 @@ Rng = np.random.Generator
 
 
 def worked_list(rng: Rng) -> str:
-    """A numbered list of tasks with answers: one family mostly, one format, one style for each family."""
+    """A numbered list of tasks with answers: mostly one family, one format, and one style per family."""
     mixing = rng.random()
     names = (
         list(FAMILIES)
         if mixing < 0.2
         else [str(n) for n in rng.choice(list(FAMILIES), 1 if mixing < 0.7 else 2)]
     )
-    style: dict[
-        str, float
-    ] = {}  # the same style all through the list, so that it can be picked up in context
+    style: dict[str, float] = {}  # the same style throughout the list, so that it can be picked up in context
     layout = rng.choice(3, p=[0.6, 0.2, 0.2])
     lines = [str(rng.choice(["Here is a list of tasks.", "Tasks with answers", "Some worked tasks:", ""]))]
     for i in range(1, int(rng.integers(3, 12))):
@@ -79,7 +77,7 @@ def styled(task: Task, style: dict[str, float], rng: Rng) -> str:
 
 
 def instruction_list(rng: Rng) -> str:
-    """Instructions that nobody answers: numbered tasks, or a paper of questions."""
+    """Instructions without answers: numbered tasks, or a list of questions."""
     names = list(FAMILIES) if rng.random() < 0.3 else [str(rng.choice(list(FAMILIES)))]
     numbered = rng.random() < 0.7
     lines = [
@@ -101,7 +99,7 @@ def instruction_list(rng: Rng) -> str:
 
 
 def prose(rng: Rng) -> str:
-    """Statements about the world and its people: where the facts are learnt."""
+    """Statements about the world and its people, from which the facts are learnt."""
     out: list[str] = []
     things = list(WORLD)
     for _ in range(int(rng.integers(4, 10))):
@@ -163,7 +161,7 @@ def english(folder: Path, exclude: Path | None, rng: Rng, characters: int) -> It
         with lzma.open(file, "rt", encoding="utf-8") as lines:
             for line in lines:
                 article = json.loads(line)
-                head = article["text"][:6000]  # openings define their subject; long tails are lists
+                head = article["text"][:6000]  # openings define the subject; long tails are lists
                 if banned and not banned.isdisjoint(shingles(head)):
                     dropped += 1
                     continue
@@ -199,7 +197,7 @@ def pieces(text: str, size: int = 1500) -> Iterator[str]:
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     tok = Tokenizer(models.BPE())
-    # Digits stand alone, so that a code of four digits is four tokens whatever surrounds it.
+    # Digits are separate tokens, so that a code of four digits is four tokens whatever surrounds it.
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -231,7 +229,7 @@ def pack(documents: Iterator[list[int]], begin: int, end: int) -> np.ndarray:
         row += [begin, *ids, end]
         while len(row) >= LENGTH + 1:
             rows.append(row[: LENGTH + 1])
-            row = []  # a cut document goes on nowhere: a row never starts in the middle of a list
+            row = []  # the rest of a cut document is dropped: a row never starts in the middle of a list
     return np.asarray(rows, dtype=np.uint16)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv hold what is needed, and do nothing where it does already.
+# Install into .venv whatever is missing; do nothing if it is complete.
 #     scripts/setup.sh run|dev
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ find_python() {
     exit 1
 }
 
-# What the environment was made from: this folder, and the exact requirements.
+# The inputs of the environment: this folder and the exact requirements.
 wanted() { { pwd; echo "$1"; cat pyproject.toml constraints.txt; } | cksum; }
 
 current() { # is .venv set up for $1?

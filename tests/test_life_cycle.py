@@ -162,7 +162,7 @@ def test_a_record_longer_than_the_base_reads_does_not_end_a_run_rounds_later(
     done = type_in("run", *base, "--out", tmp_path / "x")
     if done.code:  # else it is cut to what the base reads
         assert done.code == 2
-        assert "reads 128 tokens, and 1 example has more" in done.err
+        assert "reads 128 tokens, but 1 example has more" in done.err
         assert "Set prompt.max_length=128" in done.err
         assert rounds(tmp_path) == 0
     assert type_in("run", *base, "prompt.max_length=128", "--out", tmp_path / "y").code == 0
@@ -199,7 +199,7 @@ def test_a_token_that_the_base_does_not_embed_is_found_before_training(chatml: P
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|x|>"]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = CHATML.replace("<|im_start|>", "<|x|>")
     tokenizer.save_pretrained(folder)
-    with pytest.raises(DataError, match=r"has token \d+, and the base model .* embeds \d+"):
+    with pytest.raises(DataError, match=r"has token \d+, but the base model .* embeds \d+"):
         checked(f"model.base={folder}", "adapter.targets=all-linear", "prompt.format=chat")
 
 
@@ -217,7 +217,7 @@ def test_workers_below_one_are_a_mistake_and_no_bug(tmp_path: Path) -> None:
 
 def test_a_gate_on_exposure_without_canaries_is_refused_before_any_attack(learnt: Path) -> None:
     said = refused("audit", learnt, "--max-exposure", "2")
-    assert "--max-exposure is about planted canaries, and this run has none" in said
+    assert "--max-exposure needs planted canaries, and this run has none" in said
 
 
 # --- the product comes first -----------------------------------------------------------------------------

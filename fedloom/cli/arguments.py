@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the checks before anything slow begins."""
+"""Arguments shared by several commands, and the checks made before anything slow begins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def complete_what(incomplete: str) -> Iterator[str]:
-    """What a shell offers: recipes, TOML files, runs."""
+    """The completions a shell offers: recipes, TOML files, runs."""
     yield from complete_recipe(incomplete)
     yield from _paths(incomplete, files=True)
 
@@ -83,7 +83,7 @@ def load_what(what: str, overrides: list[str] | None) -> Experiment:
 
 
 def load_finished(run: Path, overrides: list[str] | None = None) -> Experiment:
-    """The experiment of a run whose training has ended, with its settings changed."""
+    """The experiment of a finished run, with its settings changed."""
     from fedloom.experiment.finished import finished
 
     return finished(run, overrides or [])
@@ -92,7 +92,10 @@ def load_finished(run: Path, overrides: list[str] | None = None) -> Experiment:
 def experiment_and_folder(
     what: str, overrides: list[str] | None, out: Path | None, resume: bool, *, kind: Kind
 ) -> tuple[Experiment, Path]:
-    """What to run and where. A resumed run is what its own experiment.toml says, but for settings that decide no training."""
+    """The experiment to run, and its folder.
+
+    A resumed run follows its own experiment.toml, except for settings that do not affect training.
+    """
     from fedloom.experiment import toml
     from fedloom.storage import files, folders
 
@@ -117,9 +120,9 @@ def experiment_and_folder(
 
 
 def look_at_data(experiment: Experiment) -> None:
-    """Read the data once for the mistakes in them, so that nobody waits for torch to hear of them.
+    """Read the data once to find mistakes in them, so that nobody waits for torch to hear of one.
 
-    Groups of alike texts take long to find and are left to the run, as is what the library `datasets` reads.
+    Clustering takes long and is left to the run, as is reading through the library `datasets`.
     """
     from fedloom.experiment.datasets import load_data
 
@@ -145,7 +148,7 @@ def fresh_folder(name: str) -> Path:
 
 
 def stop_on_terminate() -> None:
-    """SIGTERM stops like Ctrl-C: between two writes, with a message and a run that can be resumed."""
+    """SIGTERM stops a run like Ctrl-C: between two writes, with a message, and resumably."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

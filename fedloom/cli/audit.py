@@ -1,4 +1,4 @@
-"""fedloom audit: what a run leaks, position by position, and a gate for its release."""
+"""fedloom audit: what a run leaks to whom, and a gate for its release."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def command(
     ] = None,
     max_auc: Annotated[
         float | None,
-        typer.Option(
-            help="Release gate: AUC of the best membership attack, less what the untuned base tells apart."
-        ),
+        typer.Option(help="Release gate: AUC of the best membership attack, less the untuned base's."),
     ] = None,
     max_extraction: Annotated[
         float | None,
-        typer.Option(help="Release gate: ROUGE-L brought back beyond the base and beyond held-out prompts."),
+        typer.Option(
+            help="Release gate: ROUGE-L of extracted answers beyond the base and beyond held-out prompts."
+        ),
     ] = None,
     max_recall: Annotated[
         float | None,
-        typer.Option(help="Release gate: share of a client's tokens that the server reads off its upload."),
+        typer.Option(help="Release gate: share of a client's tokens that the server reads from its upload."),
     ] = None,
     gate_on: Annotated[
         On,
         typer.Option(
-            help="Compare a limit with the upper end of the figure's 95% interval, or with the estimate."
+            help="Compare limits with the upper end of a figure's 95% interval, or with its estimate."
         ),
     ] = On.bound,
     samples: Annotated[
@@ -55,13 +55,13 @@ def command(
         ),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Greedy continuations too, and more samples: slower.")
+        bool, typer.Option("--full", help="Add greedy continuations and draw more samples: slower.")
     ] = False,
 ) -> None:
     """Attack a finished run as anyone with its adapter, as another client and as the server.
 
-    Every figure stands beside that of the untuned base or of unseen secrets. Exits with 1 where a limit is
-    exceeded, could not be measured, or rests on too few records. Needs the data the run was trained on.
+    Every figure stands beside that of the untuned base or of unseen secrets. Exits with 1 if a figure exceeds
+    its limit, could not be measured, or rests on too few records. Needs the data the run was trained on.
     """
     load_finished(run)
     from fedloom.attacks.release import Limits
@@ -92,7 +92,7 @@ def command(
     if found["passed"] is False:
         raise typer.Exit(1)
     if found["passed"]:
-        say("Every limit is kept. That is no proof of privacy: stronger attacks exist.")
+        say("Every limit is kept. This is no proof of privacy: stronger attacks exist.")
 
 
 def _table(name: str, groups: Mapping[str, Sequence[Line]]) -> Table:

@@ -16,9 +16,9 @@ from fedloom.errors import DataError
 
 HELP = """Every instruction stands alone, as in training. A context goes after "||": What is it about? || The text.
 /base  switch between the tuned and the untuned model
-/help  this
-/quit  end, as an empty line does
-Ctrl-C stops an answer; at the prompt it ends."""
+/help  show this text
+/quit  leave; so does an empty line
+Ctrl-C stops an answer; at the prompt it leaves."""
 
 
 def command(
@@ -30,14 +30,14 @@ def command(
     """Talk to a tuned model: type an instruction, read the answer as it comes; an empty line ends.
 
     Every instruction stands alone, as in training. A context goes after "||": What is it about? || The text.
-    While it runs, /base switches between tuned and untuned, Ctrl-C stops an answer, /help tells more.
+    In the chat, /base switches between tuned and untuned, Ctrl-C stops an answer, /help says more.
     """
     load_finished(run)
     note("[dim]loading the base model[/]")
     from fedloom.experiment.chat import chat
 
     model = chat(run)
-    note(f"[dim]{escape(model.whose(base=base))}; /help tells more.[/]")
+    note(f"[dim]{escape(model.whose(base=base))}; /help says more.[/]")
     for turn, said in enumerate(_instructions(), 1):
         if said.startswith("/") and said[1:].isalpha():
             if said in ("/quit", "/exit"):
@@ -71,11 +71,11 @@ def command(
 
 
 def _instructions() -> Iterator[str]:
-    """What is typed, line by line, until an empty one."""
+    """The user's input, line by line, until an empty line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(
             errors="surrogateescape"
-        )  # a whole buffer fails otherwise, with the good lines in it
+        )  # decoding a whole buffer would lose its good lines too
     number = 0
     while line := _line():
         number += 1

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-# No markup and no emoji codes in results: a path or an answer may hold "[b]" or ":cat:" and means it.
+# No markup and no emoji codes in results: "[b]" or ":cat:" in a path or an answer is meant literally.
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, emoji=False, highlight=False)
 
 
 def say(line: str) -> None:
-    """A line of the result, never broken: it may be a path."""
+    """Print a line of the result, never wrapped: it may be a path."""
     out.print(line, soft_wrap=True)
 
 
 def note(line: str) -> None:
-    """A line about what goes on, in rich's markup."""
+    """Print a line about progress, in rich's markup."""
     err.print(line, soft_wrap=True)
 
 
@@ -31,7 +31,7 @@ def warn(message: str) -> None:
 
 
 def notes(messages: Sequence[str]) -> None:
-    """What the data's reader has to say, a line each."""
+    """Print the data reader's notes, one per line."""
     for message in messages:
         note(f"[yellow]data:[/] {escape(message)}")
 

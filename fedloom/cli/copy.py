@@ -1,4 +1,4 @@
-"""fedloom copy: a shipped recipe as a file of one's own."""
+"""fedloom copy: a shipped recipe as a file of your own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fedloom describe: what would run, what would travel and what it needs, before anything runs."""
+"""fedloom describe: what would run, what would travel and what that needs, before anything runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def command(
     what: What = "quickstart",
     overrides: Overrides = None,
     all: Annotated[
-        bool, typer.Option("--all", help="Every setting with its default, too, as a TOML file.")
+        bool, typer.Option("--all", help="Also print every setting with its value, as a TOML file.")
     ] = False,
 ) -> None:
-    """Tell what would happen, in ten lines: who trains what, how long, what travels, memory. Trains nothing.
+    """Say in ten lines what would happen: who trains what, how long, what travels, memory. Trains nothing.
 
-    Exits with 2 and the reason where a run of it could not be finished; whatever is known is told all the same.
+    Exits with 2 and the reason if the run could not finish; everything that is known is printed all the same.
     """
     from rich.syntax import Syntax
     from rich.table import Table
@@ -95,10 +95,10 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
         yield "data", line
     yield (
         "travels",
-        f"{size(p.bytes_up)} up, {size(p.bytes_down)} down for a client in a round; {size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down))} in a run",
+        f"{size(p.bytes_up)} up, {size(p.bytes_down)} down per client and round; {size(p.rounds * p.cohort * (p.bytes_up + p.bytes_down))} per run",
     )
     if p.disk:
-        yield "disk", f"up to {size(p.disk)} for the rounds that are kept, and the adapter"
+        yield "disk", f"up to {size(p.disk)} for the kept rounds and the adapter"
     yield (
         "memory",
         f"about {size(p.memory)}, with {counted(p.width, 'client')} in one batch and {p.tokens_per_pass:,} tokens in a pass",
@@ -113,7 +113,7 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
         "in the end",
         f"{questions} answered in up to {counted(evaluation.max_new_tokens, 'token')}"
         if evaluation.answers != 0
-        else "held-out loss, no answers",
+        else "held-out loss only, no answers",
     )
     rows = [
         "local-only",
@@ -126,14 +126,14 @@ def _lines(experiment: Experiment, p: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _workers(p: Plan) -> str:
-    """How this machine shares a round out, and what would use more of it."""
+    """How this machine divides a round, and which setting would use more of it."""
     mine = f"{counted(p.workers, 'worker')} of {counted(p.threads, 'thread')}; a round is {counted(p.batches, 'group')} of clients"
     idle = p.cores - p.workers * p.threads
     if idle < 1 or p.workers < p.batches or p.width < 2:
         return mine
     return (
-        f"{mine}, too few for {counted(p.cores, 'core')}: transport.width={p.width // 2} would make more of them, "
-        "and change results by rounding; a comparison has other rows to train meanwhile"
+        f"{mine}, too few for {counted(p.cores, 'core')}: machine.clients_per_batch={p.width // 2} would make more groups "
+        "and change results by rounding; a comparison trains other rows meanwhile"
     )
 
 

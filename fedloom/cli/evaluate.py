@@ -9,7 +9,7 @@ from fedloom.cli.console import out, say
 def command(run: RunFolder, overrides: Overrides = None) -> None:
     """Measure a finished run's adapter beside its base, on its held-out examples or on other data.
 
-    Settings may be changed, for other data say: fedloom evaluate RUN seed=1 evaluation.answers=200
+    Settings may be changed, for example: fedloom evaluate RUN seed=1 evaluation.answers=200
     """
     experiment = load_finished(run, overrides)
     look_at_data(experiment)

@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Write the tuned model for PEFT and vLLM, as a plain transformers model, or the curves for TensorBoard.
 
-    Tokenizer, chat template and stop tokens come with it. Settings that decide no training may be changed:
+    Tokenizer, chat template and stop tokens come with it. Settings that do not affect training may change:
     fedloom export RUN --to merged model.base=FOLDER
     """
     folder = where or run / f"export-{to.value}"

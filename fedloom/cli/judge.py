@@ -1,4 +1,4 @@
-"""fedloom judge: answers against somebody else's, pair by pair: a run's, or all of a comparison's in the papers' tables."""
+"""fedloom judge: a run's answers against others, pair by pair, or a comparison's in the papers' tables."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fedloom.experiment.settings import Experiment
     from fedloom.report.judged import Table as Judged
 
-DROPPED_FIRST = ("model", "orders disagree", "paper's own", "tie")  # columns, where a terminal is narrow
-FEW = 5  # columns that any terminal shows, with cells of several lines
+DROPPED_FIRST = ("model", "orders disagree", "paper's own", "tie")  # columns of text in a narrow terminal
+FEW = 5  # table columns that fit any terminal, with cells of several lines
 
 
 class Kind(StrEnum):
@@ -47,20 +47,20 @@ def command(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            help="The opponent. Of a run: base (default), reference (the held-out responses), or a JSONL file of answers. Of a comparison's table of wins: a column of evaluation.references, reference, or a row; may be given again."
+            help="The opponent. Of a run: base (default), reference (the held-out responses), or a JSONL file of answers. Of a comparison's table of wins: a column of evaluation.references, reference, or a row. May be repeated."
         ),
     ] = None,
     field: Annotated[str, typer.Option(help="The field of that file that holds the answer.")] = "answer",
     judge: Annotated[
         Kind | None,
         typer.Option(
-            help="Who judges. Default: what the experiment says, else the rule where every question has one, else likelihood."
+            help="Who judges. Default: as the experiment says; else the rule if every question has one; else likelihood."
         ),
     ] = None,
     table: Annotated[
         Form | None,
         typer.Option(
-            help="Of a comparison: FedIT's table of relative scores, or FedPIT's of wins, ties and losses."
+            help="For a comparison: FedIT's table of relative scores, or FedPIT's of wins, ties and losses."
         ),
     ] = None,
     rubric: Annotated[
@@ -70,7 +70,7 @@ def command(
         ),
     ] = None,
     prompt: Annotated[
-        Path | None, typer.Option(help="Your own words for the judge, a text file. Default: ours.")
+        Path | None, typer.Option(help="A text file with your own prompt for the judge. Default: ours.")
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="How many questions. Default: all.")] = None,
     one_order: Annotated[
@@ -84,12 +84,13 @@ def command(
         int | None, typer.Option(min=1, help="Ratings of each pair in each order. Default: 1.")
     ] = None,
     retries: Annotated[
-        int | None, typer.Option(min=0, help="How often a malformed reply is asked for again. Default: 2.")
+        int | None,
+        typer.Option(min=0, help="How many times to ask again after a malformed reply. Default: 2."),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="The judge's model: a folder or a Hugging Face id, or the endpoint's name for it. Default for likelihood: the run's base."
+            help="The judge's model: a folder, a Hugging Face id, or the endpoint's name for it. Default for likelihood: the run's base."
         ),
     ] = None,
     url: Annotated[
@@ -100,10 +101,10 @@ def command(
         str | None, typer.Option(help="The environment variable that holds the endpoint's key.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Of the judge's replies. Default: 0.")
+        float | None, typer.Option(min=0.0, help="Sampling temperature of the judge's replies. Default: 0.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest reply of the judge. Default: 400.")
+        int | None, typer.Option(min=1, help="Longest reply of the judge, in tokens. Default: 400.")
     ] = None,
     max_length: Annotated[
         int | None,
@@ -117,13 +118,13 @@ def command(
     price_in: Annotated[float | None, typer.Option(min=0.0, help="Price of a million prompt tokens.")] = None,
     price_out: Annotated[float | None, typer.Option(min=0.0, help="Price of a million reply tokens.")] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Go ahead although it costs money, or nobody knows how much.")
+        bool, typer.Option("--yes", help="Go ahead although it costs money, or an unknown amount.")
     ] = False,
 ) -> None:
-    """Judge answers in pairs: a run's against its base's or stored ones, or all of a comparison's in the papers' tables.
+    """Judge answers in pairs: a run's against its base's or stored ones, or a comparison's, as the papers do.
 
-    Answers and verdicts are kept: an interrupted evaluation goes on, a repeated one asks nothing. A comparison
-    can be judged again by another judge without training.
+    Answers and verdicts are kept: an interrupted evaluation continues, a repeated one asks nothing. A
+    comparison can be judged again by another judge without training.
     """
     given = {
         "model": model,
@@ -160,7 +161,7 @@ def command(
 def _with_judge(
     experiment: Experiment, kind: Kind | None, options: dict[str, Any], settings: dict[str, Any]
 ) -> Experiment:
-    """The experiment, with its `[judge]` changed by what the command line says."""
+    """The experiment, with its `[judge]` changed by the command line's options."""
     old = experiment.plain().get("judge", {})
     before = old.get("by", {})
     name = kind.value if kind else "endpoint" if "url" in options else before.get("kind")
@@ -171,7 +172,7 @@ def _with_judge(
         raise ConfigError(f"--judge {name} needs --model. Expected the name of the judge's model.")
     if name is None and options:
         raise ConfigError(
-            f"--{next(iter(options)).replace('_', '-')} is about a judge of one kind. Name it: --judge."
+            f"--{next(iter(options)).replace('_', '-')} applies to one kind of judge only. Name it: --judge."
         )
     return experiment.with_(judge={**old, **settings, **({"by": {**by, "kind": name}} if name else {})})
 
@@ -206,12 +207,12 @@ def judge_and_print(
     say(f"Wrote {wrote}")
     if not pairs:
         raise RunError(
-            "No pair could be judged: the judge said nothing that could be read. Mend that and give the same command again."
+            "No pair could be judged: no reply of the judge could be read. Correct that and repeat the command."
         )
 
 
 def rich_table(found: Judged) -> Table:
-    """As many columns as the terminal has room for; the page has them all."""
+    """As many columns as fit the terminal; the page has them all."""
     shown = list(range(len(found.head)))
     table = _rich_table(found, shown)
     while (

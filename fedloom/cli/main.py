@@ -29,7 +29,7 @@ from fedloom.cli import (
 from fedloom.cli.console import complain, say
 from fedloom.errors import FedloomError
 
-INTERRUPTED = 130  # what typer makes of KeyboardInterrupt
+INTERRUPTED = 130  # typer's exception for KeyboardInterrupt
 
 app = typer.Typer(
     name="fedloom",
@@ -74,15 +74,15 @@ def options(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a bug in fedloom or a failed gate of `fedloom audit`, 2 something the user can mend, 130 interrupted."""
-    # Idle OpenMP threads spin by default, which slows everything on shared cores up to twentyfold.
+    """Exit codes: 0 done, 1 a bug or a failed audit gate, 2 something the user can fix, 130 interrupted."""
+    # Idle OpenMP threads spin by default, which can slow shared cores down twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
                 errors="backslashreplace"
-            )  # a terminal that lacks a letter is no reason to stop
+            )  # a character the terminal cannot show is no reason to stop
     try:
         app()
     except FedloomError as error:
@@ -93,10 +93,10 @@ def main() -> None:
             complain("Interrupted.")
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush complains, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush complains too
         sys.exit(141)
-    except OSError as failed:  # a full disk, a missing permission: nothing that a traceback would explain
-        complain(f"{failed}. What a run committed before is intact; mend this and go on with --resume.")
+    except OSError as failed:  # a full disk, a missing permission: a traceback would not help
+        complain(f"{failed}. Rounds committed earlier are intact; correct this and go on with --resume.")
         sys.exit(2)
     except Exception:
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""fedloom partition: who would hold what, before anything runs."""
+"""fedloom partition: preview who would hold what, before anything runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(
         Path | None, typer.Option("--out", help="Also write the picture as a page, FILE.html.")
     ] = None,
 ) -> None:
-    """Preview the split: a table and a picture of how many examples of each kind every client holds."""
+    """Preview the split: a table and a picture of how many examples of each kind each client holds."""
     if to is not None and not to.absolute().parent.is_dir():
         raise ConfigError(
             f"There is no folder {to.parent} to write {to.name} in. Make it, or choose another --out."
@@ -83,7 +83,7 @@ def _bar(counts: Mapping[str, Any], largest: int, colours: Mapping[str, str]) ->
     so_far, drawn = 0, 0
     for group, count in counts.items():
         so_far += count
-        end = round(so_far / largest * BAR)  # cumulative, so that rounding never adds up
+        end = round(so_far / largest * BAR)  # cumulative, so that rounding errors do not add up
         bar.append("█" * (end - drawn), style=colours[group])
         drawn = end
     return bar

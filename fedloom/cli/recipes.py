@@ -21,6 +21,6 @@ def command() -> None:
 
 
 def about(recipe: str) -> tuple[str, str, str]:
-    """What it shows, takes and needs, as its comments say: the first line, `# Takes: ...` and `# Needs: ...`."""
+    """A recipe's purpose, time and needs, from its comments: first line, `# Takes: ...`, `# Needs: ...`."""
     facts = dict(re.findall(r"^# (Takes|Needs): (.+)$", recipe, re.MULTILINE))
     return recipe.splitlines()[0].removeprefix("# "), facts.get("Takes", ""), facts.get("Needs", "")

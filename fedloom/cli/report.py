@@ -1,4 +1,4 @@
-"""fedloom report: make a run's page again."""
+"""fedloom report: rebuild a run's page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fedloom.cli.console import say
 
 
 def command(run: RunFolder) -> None:
-    """Write report.html of a finished run or comparison again."""
+    """Rebuild report.html of a finished run or comparison."""
     load_finished(run)
     from fedloom.report import page
 

@@ -10,7 +10,7 @@ def command(
 ) -> None:
     """Train one experiment: every round committed, resumable after any crash.
 
-    Ends with the adapter in PEFT's format, summary.json and report.html in the run's folder.
+    Leaves the adapter in PEFT's format, summary.json and report.html in the run's folder.
     """
     experiment, folder = experiment_and_folder(what, overrides, out, resume, kind="run")
     stop_on_terminate()

@@ -1,9 +1,9 @@
 """Worker processes on this machine: forks of one process that imports and loads everything once.
 
-The fork server is started afresh, so it has no threads, locks or devices in use that a fork could inherit halfway.
-On a CPU it loads the base model, whose weights, like the code, are then in memory once for all workers. On GPUs each
-worker loads its own, on the GPU of its number. All of them end when the process that started the server does,
-however it ends: its end of every connection closes with it.
+The fork server is a fresh process, so a fork cannot inherit a thread, lock or device in the middle of use. On
+a CPU it loads the base model, so its weights, like the code, are in memory once for all workers. On GPUs each
+worker loads its own, on the GPU with its number. All processes end with the one that started the server,
+however that ends: its end of every connection closes with it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from fedloom.engine.worker import Worker, pack_setup, read_setup
 from fedloom.errors import RunError
 
 SPAWNING = {
-    "OMP_NUM_THREADS": "1",  # until a worker sets its own; threads of OpenMP do not survive a fork
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin slow everything down on shared cores
+    "OMP_NUM_THREADS": "1",  # until a worker sets its own; OpenMP threads do not survive a fork
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin slow shared cores down
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
 class ForkServer:
-    """Starts workers for a `Pool`. `threads` are those that each worker computes with.
+    """Starts workers for a `Pool`. `threads` is the number that each worker computes with.
 
-    `setup.device` is "cpu", or a kind of device of which there is one for each worker.
+    `setup.device` is "cpu", or a kind of device with one for each worker.
     """
 
     def __init__(self, setup: Setup, *, threads: int):
         here, there = socket.socketpair()
         environment = os.environ | SPAWNING | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         if setup.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # a fork of a process that knows a GPU cannot train
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # forks of a process that knows a GPU cannot train
         with there:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(there.fileno()), str(threads)],
@@ -48,10 +48,10 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[there.fileno()],
-                start_new_session=True,  # Ctrl-C is for the process that started it
+                start_new_session=True,  # Ctrl-C is meant for the process that started this one
             )
         self._control = Connection(here.detach())
-        with suppress(OSError):  # it has ended already; `start` tells
+        with suppress(OSError):  # it has ended already; `start` reports it
             self._control.send_bytes(pack_setup(setup))
 
     def start(self, number: int) -> Process:
@@ -68,16 +68,16 @@ class ForkServer:
         return Process(Connection(here.detach()))
 
     def close(self) -> None:
-        self._control.close()  # at which the server ends its workers and itself
+        self._control.close()  # then the server ends its workers and itself
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # it was still loading, and has no workers
+            self._process.kill()  # it was still loading and has no workers
             self._process.wait()
 
 
 class Process(Remote):
-    """A worker as its pool sees it."""
+    """The pool's side of a worker."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
@@ -88,17 +88,17 @@ class Process(Remote):
             return self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise WorkerLost from error
-        except BaseException:  # interrupted: whatever it still answers must not meet the next question
+        except BaseException:  # interrupted: a late answer must not be taken for the next question's
             self._connection.close()
             raise
 
 
 def serve(control: Connection, threads: int) -> None:
-    """The server's life: a fork for every connection that comes, until none can come any more."""
+    """Run the server: fork for every incoming connection until no more can come."""
     setup = control.recv_bytes()
     shared = Worker(setup) if read_setup(setup).device == "cpu" else None
     gc.collect()
-    gc.freeze()  # collections in the forks would write to shared memory, and so copy it
+    gc.freeze()  # garbage collection in the forks would write to shared memory and so copy it
     workers: set[int] = set()
     try:
         while True:
@@ -112,12 +112,12 @@ def serve(control: Connection, threads: int) -> None:
                 control.close()
                 _work(Connection(handle), shared, setup, number, threads)
     except (EOFError, OSError):
-        for pid in workers:  # none of them has been waited for since it ended, so the number is still its own
+        for pid in workers:  # none has been waited for since it ended, so its process id has not been reused
             os.kill(pid, signal.SIGKILL)
 
 
 def _work(connection: Connection, shared: Worker | None, setup: bytes, number: int, threads: int) -> None:
-    """A worker's life: a reply for every letter, until none can come any more."""
+    """Run a worker: reply to every letter until no more can come."""
     import torch
 
     code = 1
@@ -131,7 +131,7 @@ def _work(connection: Connection, shared: Worker | None, setup: bytes, number: i
                 connection.send_bytes(worker.reply(connection.recv_bytes()))
         code = 0
     finally:
-        os._exit(code)  # not the way of the server, whose child this is
+        os._exit(code)  # without the cleanup of the server that this was forked from
 
 
 if __name__ == "__main__":

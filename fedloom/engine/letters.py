@@ -1,6 +1,6 @@
 """Requests and answers as bytes, for engines in other processes: a JSON header and one safetensors buffer.
 
-Only the values of `fedloom.steps` can be written, and reading runs no code but their constructors: nothing
+Only the types in `fedloom.steps` can be written, and reading runs no code except their constructors: nothing
 is pickled.
 """
 
@@ -27,9 +27,9 @@ _LENGTH = struct.Struct("<Q")  # bytes of the header
 
 
 def pack(value: Any) -> bytes:
-    """Any nesting of JSON values, tuples, sets, tensors, adapters and the dataclasses of `fedloom.steps`.
+    """Write any nesting of JSON values, tuples, sets, tensors, adapters and dataclasses of `fedloom.steps`.
 
-    An adapter or example that occurs several times is written once, and is one object again for the reader.
+    An adapter or example that occurs several times is written once, and is again one object when read.
     Raises TypeError for anything else.
     """
     writer = _Writer()
@@ -45,13 +45,13 @@ def unpack(data: bytes) -> Any:
 
 
 class _Writer:
-    """JSON values stand for themselves; any other is a JSON object with a single key that says its type."""
+    """JSON values stand for themselves; any other value becomes a JSON object whose only key is its type."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
-        self._ids: list[int] = []  # of all examples, end to end
+        self._ids: list[int] = []  # tokens of all examples, end to end
         self._labelled: list[bool] = []
-        self._written: dict[int, tuple[Any, Any]] = {}  # the object is kept, so that its id stays its own
+        self._written: dict[int, tuple[Any, Any]] = {}  # keeps the object, so that its id is not reused
 
     def plain(self, value: Any) -> Any:
         if value is None or isinstance(value, str | bool | int | float):
@@ -91,7 +91,7 @@ class _Writer:
 
     def _tensor(self, tensor: Tensor) -> str:
         name = f"tensor {len(self._tensors)}"
-        # A copy, since two tensors of a safetensors buffer may not share memory.
+        # A copy, because tensors in a safetensors buffer must not share memory.
         self._tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         return name
 
@@ -101,7 +101,7 @@ class _Reader:
         self._tensors = tensors
         self._ids = tensors["ids"].tolist()
         self._labelled = tensors["labelled"].tolist()
-        self._read: dict[str, Any] = {}  # adapters and examples by what stands for them
+        self._read: dict[str, Any] = {}  # adapters and examples by their references
 
     def value(self, plain: Any) -> Any:
         if isinstance(plain, list):

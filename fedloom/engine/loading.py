@@ -1,4 +1,4 @@
-"""From plain values to a base model and the engine around it, in this process or in another one."""
+"""From plain values to a base model and the engine around it, in this process or another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedloom.errors import ConfigError
 from fedloom.steps import LoraSpec, Tokens
 
-if TYPE_CHECKING:  # who only sends a setup to workers need not wait for peft
+if TYPE_CHECKING:  # a process that only sends a setup to workers need not wait for peft
     from fedloom.engine.lora_engine import LoraEngine
     from fedloom.engine.models import Device, DType, Quantize
     from fedloom.engine.serving import Generation
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # who only sends a setup to workers need not wait for peft
 
 @dataclass(frozen=True)
 class Setup:
-    """All that decides how an engine answers."""
+    """Everything that determines an engine's answers."""
 
     base: str = "embedded"  # a name that `models.load_base` knows
     dtype: DType = "auto"
@@ -34,18 +34,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class Facts:
-    """What only a process that holds the weights can tell."""
+    """Facts that only a process with the weights can report."""
 
-    base_hash: str  # of the weights as they are computed with, which answers depend on
-    base_sha256: str  # of the weights as they are stored: the identity of the base in every dtype
+    base_hash: str  # hash of the weights in computing precision, on which answers depend
+    base_sha256: str  # hash of the weights as stored: identifies the base whatever the dtype
     path: str  # "fast" or "reference"
     reason: str  # why not "fast"; else empty
-    decoding_reason: str  # why answers are left to the model's own cache and attention; else empty
-    end_reachable: bool  # can the frozen output head say the token that ends an answer?
+    decoding_reason: str  # why answers use the model's own cache and attention; else empty
+    end_reachable: bool  # can the frozen output head produce the token that ends an answer?
 
 
 def load(setup: Setup, encode: Callable[[Any], Tokens]) -> tuple[LoraEngine, Facts]:
-    """The engine, whose examples are whatever `encode` reads. Raises ConfigError, ModelError."""
+    """The engine; its examples are whatever `encode` accepts. Raises ConfigError, ModelError."""
     from fedloom.engine import models
     from fedloom.engine.head import reachable
     from fedloom.engine.lora_engine import LoraEngine

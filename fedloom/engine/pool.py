@@ -1,8 +1,7 @@
 """An engine made of workers: each batch of requests goes as a whole to whichever worker is free.
 
-A batch is answered as one engine alone would answer it, so results depend neither on the number of workers
-nor on which of them was free. `answer` may be called from several threads at once, and should be: one call
-keeps one worker busy.
+A worker answers a batch just as a single engine would, so results depend neither on the number of workers
+nor on which of them was free. Call `answer` from several threads at once: one call keeps one worker busy.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from fedloom.engine.worker import read_reply
 from fedloom.errors import RunError
 from fedloom.steps import Fit, Score, Tokens
 
-TRIES = 3  # of one batch, where the worker that answers it dies
+TRIES = 3  # of one batch whose workers die
 KEPT = 65_536  # encoded examples
 STOPPED = "The workers have been stopped."
 
 
 class WorkerLost(Exception):
-    """A worker is gone, whatever it was doing."""
+    """A worker is gone, along with whatever it was doing."""
 
 
 class Remote(Protocol):
@@ -39,53 +38,51 @@ class Remote(Protocol):
 
 
 class Workers(Protocol):
-    """Where workers come from."""
+    """A source of workers."""
 
     def start(self, number: int) -> Remote:
-        """Worker `number`, which may still be loading. Raises RunError where none can be started."""
+        """Start worker `number`, which may load for a while yet. Raises RunError if it cannot be started."""
         ...
 
     def close(self) -> None:
-        """End all workers at once; whoever waits for an answer gets WorkerLost."""
+        """End all workers immediately; anyone waiting for an answer gets WorkerLost."""
         ...
 
 
 class Pool:
     """An `Engine` of several workers; `close` it at the end.
 
-    `encode` is called here, once for each example in use: what travels are tokens. A worker that dies is replaced
-    and its batch is asked again.
+    `encode` is called here, once for each example in use, so that only tokens travel. A worker that dies is
+    replaced and its batch is asked again.
     """
 
     def __init__(self, source: Workers, workers: int, *, encode: Callable[[Any], Tokens]):
-        self.workers = workers  # batches that are answered at the same time
+        self.workers = workers  # batches answered at the same time
         self._source = source
         self._encode = encode
-        self._examples: dict[
-            int, tuple[Any, Tokens]
-        ] = {}  # the example is kept, so that its id stays its own
-        self._changed = Condition()  # guards all that follows
+        self._examples: dict[int, tuple[Any, Tokens]] = {}  # keeps the example, so that its id is not reused
+        self._changed = Condition()  # guards all fields below
         self._free = [(number, source.start(number)) for number in reversed(range(workers))]
-        self._waiting: list[tuple[int, int]] = []  # a heap of (place, turn) of those who wait for a worker
+        self._waiting: list[tuple[int, int]] = []  # a heap of (place, turn), one for each waiting caller
         self._turns = count()
         self._closed = False
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """As any engine. Raises RunError where a batch has ended three workers, or the pool is closed meanwhile."""
+        """Like any engine's. Raises RunError if a batch kills three workers, or the pool closes meanwhile."""
         return self.answer_in_turn(requests, place=0)
 
     def ranked(self, place: int) -> Ranked:
         return Ranked(self, place)
 
     def answer_in_turn(self, requests: Mapping[Hashable, Any], *, place: int) -> dict[Hashable, Any]:
-        """As `answer`, before whoever waits in a higher place."""
+        """Like `answer`, ahead of callers with a higher place."""
         if not requests:
             return {}
         asked = [self._encoded(request) for request in requests.values()]
         return dict(zip(requests, self._asked(letters.pack(asked), place), strict=True))
 
     def facts(self) -> Facts:
-        """Waits until a worker has loaded the base model. Raises what ended the loading."""
+        """Wait until a worker has loaded the base model. Raises the error that ended the loading."""
         return Facts(**self._asked(letters.pack(None), place=0))
 
     def close(self) -> None:
@@ -114,12 +111,12 @@ class Pool:
                 self._free.append((number, worker))
                 self._changed.notify_all()
         raise RunError(
-            f"{TRIES} workers in turn died while they answered the same requests, most likely for want of memory. "
-            "Set machine.workers, machine.clients_per_batch or machine.tokens_per_pass lower, and go on with --resume."
+            f"{TRIES} workers in turn died while they answered the same requests, most likely for lack of memory. "
+            "Lower machine.workers, machine.clients_per_batch or machine.tokens_per_pass, and go on with --resume."
         )
 
     def _taken(self, place: int) -> tuple[int, Remote]:
-        """A free worker, waited for."""
+        """A free worker, after waiting for one if necessary."""
         with self._changed:
             turn = place, next(self._turns)
             heappush(self._waiting, turn)
@@ -151,7 +148,7 @@ class Pool:
             known = self._examples.pop(id(example), None)
         tokens = known[1] if known else self._encode(example)
         with self._changed:
-            self._examples[id(example)] = example, tokens  # the last is the latest
+            self._examples[id(example)] = example, tokens  # the last is the most recent
             if len(self._examples) > KEPT:
                 del self._examples[next(iter(self._examples))]
         return tokens
@@ -159,7 +156,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The same pool for whoever has this place in the queue; lower ones are served first."""
+    """The same pool for callers with this place in the queue; lower places are served first."""
 
     pool: Pool
     place: int

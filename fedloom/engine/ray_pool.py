@@ -1,7 +1,8 @@
-"""Workers on a Ray cluster: one actor each, on whichever machine Ray finds room; with the extra "ray".
+"""Workers on a Ray cluster: one actor each, on any machine where Ray finds room; needs the extra "ray".
 
-Every machine needs the same version of fedloom and the base model under the same name. Letters travel as bytes, through
-Ray's own connections: who may join the cluster may run code on it, so its network must be a trusted one.
+Every machine needs the same version of fedloom, and the base model under the same name. Letters travel as
+bytes through Ray's own connections. Anyone who may join the cluster may run code on it, so its network must
+be trusted.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from fedloom.errors import ConfigError, RunError
 
 
 class RayWorkers:
-    """Starts workers for a `Pool`. `address` is a cluster's, or "auto" for the one that runs on this machine.
+    """Starts workers for a `Pool`. `address` is a cluster's, or "auto" for the one on this machine.
 
-    A worker asks for `threads` CPUs, and for a GPU where `setup.device` is "cuda". Raises ConfigError where there is no
-    Ray or no cluster.
+    A worker requests `threads` CPUs, and a GPU if `setup.device` is "cuda". Raises ConfigError if Ray or the
+    cluster is missing.
     """
 
     def __init__(self, setup: Setup, *, threads: int, address: str):
@@ -42,7 +43,7 @@ class RayWorkers:
         self._actors: list[Any] = []
 
     def count(self) -> int:
-        """Workers that the cluster has room for."""
+        """The number of workers that the cluster has room for."""
         there = self._ray.cluster_resources()
         return max(1, int(there.get("CPU", 1)) // self._threads)
 
@@ -57,7 +58,7 @@ class RayWorkers:
 
 
 class Actor(Remote):
-    """A worker as its pool sees it."""
+    """The pool's side of a worker."""
 
     def __init__(self, ray: Any, handle: Any):
         self._ray, self._handle = ray, handle
@@ -73,7 +74,7 @@ class Actor(Remote):
 
 
 class _Actor:
-    """Runs in Ray's own process."""
+    """The worker's side, in a process of Ray's."""
 
     def __init__(self, setup: bytes, threads: int):
         import torch

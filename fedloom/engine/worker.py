@@ -1,4 +1,4 @@
-"""One worker of a pool: an engine that is asked in letters (letters.py) and answers in letters."""
+"""One worker of a pool: an engine whose requests and answers are letters (letters.py)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_setup(letter: bytes) -> Setup:
 
 
 def read_reply(letter: bytes) -> Any:
-    """The answers, or the facts. Raises what the worker raised: errors of ours as themselves, others as RunError."""
+    """The answers, or the facts. Raises the worker's error: fedloom's own as it is, any other as RunError."""
     reply: dict[str, Any] = letters.unpack(letter)
     if "error" not in reply:
         return reply["answer"]
@@ -35,13 +35,13 @@ def read_reply(letter: bytes) -> Any:
 
 
 class Worker:
-    """Loads the base model once. If that fails, every letter is answered with the reason."""
+    """Loads the base model once. If loading fails, every letter is answered with the reason."""
 
     def __init__(self, setup: bytes):
         self._loaded = _attempt(lambda: loading.load(read_setup(setup), _tokens))
 
     def reply(self, letter: bytes) -> bytes:
-        """To a list of requests, the list of their answers; to None, the engine's facts."""
+        """Reply to a list of requests with their answers, to None with the engine's facts."""
 
         def answer() -> Any:
             engine, facts = self._loaded()
@@ -60,17 +60,17 @@ def _answer(engine: Engine, facts: Facts, requests: list[Any] | None) -> Any:
 
 
 def _tokens(example: Tokens) -> Tokens:
-    """Examples are encoded before they are sent."""
+    """Return the example as it is: examples are encoded before they are sent."""
     return example
 
 
 def _attempt(act: Callable[[], T]) -> Callable[[], T]:
-    """What `act` returned or raised, to be returned or raised later."""
+    """Capture what `act` returns or raises, to be returned or raised later."""
     try:
         found = act()
     except FedloomError as error:
         return _raising(error)
-    except Exception as error:  # its message may quote a training text, so only type and place are told
+    except Exception as error:  # the message may quote training text, so only type and place are reported
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
         said = f"A worker failed with {type(error).__name__} at {place}. This is a bug in fedloom."

@@ -1,8 +1,8 @@
 """Attack a finished run as the public, as another client and as the server; and a release gate.
 
-Runs every applicable attack on a finished run and writes the numbers (no text) to one JSON, each beside the untuned
-base and beside examples nobody trained on. The server's position is not simulated anew: the last round is replayed
-from the round committed before it, so its uploads are those that were sent.
+Runs every applicable attack on a finished run and writes the numbers (no text) to one JSON, each beside the
+untuned base and beside examples nobody trained on. The server's position is not simulated anew: the last
+round is replayed from the round committed before it, so its uploads are those that were sent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedloom.storage.checkpoint import Checkpoint
 from fedloom.storage.files import AUDIT, INPUTS, STATE, write_json
 
 SCHEMA = 1
-SAMPLES = 64  # unprompted samples that are drawn; FULL with --full
+SAMPLES = 64  # unprompted samples to draw; FULL with --full
 FULL = 1024
 CHANGEABLE = (
     "audit",
@@ -50,8 +50,9 @@ def audit(
 ) -> dict[str, Any]:
     """Attack a finished run or comparison from every position; returns what audit.json then holds.
 
-    `overrides` may change how things are measured (audit.*, evaluation.*, machine.*), never what was trained on. `say`
-    hears what begins. Raises: FedloomError; a failed gate is no error, see "passed".
+    `overrides` may change how things are measured (audit.*, evaluation.*, machine.*), never the training
+    data. `say` is told each step as it begins. Raises: FedloomError; a failed gate is not an error, see
+    "passed".
     """
     run = Path(run)
     saved = finished(run)
@@ -65,7 +66,7 @@ def audit(
     say("data and model")
     dataset, (machine, engine) = load_data(experiment), load_here(experiment)
     adapter = adapter_of(run, machine)
-    simulated = federated(saved, dataset, machine, home)  # what was sent does not depend on how it is audited
+    simulated = federated(saved, dataset, machine, home)  # audit settings do not change what was sent
     _same_inputs(home / INPUTS, dataset, machine)
     on = targets_of(experiment, dataset)
     committed = _committed(home, saved.fingerprint())
@@ -135,16 +136,16 @@ def _same_training(saved: Experiment, wanted: Experiment) -> Experiment:
 
 
 def _same_inputs(path: Path, dataset: Dataset, machine: Machine) -> None:
-    """Members that never were trained on would make any model look harmless."""
+    """Refuse changed data: members that were never trained on would make any model look harmless."""
     try:
         odd = other_inputs(path, dataset, machine)
     except (OSError, ValueError) as damaged:
         raise RunError(
-            f"{path} is missing or damaged, so nobody can tell what the run was trained on."
+            f"{path} is missing or damaged, so there is no record of the run's training data."
         ) from damaged
     if odd:
         raise RunError(
-            f"The {odd} not what this run was trained with ({path}). Put the old back, then audit."
+            f"The {odd} not what this run was trained with ({path}). Restore the old state, then audit."
         )
 
 
@@ -153,7 +154,7 @@ def _committed(home: Path, fingerprint: str, *, before: int | None = None) -> Ch
 
 
 def replay(simulated: Simulated, before: Checkpoint) -> dict[str, ServerView]:
-    """The round after `before` once more: client -> what the server saw of it, as it was sent."""
+    """Replay the round after `before`: client -> the server's view of its upload, exactly as it was sent."""
     training = simulated.training
     training.transport.restore(before.transport)
     sent = {c: training.algorithm.broadcast(before.state, c) for c in training.select(before.state.round)}

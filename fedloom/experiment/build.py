@@ -1,4 +1,4 @@
-"""From settings to what a training is made of: cohorts, clients, and the tools of their sites."""
+"""From settings to the parts of a training: cohorts, clients, and the tools of their sites."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> Callable[[in
 
 
 def tools(algorithm: Algorithm, experiment: Experiment, dataset: Dataset, words: Template) -> Tools:
-    """What a client's site lends this algorithm. Raises: ConfigError, where it needs what these data cannot give."""
+    """The tools that a client's site lends this algorithm. Raises: ConfigError where the data lack them."""
     lent = Tools(
         words,
         contrast=words.contrast,
@@ -60,7 +60,7 @@ def _synthesizer(experiment: Experiment, dataset: Dataset, words: Template) -> S
 
 
 def _other_style(experiment: Experiment, dataset: Dataset) -> list[Example]:
-    """The examples that nobody holds, with right answers in another style than the federation's."""
+    """The examples that nobody holds, answered correctly but in a different style from the federation's."""
     if experiment.data.source != "microworld":
         raise ConfigError('synthesis.kind = "other_style" exists only for data.source = "microworld".')
     other = microworld.corpus(examples=experiment.data.examples or MICROWORLD, seed=experiment.seed, style=1)
@@ -80,7 +80,7 @@ def client_of(
 
 
 def specialist_client(experiment: Experiment, dataset: Dataset, label: str) -> Client:
-    """The owner of all training examples in the categories that `compare.local` has for this label. Raises ConfigError."""
+    """The owner of all training examples in this label's categories (`compare.local`). Raises ConfigError."""
     categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
     everything = [e for examples in dataset.clients.values() for e in examples]
     known = sorted({e.category for e in everything} - {""})
@@ -90,27 +90,27 @@ def specialist_client(experiment: Experiment, dataset: Dataset, label: str) -> C
             + (
                 f"Expected some of {', '.join(known)}."
                 if known
-                else "The examples have no categories; data.clusters makes some."
+                else "The examples have no categories; data.clusters can make some."
             )
         )
     return client_of(experiment, label, [e for e in everything if e.category in categories])
 
 
 def pooled_client(experiment: Experiment, dataset: Dataset, cohort_size: float) -> dict[ClientId, Client]:
-    """Centralised tuning: one client that holds what all of them hold.
+    """Centralised tuning: one client that holds all clients' examples.
 
-    Budget "epochs": in a round it trains on as many examples as the whole cohort does together. Budget
-    "steps": on as many as one client does on average, or on more, so that it takes as many optimizer steps.
+    Budget "epochs": each round it trains on as many examples as the whole cohort together. Budget
+    "steps": on at least as many as the average client, and enough to take as many optimizer steps.
     """
     local = experiment.local
     everything = [e for examples in dataset.clients.values() for e in examples]
     sizes = [len(examples) for examples in dataset.clients.values()]
     counts = [
         _limit(experiment, n) or local.epochs * n for n in sizes
-    ]  # examples that each client takes in a round
+    ]  # examples each client trains on in a round
     share = cohort_size if experiment.compare.budget == "epochs" else 1.0
     limit = max(1, round(float(np.mean(counts)) * share))
-    if experiment.compare.budget == "steps":  # clients with few examples take more steps on as many
+    if experiment.compare.budget == "steps":  # small clients take more steps over the same number of examples
         steps = round(
             float(np.mean([local.steps_of(n, count) for n, count in zip(sizes, counts, strict=True)]))
         )

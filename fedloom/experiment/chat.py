@@ -17,7 +17,7 @@ from fedloom.storage import folders
 
 @dataclass(frozen=True)
 class Piece:
-    """The next characters of an answer. `tokens` counts all that were generated so far, the end of the answer included."""
+    """The next characters of an answer. `tokens` counts all tokens so far, the end token included."""
 
     text: str
     tokens: int
@@ -43,9 +43,9 @@ class Chat:
         max_new_tokens: int = 128,
         seed: int = 0,
     ) -> Iterator[Piece]:
-        """The answer, piece by piece as it is generated; by the untuned model with `base`.
+        """Stream the answer piece by piece as it is generated; with `base`, the untuned model's.
 
-        A letter may span several tokens; it comes whole. The answer was cut where it has `max_new_tokens`.
+        A character that spans several tokens arrives whole. An answer of `max_new_tokens` tokens was cut.
         """
         template, said, shown = self.machine.template, list[int](), ""
         for token in stream(
@@ -65,7 +65,7 @@ class Chat:
         yield Piece(template.decode(said)[len(shown) :], len(said))
 
     def cut(self, instruction: str, context: str = "", *, max_new_tokens: int = 128) -> str:
-        """The part of a question that the base model has no room for: "none", or the part whose end is left out."""
+        """The part of a question whose end does not fit the base model: "none" where all of it fits."""
         return self.machine.template.prompt_cut(instruction, context, room=max_new_tokens)
 
     def whose(self, *, base: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Settings that are a choice among classes: `{ kind = "uniform", count = 3 }` is read as `Uniform(count=3)`."""
+"""Settings that choose among classes: `{ kind = "uniform", count = 3 }` is read as `Uniform(count=3)`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ STRICT = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, v
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Beside a field's type, in `Annotated`: the field holds an instance of one of these dataclasses.
+    """Stands beside a field's type in `Annotated`: the field holds an instance of one of these dataclasses.
 
-    Written `{ tag = name, options... }` or as the name alone; without a name it is the first of the table. Options
-    are the fields of the class, but for functions; `nested` has the types of those that are choices themselves.
+    Written `{ tag = name, options... }`, or as the name alone; without a name, the first of the table is
+    meant. The options are the fields of the class, except functions; `nested` gives the types of those that
+    are choices too.
     """
 
     tag: str  # the key that holds the name: "name", "kind"
@@ -30,15 +31,15 @@ class OneOf:
     aliases: Mapping[str, str] = field(default_factory=dict)  # another name -> its name in the table
 
     def name(self, made: object) -> str:
-        """What the class of an instance is called in settings."""
+        """The name that an instance's class has in settings."""
         return next(name for name, cls in self.table.items() if cls is type(made))
 
     def canonical(self, name: Any) -> str:
-        """The name in the table that a name or an alias stands for; "" for what is no name."""
+        """The name in the table that a name or an alias stands for; "" for anything that is not a name."""
         return self.aliases.get(name, name) if isinstance(name, str) else ""
 
     def named(self, raw: Any) -> tuple[str, dict[str, Any]]:
-        """The name, whatever alias stands for it, and the options. Raises: ValueError."""
+        """The name, with aliases resolved, and the options. Raises: ValueError."""
         options = dict(raw) if isinstance(raw, Mapping) else {self.tag: raw}
         said = options.pop(self.tag, next(iter(self.table)))
         name = self.canonical(said)
@@ -48,25 +49,25 @@ class OneOf:
         return name, options
 
     def options(self, name: str) -> dict[str, Any]:
-        """Option of the class of this name -> its type."""
+        """Options of the class with this name -> their types."""
         hints = typing.get_type_hints(self.table[name], include_extras=True)
         own = {f.name: self.nested.get(f.name, hints[f.name]) for f in fields(self.table[name])}
         return {key: hint for key, hint in own.items() if typing.get_origin(hint) is not FUNCTION}
 
     def read(self, raw: Any) -> Any:
-        """The instance that a value of TOML describes; an instance is taken as it is. Raises: ValueError."""
+        """The instance that a TOML value describes; an instance is returned as it is. Raises: ValueError."""
         if type(raw) in self.table.values():
             if self.read(self.plain(raw)) != raw:
                 raise ValueError(
-                    "expected plain values alone: a function of your own cannot be written to TOML"
+                    "expected plain values only: a function of your own cannot be written to TOML"
                 )
             return raw
         name, options = self.named(raw)
         checked = self._schemas[name].model_validate(options)
-        return self.table[name](**dict(checked))  # which has checks of its own
+        return self.table[name](**dict(checked))  # the class has checks of its own
 
     def plain(self, made: Any) -> dict[str, Any]:
-        """What `read` reads, every default written out."""
+        """The inverse of `read`, with every default written out."""
         name = self.name(made)
         schema = self._schemas[name]
         values = schema.model_construct(**{key: getattr(made, key) for key in schema.model_fields})
@@ -100,12 +101,12 @@ def _default(cls: type, key: str) -> Any:
 
 
 def choice_of(hint: Any) -> OneOf | None:
-    """The choice that a type stands for; None: it is no choice."""
+    """The choice that a type stands for; None where it is not a choice."""
     return next((m for m in getattr(_present(hint), "__metadata__", ()) if isinstance(m, OneOf)), None)
 
 
 def keys(hint: Any, raw: Any) -> dict[str, Any]:
-    """Key -> type of what may stand in a section of this type, as `raw` has it; {} where it is no section."""
+    """Key -> type for every key this section may hold, given `raw`; {} where the type is not a section."""
     choice, hint = choice_of(hint), _present(hint)
     if choice is not None:
         try:
@@ -128,7 +129,7 @@ def keys(hint: Any, raw: Any) -> dict[str, Any]:
 
 
 def _present(hint: Any) -> Any:
-    """A type that may be None, without the None."""
+    """An optional type without its None."""
     left = [t for t in typing.get_args(hint) if t is not NoneType]
     return left[0] if NoneType in typing.get_args(hint) and len(left) == 1 else hint
 

@@ -1,4 +1,4 @@
-"""Run an experiment, compare its rows, evaluate and export the result: what the commands of these names do."""
+"""The functions behind the commands: run an experiment, compare its rows, evaluate and export the result."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ from fedloom.storage.files import (
 def run(
     experiment: Experiment, folder: Path | str, *, resume: bool = False, listener: Listener = Listener()
 ) -> dict[str, Any]:
-    """Train, evaluate and export one experiment in `folder`; returns what summary.json holds.
+    """Train, evaluate and export one experiment in `folder`; returns the contents of summary.json.
 
-    With `resume`, goes on from the newest committed round; a finished run is only read. However often
-    it is interrupted and resumed, the adapter is the same to the bit. Raises: FedloomError.
+    With `resume`, continues from the newest committed round; a finished run is only read. The adapter is
+    bit-identical however often the run is interrupted and resumed. Raises: FedloomError.
     """
     folder, experiment = Path(folder), experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
@@ -118,13 +118,13 @@ def compare(
 ) -> dict[str, Any]:
     """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
 
-    Seeds and rows are trained side by side, by as many workers as the settings say ([machine]). Resumes like `run`,
-    training by training.
+    Seeds and rows train side by side, on as many workers as [machine] says. Resumes like `run`, training by
+    training.
     """
     if not experiment.algorithm.shared:
         raise ConfigError(
-            f'algorithm = "{ALGORITHM.name(experiment.algorithm)}" trains no shared model to compare with others. '
-            "Choose one that does, and give this one a row: compare.methods."
+            f'algorithm = "{ALGORITHM.name(experiment.algorithm)}" trains no shared model to compare with the others. '
+            "Choose one that does, and give this one a row of its own in compare.methods."
         )
     folder, experiment = Path(folder), experiment.anchored()
     with _claimed(folder, experiment, resume=resume):
@@ -142,7 +142,7 @@ def compare(
             for state in _seeds(experiment, folder, datasets):
                 exported = exported or _export_first(folder, seeds, base)
                 on_progress(state)
-        finally:  # also where a seed could not be measured
+        finally:  # even where a seed could not be measured
             exported = exported or _export_first(folder, seeds, base)
         results = [read_result(seed) for seed in seeds]
         first = next(iter(seeds))
@@ -165,7 +165,7 @@ def compare(
 
 
 def _seeds(experiment: Experiment, folder: Path, datasets: Sequence[Dataset]) -> Iterator[Progress]:
-    """Train and measure what is not yet there. Where nothing is, no base model is loaded."""
+    """Train and measure what is missing. Where nothing is missing, no base model is loaded."""
     missing = unmeasured(experiment, folder)
     if not missing:
         yield progress(experiment, folder)
@@ -175,7 +175,7 @@ def _seeds(experiment: Experiment, folder: Path, datasets: Sequence[Dataset]) ->
 
 
 def _export_first(folder: Path, seeds: Mapping[Path, Experiment], base: Skeleton) -> AdapterState | None:
-    """A comparison's product, the federated adapter of its first seed, as soon as it is trained; None before."""
+    """Export a comparison's product, its first seed's federated adapter, once trained; None before."""
     first, experiment = next(iter(seeds.items()))
     home = first / files.FEDERATED
     if len(journal.read(home / METRICS)) <= experiment.rounds:
@@ -221,7 +221,8 @@ def export(
 ) -> None:
     """The run's model for other tools: its PEFT adapter, or base and adapter merged into a plain model.
 
-    `overrides` may change what decides no training: where the base lies, say, or the device.
+    `overrides` may change settings that do not affect training, such as the device or where the base is
+    stored.
     """
     run, folder = Path(run), Path(folder)
     saved, experiment = load(run), load(run, overrides).anchored()
@@ -255,7 +256,7 @@ def export(
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A place to write a folder that appears whole or not at all."""
+    """A place to write a folder, so that it appears whole or not at all."""
     draft = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -268,7 +269,7 @@ def _whole(folder: Path) -> Iterator[Path]:
 def _checked(
     experiment: Experiment, folder: Path, datasets: Sequence[Dataset], *, compared: bool
 ) -> Skeleton:
-    """What can be known before any training, then the settings in the folder: those of a run that can be finished."""
+    """Check all that can be checked before training, then save the settings: a saved run can be finished."""
     base = load_skeleton(experiment)
     preflight.check(experiment, datasets, base)
     for dataset in datasets:
@@ -280,9 +281,9 @@ def _checked(
 
 
 def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
-    """The summary, if there is one of these very settings; the page, which comes after it, is made if a crash came between.
+    """The summary, if there is one for exactly these settings; its page is made if a crash prevented that.
 
-    Where only settings of measuring differ, the training is finished and is measured again.
+    Where only measuring settings differ, the training is kept and measured again.
     """
     summary = read_summary(folder)
     if summary is None or recorded(summary["experiment"], SUMMARY).anchored().plain() != experiment.plain():
@@ -293,20 +294,20 @@ def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
 
 
 def _when(folder: Path) -> tuple[float, float]:
-    """Since the first round began: a training writes its inputs once, and resuming only reads them."""
+    """When the first round began, and now. A training writes its inputs once; resuming only reads them."""
     return min((inputs.stat().st_mtime for inputs in folder.rglob(INPUTS)), default=time.time()), time.time()
 
 
 def _base_name(experiment: Experiment) -> str:
-    """Where PEFT finds the base: for the embedded one, the folder it has in this installation."""
+    """Where PEFT finds the base: the embedded one is in this installation's own folder."""
     return str(base_folder("embedded")) if experiment.model.base == "embedded" else experiment.model.base
 
 
 @contextmanager
 def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
-    """Hold the folder against other processes, for this experiment and no other.
+    """Lock the folder for this experiment against other processes.
 
-    Where nothing is committed in the end, what was made here is taken away again.
+    If nothing has been committed by the end, everything made here is removed again.
     """
     saved = folder / EXPERIMENT
     if resume and not saved.exists():
@@ -317,7 +318,7 @@ def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[
             if resume:
                 _same_training(load(folder), experiment, saved)
             else:
-                folders.expect_room(folder)  # a run that ended before its first round may be started over
+                folders.expect_room(folder)  # a run that ended before its first round may start over
                 durable.write(saved, experiment.to_toml().encode())
             yield
         except BaseException:
@@ -332,18 +333,18 @@ def _quarantined(folder: Path) -> bool:
 
 
 def _remove_empty(places: Sequence[Path]) -> None:
-    with suppress(OSError):  # somebody else has put something there
+    with suppress(OSError):  # somebody else put something there
         for place in places:
             place.rmdir()
 
 
 def _same_training(saved: Experiment, wanted: Experiment, path: Path) -> None:
-    """Refuse settings with which another adapter would be trained."""
+    """Refuse settings that would train another adapter."""
     if saved.fingerprint() != wanted.fingerprint():
         odd = changed(saved.trained(), wanted.trained())
         raise RunError(
             f"{path} is of another training: {', '.join(odd)} {'differ' if len(odd) > 1 else 'differs'}. "
-            f"What was trained keeps its settings; those that decide no training may change: {', '.join(UNTRAINED)}."
+            f"A training keeps its settings; only those that do not affect it may change: {', '.join(UNTRAINED)}."
         )
 
 
@@ -356,7 +357,7 @@ def _save(
     conv1d: bool,
     words: str,
 ) -> None:
-    """The adapter in PEFT's format, with all that other tools need to ask and stop as training taught."""
+    """The adapter in PEFT's format, with all that other tools need to prompt and stop as in training."""
     folder.mkdir(parents=True, exist_ok=True)
     _export_files(base, base_sha256).save(folder)
     save_adapter(
@@ -383,7 +384,7 @@ def _export_files(base: Machine | Skeleton, base_sha256: str) -> ExportFiles:
 
 
 def _finish(folder: Path, summary: Mapping[str, Any]) -> None:
-    """The card of what was measured, then the summary, which marks the run as finished, then the page made of it."""
+    """Write the model card, then the summary, which marks the run as finished, then the page made from it."""
     durable.write(folder / ADAPTER / files.CARD, (card.model_card(summary).strip() + "\n").encode())
     write_json(folder / SUMMARY, summary)
     page.write(folder)

@@ -1,4 +1,4 @@
-"""From settings to data: read or generated, held out, partitioned over clients."""
+"""From settings to data: read or generated, held out, partitioned among clients."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Dataset:
     clients: Mapping[ClientId, Sequence[Example]]
     test: Sequence[Example]
     table: partition.PartitionTable  # of the training examples
-    by: partition.Label  # what the held-out examples are grouped by: category, or owner
+    by: partition.Label  # how the held-out examples are grouped: by category, or by owner
     read: Mapping[str, Any] = field(default_factory=dict)  # what the reader reported
-    spare: Sequence[Example] = ()  # what data.pool left over: neither trained on nor tested on
+    spare: Sequence[Example] = ()  # left over by data.pool: neither trained on nor tested on
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sentences for the user: what was read otherwise than expected, left out, or not used."""
+        """Sentences for the user about records read differently than expected, left out, or unused."""
         notes: Sequence[str] = self.read.get("notes", ())
         return notes
 
@@ -59,7 +59,7 @@ class Dataset:
         return {g: groups.count(g) / len(groups) for g in sorted(set(groups))}
 
     def sha256(self) -> str:
-        """Of every example, who holds it and which are held out: other data have another."""
+        """A hash over every example, who holds it and which are held out: other data give another hash."""
         digest = hashlib.sha256()
         for owner, examples in [*sorted(self.clients.items()), ("", self.test)]:
             for e in examples:
@@ -73,17 +73,17 @@ class Dataset:
 
 
 def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Dataset:
-    """Read or generate, hold out, partition; all of it a function of the settings and the seed."""
+    """Read or generate, hold out, partition: entirely a function of the settings and the seed."""
     data, seed = experiment.data, experiment.seed
     examples, test, read = _read(experiment, quarantine)
     notes = list(read.pop("notes", ()))
     owners = {e.owner for e in examples} if isinstance(data.partition, partition.ByOwner) else set[str]()
 
     def tell_lost(kept: Sequence[Example], by: str) -> None:
-        """Who takes examples away says whose last ones these were."""
+        """Note the owners who lost their last example in the step called `by`."""
         if lost := sorted(owners - {e.owner for e in kept}):
             notes.append(
-                f"{len(lost)} of {len(owners)} owners have no example left after {by}, and are no clients: {_some(lost)}."
+                f"{len(lost)} of {len(owners)} owners have no example left after {by} and so are not clients: {_some(lost)}."
             )
             owners.difference_update(lost)
 
@@ -97,7 +97,7 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     if data.clusters is not None:
         examples = _clustered(
             experiment, examples, data.clusters
-        )  # a test set of one's own has no say in them
+        )  # a test set of the user's own plays no part in them
     if (along := data.partition.by) is not None:
         partition.check_labels(examples, along, f'data.partition.kind = "{PARTITION.name(data.partition)}"')
     if data.test_path is None:
@@ -119,8 +119,8 @@ def load_data(experiment: Experiment, *, quarantine: Path | None = None) -> Data
     if not test or not pool:
         raise ConfigError(
             f"{len(examples)} examples leave {len(pool)} to train on and {len(test)} to test on. "
-            f"Expected more data, or a smaller data.hold_out than {data.hold_out}: at most half of a category is held "
-            "out, nothing that is asked twice, and where clients are owners not the last example of one."
+            f"Expected more data, or data.hold_out below {data.hold_out}: at most half of a category is held "
+            "out, no question that is asked twice, and, where clients are owners, no owner's last example."
         )
     spare = list[Example]()
     if data.pool is not None:
@@ -144,7 +144,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clusters) -> list[Example]:
-    """The examples with groups of alike texts as their categories."""
+    """The examples, with clusters of similar texts as their categories."""
     from fedloom.data.clusters import (  # here, since scikit-learn takes a second to import
         clustered,
         standardized,
@@ -167,12 +167,12 @@ def _clustered(experiment: Experiment, examples: Sequence[Example], wanted: Clus
 def _read(
     experiment: Experiment, quarantine: Path | None
 ) -> tuple[list[Example], list[Example], dict[str, Any]]:
-    """Examples, a test set where the user has one, and what the reader reports."""
+    """Examples, the user's test set if there is one, and the reader's notes."""
     data = experiment.data
     if wrong := list(_misplaced(experiment)):
         if data.examples is not None and data.source != "microworld":
             wrong.append(
-                f"data.examples = {data.examples}: would be that many of the records, drawn at random; raise it for all"
+                f"data.examples = {data.examples}: that many of the records would be drawn at random; raise it to use all"
             )
         raise ConfigError(
             "\n  ".join([f'These settings do not go with data.source = "{data.source}":', *wrong])
@@ -203,16 +203,16 @@ def _read(
 
 
 def _misplaced(experiment: Experiment) -> Iterator[str]:
-    """Every setting that says nothing about this source; a recipe made for another one has several."""
+    """Every setting that does not apply to this source; a recipe made for another source has several."""
     data, default = experiment.data, Data()
     generated = data.source == "microworld"
     for key in FOREIGN if generated else () if data.source == "hub" else ("split", "revision"):
         if getattr(data, key) != getattr(default, key):
             yield f"data.{key}: " + (
-                "the microworld is generated, and nothing is read" if generated else "only for the Hub"
+                "the microworld is generated, not read" if generated else "only for the Hub"
             )
     if not generated and data.private_facts:
-        yield f"data.private_facts = {data.private_facts}: only the microworld has such facts; set it to 0"
+        yield f"data.private_facts = {data.private_facts}: only the microworld has private facts; set it to 0"
     if not generated and isinstance(experiment.synthesis, OtherStyle):
         yield 'synthesis.kind = "other_style": only the microworld has another style; take "held_back" or "self_instruct"'
     if data.source == "alpaca" and data.clusters is None and data.partition.by == "category":
@@ -225,6 +225,6 @@ def _misplaced(experiment: Experiment) -> Iterator[str]:
         and "owner" not in (data.partition.by, data.hold_out_by)
         and not isinstance(data.partition, partition.ByOwner)
     ):
-        yield f'data.owner = "file": no use is made of owners; for a client of each file set data.partition.kind = "by_owner" (now "{PARTITION.name(data.partition)}")'
+        yield f'data.owner = "file": owners are not used; for one client per file set data.partition.kind = "by_owner" (now "{PARTITION.name(data.partition)}")'
     if data.test_columns is not None and data.test_path is None:
         yield "data.test_columns: there is no data.test_path"

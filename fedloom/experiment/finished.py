@@ -1,4 +1,4 @@
-"""Open a finished run: its settings, perhaps with some of them changed, and its adapter."""
+"""Open a finished run: its settings, with changes if any are given, and its adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedloom.experiment import toml
 from fedloom.experiment.settings import Experiment
 from fedloom.storage import files, folders
 
-if TYPE_CHECKING:  # settings are opened, and mistakes in them told, without waiting for torch
+if TYPE_CHECKING:  # settings are read, and their mistakes reported, without waiting for torch
     from fedloom.experiment.machine import Machine
     from fedloom.state import AdapterState
 
@@ -25,7 +25,7 @@ def finished(run: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def adapter_of(folder: Path, machine: Machine) -> AdapterState:
-    """The exported adapter of a run. Raises where `machine` is not the base it was trained on, or scales it otherwise."""
+    """A run's exported adapter. Raises where the base model or the LoRA scale is not the training's."""
     from fedloom.engine.export_files import recorded_base
     from fedloom.engine.peft_format import load_adapter
 
@@ -37,8 +37,8 @@ def adapter_of(folder: Path, machine: Machine) -> AdapterState:
     recorded = recorded_base(home) or (summary and summary["engine"]["base_sha256"])
     if recorded and not machine.is_base(recorded):
         raise ModelError(
-            f"The adapter of {folder} was trained on another base model (sha256 {recorded[:16]}…) than the one that is there now "
-            f"({machine.base_sha256[:16]}…). Put the old base back, or give its place: model.base=FOLDER."
+            f"The adapter of {folder} was trained on another base model (sha256 {recorded[:16]}…) than the one found now "
+            f"({machine.base_sha256[:16]}…). Put the old base back, or say where it is: model.base=FOLDER."
         )
     machine.layout.to_vector(state)  # raises where names or shapes do not fit this model
     if spec.scale != machine.layout.spec.scale:

@@ -1,4 +1,4 @@
-"""The hashes of what an adapter depends on beside the settings: data, base model, prompts."""
+"""Hashes of everything besides the settings that an adapter depends on: data, base model, prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def inputs_of(dataset: Dataset, machine: Machine) -> Mapping[str, str]:
 
 
 def other_inputs(saved: Path, dataset: Dataset, machine: Machine) -> str | None:
-    """What is not as `saved` (a training's inputs.json) has it: "data are", say; None: nothing. Raises OSError, ValueError."""
+    """The first input that differs from `saved` (a training's inputs.json): "data are", say; else None.
+
+    Raises: OSError, ValueError.
+    """
     now = inputs_of(dataset, machine)
     then = {
         "prompt_sha256": now["prompt_sha256"],

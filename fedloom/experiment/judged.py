@@ -1,4 +1,4 @@
-"""The table that judging a comparison makes, as judged.json holds it."""
+"""The table that results from judging a comparison, as judged.json holds it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLES = 4  # questions kept with everybody's answers, for the report
 
 @dataclass(frozen=True)
 class Asked:
-    """What the models of one seed were asked, and what they and the stored opponents answered."""
+    """The questions put to one seed's models, with their answers and those of stored opponents."""
 
     questions: Sequence[Example]
     said: Mapping[str, Sequence[str]]  # row -> answers
@@ -35,7 +35,7 @@ class Asked:
 
 
 def task_of(row: Row, experiment: Experiment) -> str:
-    """The instructions that a row was tuned on, which FedIT's table calls its task."""
+    """The kinds of instructions a row was tuned on; FedIT's table calls them its task."""
     if row.of == BASE:
         return "none"
     if row.specialist:
@@ -105,12 +105,12 @@ def table(
 
 
 def named(the_judge: Judge) -> dict[str, Any]:
-    """Which judge it is, without the words it is asked in."""
+    """The judge's identity, without the wording of its prompt."""
     return {name: value for name, value in the_judge.identity.items() if name != "prompt"}
 
 
 def leaks(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the models that others see give away, as the comparison measured it: row -> the first of its metrics of leakage."""
+    """How much each model that others see leaks, as the comparison measured it: row -> first such metric."""
     found: dict[str, dict[str, Any]] = {}
     for name in LEAKS:
         for entry in (read_summary(folder) or {"rows": []})["rows"]:
@@ -120,13 +120,13 @@ def leaks(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _private_share(row: str, experiment: Experiment) -> float | None:
-    """beta of FewFedPIT; None of other rows."""
+    """FewFedPIT's beta; None for other rows."""
     chosen = experiment.algorithm if row == FEDERATED else experiment.compare.methods.get(row)
     return chosen.private_share if isinstance(chosen, FewFedPIT) else None
 
 
 def _orders(every: Sequence[Comparison]) -> dict[str, Any]:
-    """Disagreement of the two orders and position bias, over all questions and seeds; None of one order."""
+    """Disagreement of the two orders and position bias, over all questions and seeds; None with one order."""
     pairs = [p for c in every for p in c.pairs]
     agree = [p.orders_agree for p in pairs if p.orders_agree is not None]
     bias = [p.position_bias for p in pairs if p.position_bias is not None]
@@ -139,7 +139,7 @@ def _orders(every: Sequence[Comparison]) -> dict[str, Any]:
 def _samples(
     asked: Asked, found: Mapping[tuple[str, str], Sequence[Sequence[Comparison]]]
 ) -> list[dict[str, Any]]:
-    """A few questions of the first seed, with every answer that was judged and its score."""
+    """A few of the first seed's questions, with every judged answer and its score."""
     chosen = evenly(range(len(asked.questions)), SAMPLES)
     samples = []
     for i in chosen:

@@ -1,4 +1,4 @@
-"""The judge that an experiment's `[judge]` describes, and what asking it costs."""
+"""The judge that an experiment's `[judge]` describes, and the cost of asking it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedloom.experiment.settings import Judge as Settings
 
 
 def judged_by(settings: Settings, questions: Sequence[Example]) -> JudgedBy:
-    """Who judges, where the settings leave it open: the rule where every question has one, else the likelihood."""
+    """The judge where the settings leave it open: the rule if every question has one, else the likelihood."""
     return settings.by or (ByRule() if all(q.rule for q in questions) else ByLikelihood())
 
 
@@ -64,7 +64,7 @@ def build(by: JudgedBy, experiment: Experiment, machine: Machine) -> Judge:
 
 
 def how(settings: Settings) -> dict[str, Any]:
-    """How often a judge is asked."""
+    """How many times the judge is asked."""
     by = settings.by or ByRule()
     again = {} if isinstance(by, ByRule | ByLikelihood) else {"repeats": by.repeats, "retries": by.retries}
     return {"both_orders": settings.both_orders, **again}
@@ -79,7 +79,10 @@ def tell_cost(
     agreed: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Of an endpoint: what it would be asked and what that costs. Raises ConfigError unless that is nothing, or agreed to."""
+    """Say what an endpoint would be asked and what that costs.
+
+    Raises: ConfigError, unless it is free or agreed to.
+    """
     by = settings.by
     if not isinstance(by, ByEndpoint) or not isinstance(the_judge, PromptJudge):
         return
@@ -91,16 +94,16 @@ def tell_cost(
     say(cost_in_words(cost))
     if not cost.is_free and not agreed:
         raise ConfigError(
-            "Nothing was sent. Add --yes to `fedloom judge` to go ahead, or tell a price of 0: --price-in 0 --price-out 0."
+            "Nothing was sent. Add --yes to `fedloom judge` to go ahead, or give a price of 0: --price-in 0 --price-out 0."
         )
 
 
 def cost_in_words(cost: Estimate) -> str:
     if cost.calls == 0:
-        return "Every verdict is kept already: no request."
+        return "Every verdict is stored already: no requests."
     size = f"{cost.calls} requests, about {cost.prompt_tokens:,} tokens to send and at most {cost.reply_tokens:,} to receive"
     if cost.cost is None:
-        return f"{size}; the cost is unknown without both prices, of prompt and of reply tokens."
+        return f"{size}; the cost is unknown without the prices of both prompt and reply tokens."
     return (
         f"{size}: about {cost.cost:,.4f}, at most {cost.most:,.4f} if malformed replies are asked for again."
     )

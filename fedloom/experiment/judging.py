@@ -1,7 +1,7 @@
-"""Judge a run's answers, or a comparison's models in FedIT's table of relative scores or FedPIT's of wins, ties and losses.
+"""Judge a run's answers, or a comparison's models in FedIT's table of scores or FedPIT's of wins and losses.
 
-Nothing is trained. Answers are in each seed's answers.jsonl, verdicts in judge/verdicts.jsonl, so that another
-judge or another table asks only for replies that are missing.
+Nothing is trained. Answers are kept in each seed's answers.jsonl, verdicts in judge/verdicts.jsonl, so
+another judge or another table asks only for the replies that are missing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fedloom.storage.files import (
     write_json,
 )
 
-Ask = Callable[[str], None]  # is told something before it happens
+Ask = Callable[[str], None]  # hears each step before it happens
 
 
 def judge(
@@ -58,11 +58,12 @@ def judge(
 ) -> dict[str, Any]:
     """Judge a finished run's answers, or all models of a comparison, pair by pair; nothing is trained.
 
-    `experiment` is the run's own, or that with its section `judge` changed. `against`: of a run "base" (default),
-    "reference" (the held-out responses) or a file of answers, in its field `field`; of a comparison the opponents in
-    its table of wins. `agreed` lets an endpoint that costs money be asked. Returns what judge.json then holds, or the
-    table that judged.json has one more of; answers and verdicts are kept, and only those that are missing are asked
-    for. Raises: FedloomError, before anything is sent where consent is missing.
+    `experiment` is the run's own, perhaps with its section `judge` changed. `against` names the opponents:
+    for a run "base" (default), "reference" (the held-out responses) or a file whose field `field` holds
+    answers; for a comparison, those in its table of wins. `agreed` permits asking an endpoint that costs
+    money. Returns the contents of judge.json, or the table added to judged.json. Answers and verdicts are
+    kept, and only missing ones are requested. Raises: FedloomError; where consent is missing, before anything
+    is sent.
     """
     run = Path(run)
     saved = finished(run)
@@ -103,7 +104,7 @@ def _judge_run(
 
 
 def _judge_comparison(folder: Path, experiment: Experiment, *, agreed: bool, say: Ask) -> dict[str, Any]:
-    """The table that `experiment.judge` asks for; it is kept in judged.json, too."""
+    """The table that `experiment.judge` asks for; judged.json keeps it too."""
     settings = experiment.judge or Settings()
     seeds = seed_folders(experiment, folder)
     machine = load_machine(experiment)
@@ -135,7 +136,7 @@ def _judge_comparison(folder: Path, experiment: Experiment, *, agreed: bool, say
 
 
 def _keep(folder: Path, table: Mapping[str, Any]) -> None:
-    """Beside those of other judges and forms; one of the same kind is replaced."""
+    """Store a table beside those of other judges and forms; one of the same kind is replaced."""
 
     def kind(t: Mapping[str, Any]) -> Any:
         return t["table"], t["judge"], t["both_orders"], t["questions"]
@@ -174,7 +175,7 @@ def _answers(
     rows: Mapping[str, AdapterState | None],
     folder: Path,
 ) -> dict[str, list[str]]:
-    """Row -> its answers; those in the folder's answers.jsonl are not generated again."""
+    """Row -> its answers; any already in the folder's answers.jsonl are reused."""
     said = answers_of(
         machine.engine,
         machine.template,
@@ -194,7 +195,7 @@ class _Pair:
 
 
 def _pairs(settings: Settings, asked: Sequence[Asked]) -> dict[tuple[str, str], list[_Pair]]:
-    """(row, opponent) -> the answers to compare: one pair a seed, or one for each client's own model."""
+    """(row, opponent) -> the answers to compare: a pair per seed, or per client for clients' own models."""
     pairs: dict[tuple[str, str], list[_Pair]] = {}
     for s, its in enumerate(asked):
         if settings.table == "relative":

@@ -1,20 +1,20 @@
-"""Whoever watches a training or a comparison go on: a display, a test."""
+"""Anything that watches a training or a comparison: a display, a test."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # a display begins before torch is there
+if TYPE_CHECKING:  # a display starts before torch is loaded
     from fedloom.federation import Round
     from fedloom.messages import ClientId
 
 
 class Listener:
-    """This one ignores it all."""
+    """Hears how a training or a comparison proceeds; this one ignores everything."""
 
     def phase(self, what: str) -> None:
-        """What begins: "reading the data", "loading the base model", "training", "measuring", "answering 8 questions"."""
+        """The step that begins: "reading the data", "loading the base model", "answering 8 questions", ..."""
 
     def started(self, *, rounds: int, completed: int, cohort: float) -> None: ...
     def updated(self, round: Round, client: ClientId) -> None: ...

@@ -1,4 +1,4 @@
-"""From settings to the machine that trains: base model, tokenizer, prompt format and engine."""
+"""From settings to a machine to train on: base model, tokenizer, prompt format and engine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # settings and data are read without waiting for torch
     from fedloom.engine.lora_engine import LoraEngine
     from fedloom.engine.pool import Workers
 
-SMALL = 100_000_000  # parameters; a base model below that is no faster with two threads than with one
+SMALL = 100_000_000  # parameters; a smaller base model is no faster with two threads than with one
 
 
 def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Template:
-    """The prompt format, with what this base model reads; one without weights does, too."""
+    """The prompt format for this base model, whose weights are not needed."""
     from fedloom.engine.generation import positions
 
     p, most = experiment.prompt, positions(model) or sys.maxsize
@@ -40,7 +40,7 @@ def load_template(experiment: Experiment, model: Any, tokenizer: Any) -> Templat
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A base model without its weights: enough to check an experiment, and to count."""
+    """A base model without its weights: enough to check an experiment and count parameters."""
 
     model: Any  # on the meta device
     template: Template
@@ -52,14 +52,14 @@ class Skeleton:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the base model, tied ones once."""
+        """Parameters in the base model, tied ones counted once."""
         from fedloom.engine.models import count_parameters
 
         return count_parameters(self.model)
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the base model embeds."""
+        """How many different tokens the base model embeds."""
         return int(self.model.get_input_embeddings().num_embeddings)
 
 
@@ -73,9 +73,9 @@ def load_skeleton(experiment: Experiment) -> Skeleton:
 
 @dataclass(frozen=True)
 class Machine:
-    """The one thing that computes: an engine, in this process or in workers, and what belongs to its base model.
+    """Everything that computes: an engine, in this process or in workers, and what belongs to its base model.
 
-    `close` it at the end, or use it in a `with` statement: workers end with it.
+    `close` it at the end, or use it in a `with` statement; its workers end then.
     """
 
     engine: Engine
@@ -88,35 +88,35 @@ class Machine:
 
     @property
     def positions(self) -> int:
-        """Tokens that the base model reads; many, where nothing limits it."""
+        """The most tokens that the base model reads; a very large number where nothing limits it."""
         return self.template.positions
 
     @property
     def base_hash(self) -> str:
-        """Of the weights as they are computed with, which answers depend on."""
+        """Hash of the weights in the precision they compute in, on which answers depend."""
         return self.facts.base_hash
 
     @property
     def base_sha256(self) -> str:
-        """Of the weights as they are stored: the identity of the base in every dtype."""
+        """Hash of the weights as stored: it identifies the base whatever the dtype."""
         return self.facts.base_sha256
 
     def ranked(self, place: int) -> Machine:
-        """The same machine, whose workers serve those of a lower place first."""
+        """The same machine seen from this place in the queue: workers serve lower places first."""
         from fedloom.engine.pool import Pool
 
         return replace(self, engine=self.engine.ranked(place)) if isinstance(self.engine, Pool) else self
 
     def initial_adapter(self, seed: int) -> AdapterState:
-        """Where every training with this seed starts: it leaves the base model unchanged."""
+        """The start of every training with this seed; it leaves the base model's outputs unchanged."""
         return self.layout.initial(seed)
 
     def is_base(self, sha256: str) -> bool:
-        """Is this the base that was recorded so? Version 0.1.0 recorded the weights as it computed with them."""
+        """Is this the base with that recorded hash? Version 0.1.0 hashed the weights as computed with."""
         return sha256 in (self.base_sha256, self.base_hash)
 
     def describe(self) -> dict[str, Any]:
-        """How it computes: for the record, and for whoever wonders about the speed."""
+        """How it computes: for the record, and to explain the speed."""
         return {
             "path": self.facts.path,
             "reason": self.facts.reason,
@@ -139,9 +139,9 @@ class Machine:
 
 
 def load_machine(experiment: Experiment, *, batches: int = 1) -> Machine:
-    """`batches` is how many batches of requests can be under way at once: more workers than that would never be busy.
+    """Load the machine. At most `batches` batches are under way at once; more workers would stay idle.
 
-    Where one is enough, everything is computed in this process.
+    With one worker, everything is computed in this process.
     """
     if workers(experiment, batches=batches) == 1 and experiment.machine.ray is None:
         return load_here(experiment)[0]
@@ -149,7 +149,7 @@ def load_machine(experiment: Experiment, *, batches: int = 1) -> Machine:
 
 
 def load_workers(experiment: Experiment, *, batches: int) -> Machine:
-    """A machine in other processes, which end at once when it is closed."""
+    """A machine in other processes, which end immediately when it is closed."""
     from fedloom.engine.fork_server import ForkServer
     from fedloom.engine.layout import AdapterLayout
     from fedloom.engine.pool import Pool
@@ -176,7 +176,7 @@ def load_workers(experiment: Experiment, *, batches: int) -> Machine:
 
 
 def load_here(experiment: Experiment) -> tuple[Machine, LoraEngine]:
-    """A machine in this process, and its engine for those who need the model itself: streams, merged weights, gradients."""
+    """A machine in this process, and its engine for uses of the model itself: streams, merging, gradients."""
     import torch
 
     base = load_skeleton(experiment)
@@ -187,7 +187,7 @@ def load_here(experiment: Experiment) -> tuple[Machine, LoraEngine]:
 
 
 def workers(experiment: Experiment, *, batches: int) -> int:
-    """ "auto" is a worker for each core or GPU, as far as `batches` keep them busy."""
+    """How many workers to use; "auto" means one per core or GPU, but no more than `batches` keep busy."""
     import torch
 
     from fedloom.engine import models
@@ -195,18 +195,18 @@ def workers(experiment: Experiment, *, batches: int) -> int:
     wanted, device = experiment.machine.workers, models.kind_of(experiment.machine.device)
     there = {"cpu": cores(), "cuda": torch.cuda.device_count()}.get(device, 1)
     count = there if wanted == "auto" else wanted
-    return max(1, min(batches, count if device == "cpu" else min(count, there)))  # no two of them share a GPU
+    return max(1, min(batches, count if device == "cpu" else min(count, there)))  # no two workers share a GPU
 
 
 def threads_of(experiment: Experiment, parameters: int, *, workers: int) -> int:
-    """ "auto" shares the cores out among the workers, where products are large enough to be shared among threads."""
+    """Threads per worker; "auto" divides the cores among them where products are large enough to gain."""
     if experiment.machine.threads != "auto":
         return experiment.machine.threads
     return 1 if parameters < SMALL else max(1, cores() // workers)
 
 
 def cores() -> int:
-    """Cores that this process may use; OMP_NUM_THREADS says how many it should."""
+    """OMP_NUM_THREADS where it is set, else the cores this process may use."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdecimal() and int(said) > 0:
         return int(said)

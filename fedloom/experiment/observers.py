@@ -1,4 +1,4 @@
-"""What the journal says of a round beside the round itself: functions that a training calls after each."""
+"""Further fields of a round's line in the journal: functions that a training calls after each round."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedloom.storage.journal import finite
 
 
 def unsent_metrics(clients: Mapping[ClientId, Client]) -> Observer:
-    """What clients of a simulation keep to themselves; on a network it would stay with them."""
+    """Figures that a simulation's clients keep to themselves; on a network these would stay with them."""
 
     def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
         memories = {c: clients[c].memory for c in sorted(seen.updates)}
@@ -32,7 +32,7 @@ def unsent_metrics(clients: Mapping[ClientId, Client]) -> Observer:
 def held_out(
     experiment: Experiment, dataset: Dataset, machine: Machine, clients: Mapping[ClientId, Client]
 ) -> Observer:
-    """Held-out loss of the server's adapter, every few rounds and after the last; None between."""
+    """Held-out loss of the server's adapter, every few rounds and after the last; None in between."""
     test, groups = held_out_part(dataset, experiment.evaluation.examples)
 
     def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
@@ -53,7 +53,7 @@ def held_out(
 
 
 def leaked(experiment: Experiment, dataset: Dataset, machine: Machine, algorithm: Algorithm) -> Observer:
-    """What the server's adapter gives away, in the rounds in which the experiment wants to know it."""
+    """Leakage of the server's adapter, in the rounds where the experiment asks for it."""
     every = experiment.leakage.every
 
     def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
@@ -68,7 +68,7 @@ def leaked(experiment: Experiment, dataset: Dataset, machine: Machine, algorithm
 
 
 def held_out_part(dataset: Dataset, wanted: int | None) -> tuple[Sequence[Any], list[str]]:
-    """The held-out examples that periodic evaluation looks at: all, or the same few every time."""
+    """The held-out examples used by periodic evaluation: all, or the same few every time."""
     groups = dataset.groups()
     chosen = evenly(range(len(groups)), wanted)
     return [dataset.test[i] for i in chosen], [groups[i] for i in chosen]

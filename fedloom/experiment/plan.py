@@ -1,4 +1,4 @@
-"""What an experiment will need, worked out from shapes and settings; no weights are loaded."""
+"""Estimate an experiment's needs from shapes and settings, without loading weights."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class Plan:
     base_parameters: int
     adapter_parameters: int
     targets: int  # adapted layers
-    bytes_up: int  # of one client in one round, on average; where a codec uses zstd, for normally distributed deltas
+    bytes_up: int  # of one client in a round, on average; with zstd, for normally distributed deltas
     bytes_down: int
     rounds: int
     cohort: float  # clients in a round, on average
     width: int  # clients in one batch
     batches: int  # of the largest round
-    workers: int  # that share them out
-    threads: int  # of each
+    workers: int  # that share the groups out
+    threads: int  # of each worker
     cores: int  # of this machine
     tokens_per_pass: int
     memory: float  # bytes, an estimate
-    disk: int  # bytes of a run's rounds and adapter at most, roughly; 0: the data could not be read
+    disk: int  # bytes at most, roughly, of a run's rounds and adapter; 0 where the data could not be read
     data: list[str]
-    notes: Sequence[str]  # what the data's reader has to say
-    problem: str | None  # what would end a run, sooner or later
+    notes: Sequence[str]  # notes from the data's reader
+    problem: str | None  # problems that would end a run, sooner or later
 
 
 def plan(experiment: Experiment) -> Plan:
@@ -128,19 +128,19 @@ def _cohorts(experiment: Experiment, clients: Sequence[ClientId]) -> list[Sequen
     try:
         select = cohorts(experiment, clients)
         return [select(r) for r in range(experiment.rounds)]
-    except ConfigError:  # more than there are, which is a problem of its own: counted with all
+    except ConfigError:  # more than there are: a problem reported elsewhere, counted here with all clients
         return [clients] * experiment.rounds
 
 
 def _bytes_down(
     adapter: AdapterState, delta: AdapterState, codec: Codec, cohorts: Sequence[Sequence[ClientId]]
 ) -> int:
-    """To a client in a round, on average: less where it was there not long before."""
+    """Bytes to a client in a round, on average: fewer where it took part recently."""
     message = Broadcast(0, {"adapter": adapter})
     if not codec.label:
         return len(wire.pack_broadcast(message, experiment=NAMED))
     link = Downlink(codec)
-    while not link.first and link.newest < len(cohorts):  # until the first version is forgotten
+    while not link.first and link.newest < len(cohorts):  # rounds until the first version is forgotten
         adapter = adapter + delta
         link.publish(adapter)
     whole = len(link.pack(message, None, experiment=NAMED))
@@ -158,13 +158,13 @@ def _bytes_down(
 
 
 def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: int, workers: int) -> float:
-    """The runtime, weights, and for each worker its clients' parameters with gradient and moments, and activations;
-    for examples of full length, within a factor of 2.
+    """Bytes of the runtime, the weights, and each worker's parameters, gradients, moments and activations.
 
-    Activations of a token in a layer: the inputs of its linear maps, norms and activations (about 24 times the
-    hidden size and 6 times the intermediate one) and two attention weights a head and token it may see; a
-    quarter of that with checkpointing. Half as much again for what the allocator cannot reuse, which is what
-    a run of examples up to 512 tokens on the embedded model was measured to take.
+    For examples of full length, within a factor of 2. Activations of one token in one layer: the inputs of
+    its linear maps, norms and activation functions (about 24 times the hidden size and 6 times the
+    intermediate one), and two attention weights for each head and each token it may see; a quarter of that
+    with checkpointing. Half as much again covers what the allocator cannot reuse: that was measured for
+    examples of up to 512 tokens on the embedded model.
     """
     m, machine, config = experiment.model, experiment.machine, model.config.get_text_config()
     weight = {"8bit": 1.0, "4bit": 0.56}.get(m.quantize, 2.0 if m.dtype == "bfloat16" else 4.0)  # bytes
@@ -184,5 +184,5 @@ def _memory(experiment: Experiment, model: Any, base: int, adapter: int, width: 
     return RUNTIME + base * weight + workers * (width * adapter * 16 + activations)
 
 
-NAMED = "0" * 16  # as long as an experiment's name in messages
+NAMED = "0" * 16  # as long as the experiment's name in messages
 RUNTIME = 0.5e9  # Python, torch and transformers, before any model

@@ -1,4 +1,4 @@
-"""What each position learns from a run: the public, another client, the server; each figure beside its control."""
+"""What the public, another client and the server learn from a run, each figure beside its control."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from fedloom.state import AdapterState
 from fedloom.statistics import proportion, share
 from fedloom.synthesis.filters import whole
 
-NEAR = 0.7  # ROUGE-L above which a synthetic example is a near-copy: FedPIT's filter
-DELTA = 1e-5  # of the bound on epsilon
-SHORTEST = 5  # words of a field that is looked for in samples
+NEAR = 0.7  # above this ROUGE-L a synthetic example is a near-copy: FedPIT's filter
+DELTA = 1e-5  # confidence of the bound on epsilon
+SHORTEST = 5  # words a field must have to be looked for in samples
 ATTACKERS = 2
-NO_CANARIES = "no canaries were planted: set data.canaries and train anew"
+NO_CANARIES = "no canaries were planted: set data.canaries and train again"
 
 
 def of_public(
@@ -47,7 +47,7 @@ def of_public(
     samples: int,
     full: bool,
 ) -> dict[str, Any]:
-    """Anyone who downloads the adapter and knows prompts, beginnings or candidates of the training examples."""
+    """Attack as anyone with the adapter who knows prompts, beginnings or candidate training examples."""
     engine, template = machine.engine, machine.template
     rows, length = {RELEASED: adapter}, experiment.evaluation.max_new_tokens
     every = with_base(rows)
@@ -56,7 +56,7 @@ def of_public(
     text = ranking.TrainingText(
         [e for own in dataset.clients.values() for e in own], dataset.test, shortest=SHORTEST
     )
-    # A prompt without an instruction: where responses alone were learnt, they begin after it.
+    # A prompt without an instruction: a model trained on responses alone begins one after it.
     talk = ranking.rank(
         engine,
         template,
@@ -104,14 +104,14 @@ def _exposure(machine: Machine, rows: Mapping[str, AdapterState | None], on: Tar
 def of_client(
     experiment: Experiment, dataset: Dataset, machine: Machine, adapter: AdapterState, on: Targets
 ) -> dict[str, Any]:
-    """Clients drawn by lot try to get the codes of all others, prompting with beginnings of their own records."""
+    """Clients drawn at random try to get the others' codes, prompting with how their own records begin."""
     secrets = {c: sorted({code(e) for e in own if e.private} - {""}) for c, own in dataset.clients.items()}
     if len([c for c in secrets if secrets[c]]) < 2:
         return {"cross_client": {"reason": NO_CANARIES}}
     names = sorted(dataset.clients)
     drawn = numpy_stream(experiment.seed, "audit", "attackers").permutation(len(names))[:ATTACKERS]
     attackers = [names[i] for i in drawn]
-    # Its own secrets come first: they show best how the others' begin.
+    # Its own secrets come first: they best show how the others' begin.
     known = {
         a: sorted(dict.fromkeys(dataset.clients[a]), key=lambda e: not e.private)[: experiment.audit.examples]
         for a in attackers
@@ -131,7 +131,7 @@ def of_client(
 
 
 def code(example: Example) -> str:
-    """The digits at the end of a response, where a secret stands; empty without any."""
+    """The digits at the end of a response, where a secret would be; empty if there are none."""
     found = re.search(r"(\d(?:\s*\d)*)\W*$", example.response)
     return found[1] if found else ""
 
@@ -145,10 +145,10 @@ def of_server(
     start: AdapterState,
     views: Mapping[ClientId, ServerView],
 ) -> dict[str, Any]:
-    """The server reads one upload of the last round, that of the client with the fewest examples: it tells most.
+    """Attack as the server: read one upload of the last round, from the client with the fewest examples.
 
-    Then the same with nothing but the mean of all uploads, as under secure aggregation. `start` is the adapter that
-    the round began with, `views` are its uploads.
+    Such an upload reveals most. Then repeat with only the mean of all uploads, as under secure aggregation.
+    `start` is the adapter at the beginning of the round, `views` are its uploads.
     """
     usable = {c: view for c, view in views.items() if view.delta.is_finite()}
     if not usable:
@@ -192,7 +192,7 @@ def _inverted(
         steps=steps,
         momentum=local.momentum if local.optimizer == "sgd" else 0.0,
     )
-    # Adam's blur misleads a long search; the span test alone does not mind.
+    # Adam's blur misleads a long search; the span test alone is not affected.
     ranked = inversion.invert(view, inputs, guesses=64 if local.optimizer == "sgd" else 0, decayed=gone)
     if isinstance(ranked, inversion.Inapplicable):
         return {"reason": ranked.reason}
@@ -204,7 +204,7 @@ def _inverted(
     if not recall.tokens:
         return {"reason": "the client's examples hold no token beyond the prompt format"}
     hits = proportion(round(recall.recall * recall.tokens), recall.tokens)
-    # What every text of this kind is full of ranks high, too: tokens that held-out examples have and this client has not.
+    # Tokens common to all such texts rank high too: those that held-out examples have and this client lacks.
     first = set([i for i in ranked.tokens.tolist() if i not in known][: recall.tokens])
     others = held_out - own
     control = _plain(share(len(others & first), len(others)))
@@ -217,15 +217,15 @@ def _told(
     plain = [e for e in dataset.clients[client] if not e.private]
     own = draw({client: plain}, experiment.audit.examples, seed=experiment.seed)
     if not own:
-        return {"reason": "the client has nothing but secrets"}
+        return {"reason": "the client holds nothing but secrets"}
     scores = inversion.membership(view, machine.engine, [*own, *in_the_mix_of(own, dataset)])
     return separation(scores[: len(own)], scores[len(own) :]).plain()
 
 
 def in_the_mix_of(own: Sequence[Example], data: Dataset) -> list[Example]:
-    """As many held-out examples as have the groups of `own` in its proportions; all, where no group is held out.
+    """As many held-out examples as match the proportions of `own`'s groups; all, where no group is held out.
 
-    Otherwise an update that teaches one kind of task would pass for one that betrays membership.
+    Otherwise an update that teaches one kind of task would look like one that betrays membership.
     """
     wanted = Counter(getattr(e, data.by) for e in own)
     held: dict[str, list[Example]] = {}
@@ -238,7 +238,7 @@ def in_the_mix_of(own: Sequence[Example], data: Dataset) -> list[Example]:
 
 
 def of_synthesis(dataset: Dataset, memories: Mapping[str, Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
-    """How near generated examples come to what their client keeps private, beside as many held-out examples."""
+    """How close generated examples come to their client's private ones, beside as many held-out examples."""
     found = {}
     for client, memory in sorted(memories.items()):
         texts = [whole(Example(**e)) for e in memory.get("synthetic", {}).get("examples", [])]
@@ -261,7 +261,7 @@ def of_synthesis(dataset: Dataset, memories: Mapping[str, Mapping[str, Any]], *,
 
 
 def lower_bound(public: Mapping[str, Any]) -> dict[str, Any]:
-    """Epsilon that canaries and their twins refute, guessing "planted" of the best quarter by calibrated exposure."""
+    """The epsilon refuted by guessing that the quarter with the best calibrated exposure was planted."""
     known = public["exposure"].get(RELEASED)
     if known is None:
         return {"reason": NO_CANARIES}
@@ -270,7 +270,7 @@ def lower_bound(public: Mapping[str, Any]) -> dict[str, Any]:
     bound = one_run(planted, twins, guesses=[guesses], delta=DELTA)
     return {
         **bound.plain(),
-        "approximate": "which canaries were planted was fixed, not decided by a coin for each",
+        "approximate": "which canaries to plant was fixed in advance, not decided by a coin toss for each",
     }
 
 

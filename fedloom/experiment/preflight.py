@@ -1,4 +1,4 @@
-"""What can be known before a run begins: whatever would end it rounds later is said here, in seconds and without weights."""
+"""Find in seconds, without weights, whatever would end a run rounds later."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NUMBER = 4  # bytes of an adapter's number on disk
 
 
 def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -> None:
-    """Raises ConfigError or DataError for what some stage of the run could not do, with these data (one set a seed).
+    """Raises ConfigError or DataError where any stage could not work with these data (one set per seed).
 
-    Every example fits what the base reads and embeds, every question leaves room for its answer, and every
-    algorithm, its synthesis and the cohorts can be made.
+    Checked: the base can read and embed every example, every question leaves room for its answer, and every
+    algorithm, its synthesis and the cohorts can be built.
     """
     vllm = experiment.machine.vllm
     if vllm is not None and shutil.which(vllm.python) is None:
@@ -41,10 +41,10 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
             specialist_client(experiment, dataset, label)
     if any("synthesize" in a.needs for a in algorithms) and experiment.prompt.max_length > base.positions:
         raise ConfigError(
-            f"Generated examples may have prompt.max_length = {experiment.prompt.max_length} tokens, and the base model "
+            f"Generated examples may have prompt.max_length = {experiment.prompt.max_length} tokens, but the base model "
             f"reads {base.positions}. Set prompt.max_length={base.positions}."
         )
-    # Seeds share most of their examples; each is looked at once.
+    # Seeds share most of their examples; each is checked once.
     train = dict.fromkeys(e for d in datasets for own in d.clients.values() for e in own)
     held = dict.fromkeys(e for d in datasets for e in d.test)
     questions = dict.fromkeys(e for d in datasets for e in asked(experiment, d))
@@ -57,7 +57,7 @@ def check(experiment: Experiment, datasets: Sequence[Dataset], base: Skeleton) -
 def check_examples(
     experiment: Experiment, base: Skeleton, examples: Iterable[Example], questions: Iterable[Example]
 ) -> None:
-    """Raises DataError where the base cannot read an example, ConfigError where a question leaves no room to answer."""
+    """Raises DataError for an example the base cannot read, ConfigError for a question without room."""
     _fit(experiment, base, examples)
     _leave_room(experiment, base, questions)
 
@@ -68,7 +68,7 @@ def asked(experiment: Experiment, dataset: Dataset) -> list[Example]:
 
 
 def _fit(experiment: Experiment, base: Skeleton, examples: Iterable[Example]) -> None:
-    """Every example can be trained on and scored."""
+    """Check that every example can be trained on and scored."""
     too_long, longest, first = 0, 0, ""
     for example in examples:
         ids = base.template.encode(example).ids
@@ -76,19 +76,19 @@ def _fit(experiment: Experiment, base: Skeleton, examples: Iterable[Example]) ->
             too_long, longest, first = too_long + 1, max(longest, len(ids)), first or _name(example)
         if (largest := max(ids)) >= base.vocabulary:
             raise DataError(
-                f"{_name(example)} has token {largest}, and the base model {experiment.model.base!r} embeds {base.vocabulary}: "
+                f"{_name(example)} has token {largest}, but the base model {experiment.model.base!r} embeds {base.vocabulary}: "
                 "its tokenizer belongs to another model, or has tokens that were never added to this one."
             )
     if too_long:
         raise DataError(
-            f"The base model reads {base.positions} tokens, and {too_long} example{'s have' if too_long > 1 else ' has'} more "
+            f"The base model reads {base.positions} tokens, but {too_long} example{'s have' if too_long > 1 else ' has'} more "
             f"(up to {longest}, first {first}), since prompt.max_length = {experiment.prompt.max_length}. "
-            f"Set prompt.max_length={base.positions} to cut what is longer, or choose a base that reads more."
+            f"Set prompt.max_length={base.positions} to cut longer examples, or choose a base that reads more."
         )
 
 
 def _leave_room(experiment: Experiment, base: Skeleton, questions: Iterable[Example]) -> None:
-    """Every question can be answered in `evaluation.max_new_tokens`."""
+    """Check that every question leaves room for an answer of `evaluation.max_new_tokens`."""
     room = experiment.evaluation.max_new_tokens
     for question in questions:
         advice = (
@@ -113,13 +113,14 @@ def _name(example: Example) -> str:
 
 
 def disk(experiment: Experiment, dataset: Dataset, numbers: int, *, compared: bool) -> int:
-    """Bytes that a run's rounds and adapters take at most, roughly; of a comparison, all of it.
+    """Upper bound, roughly, of the bytes that a run's rounds and adapters take, or a whole comparison's.
 
-    A committed round holds the server's adapter and what it was sent as, and of each client up to two states.
+    A committed round holds the server's adapter, the form in which it was sent, and up to two states per
+    client.
     """
     clients = len(dataset.clients)
     rows = 3 + len(experiment.compare.local) + len(experiment.compare.methods) if compared else 1
-    states = checkpoint.KEPT + 1  # one more while it is written
+    states = checkpoint.KEPT + 1  # one more while it is being written
     remembered = (
         2 * clients
         if compared or not experiment.algorithm.shared or "synthesize" in experiment.algorithm.needs

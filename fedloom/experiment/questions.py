@@ -1,4 +1,4 @@
-"""The questions that are judged, and the answers to them that need no model."""
+"""The questions to judge, and the answers to them that need no model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ REFERENCE = "reference"  # an opponent: the questions' own responses
 
 
 def questions_of(experiment: Experiment, dataset: Dataset) -> tuple[list[Example], int]:
-    """The questions that are judged, and how many of the file were left out since a client holds them.
+    """The questions to judge, and how many of the file's were left out because a client holds them.
 
-    Raises: FedloomError for what the judge or the table could not use, so that it is known before anything is trained.
+    Raises: FedloomError, before anything is trained, where the judge or the table could not use them.
     """
     settings, path = experiment.judge or Judge(), experiment.evaluation.questions
     left_out = 0
@@ -49,7 +49,7 @@ def questions_of(experiment: Experiment, dataset: Dataset) -> tuple[list[Example
 
 
 def stored_of(experiment: Experiment, questions: Sequence[Example]) -> dict[str, Sequence[str]]:
-    """Answers that need no model: the columns of `evaluation.references`, and the questions' own responses where all have one."""
+    """Stored answers: the columns of `evaluation.references`, and the responses if all questions have one."""
     evaluation = experiment.evaluation
     stored: dict[str, Sequence[str]] = {}
     if evaluation.references is not None:
@@ -61,7 +61,7 @@ def stored_of(experiment: Experiment, questions: Sequence[Example]) -> dict[str,
 
 
 def check(experiment: Experiment, dataset: Dataset) -> None:
-    """Refuse, before anything is trained, what could not be judged afterwards. Raises: FedloomError."""
+    """Refuse, before anything is trained, a comparison that could not be judged. Raises: FedloomError."""
     if experiment.judge is None:
         return
     questions, _ = questions_of(experiment, dataset)

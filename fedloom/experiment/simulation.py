@@ -1,8 +1,9 @@
-"""The trainings of one seed, with all their clients in one process: FedIT's rows, and those of `compare.methods`.
+"""One seed's trainings, with all their clients simulated: FedIT's rows and those of `compare.methods`.
 
-Every row sees the same data, the same held-out set and the same initial adapter. In every row, a client's round is
-its local epochs over its own data; local-only clients train in every round; centralised tuning sees as many
-examples a round as the cohort (budget "epochs") or takes as many steps as one client (budget "steps").
+Every row sees the same data, the same held-out set and the same initial adapter. In every row, a client's
+round is its local epochs over its own data; local-only clients train in every round; centralised tuning sees
+as many examples a round as the cohort (budget "epochs") or takes as many steps as one client (budget
+"steps").
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from fedloom.state import AdapterState
 from fedloom.storage import files, journal
 from fedloom.transport.in_process import Simulation
 
-SAMPLES = 3  # generated texts kept for each fate
+SAMPLES = 3  # generated texts kept per fate
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A training and its clients, who are all here."""
+    """A training together with all its clients."""
 
     training: Training
     clients: Mapping[ClientId, Client]
@@ -52,7 +53,7 @@ class Simulated:
         return self.training.finish(listener)
 
     def models(self, label: str, state: ServerState) -> dict[str, AdapterState]:
-        """The rows a finished training makes: the shared model, and the personal ones of its clients."""
+        """The rows that a finished training yields: the shared model and its clients' personal ones."""
         algorithm = self.training.algorithm
         rows = {label: state.adapter} if algorithm.shared else {}
         made_by = LOCAL if label == FEDERATED and not algorithm.shared else label
@@ -64,9 +65,9 @@ class Simulated:
         }
 
     def synthesis(self) -> dict[str, Any] | None:
-        """What was generated: counts by fate over all rounds and clients, and a few texts of each; None: nothing.
+        """Generated texts: counts by fate, over all rounds and clients, and a few of each; None without any.
 
-        Both are in a simulation's reports alone; on a network they would stay with their clients.
+        Only a simulation can report them; on a network they would stay with their clients.
         """
         counts: Counter[str] = Counter()
         for record in journal.read(self.training.folder / files.METRICS):
@@ -90,7 +91,7 @@ Maker = Callable[[Experiment, Dataset, Machine, Path], Simulated]
 
 
 def trainings(experiment: Experiment) -> dict[str, tuple[str, Maker]]:
-    """A seed's trainings in the order they run: folder -> what its rows are called, and what makes it."""
+    """A seed's trainings in the order they run: folder -> its rows' name, and its builder."""
     owners = {label.lower(): (label, partial(specialist, label)) for label in experiment.compare.local_labels}
     methods = {files.method(label): (label, partial(method, label)) for label in experiment.compare.methods}
     return {
@@ -103,7 +104,7 @@ def trainings(experiment: Experiment) -> dict[str, tuple[str, Maker]]:
 
 
 def batches(experiment: Experiment, dataset: Dataset) -> int:
-    """How many batches of clients the largest round of the experiment's own algorithm is made of."""
+    """The number of client batches in the largest round of the experiment's own algorithm."""
     select = cohorts(experiment, sorted(dataset.clients))
     largest = max(len(select(r)) for r in range(experiment.rounds))
     return max(1, math.ceil(largest / experiment.machine.clients_per_batch))
@@ -120,7 +121,7 @@ def federated(experiment: Experiment, dataset: Dataset, machine: Machine, folder
 
 
 def method(label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
-    """The algorithm that `compare.methods` names so, in all else like the experiment's own."""
+    """The algorithm under this label in `compare.methods`, otherwise set up like the experiment's own."""
     other = experiment.with_(algorithm=experiment.compare.methods[label])
     made = federated if other.algorithm.shared else alone
     return made(other, dataset, machine, folder)
@@ -131,7 +132,7 @@ def local_only(experiment: Experiment, dataset: Dataset, machine: Machine, folde
 
 
 def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path) -> Simulated:
-    """An algorithm that shares no model: every client trains in every round, or those `compare.local_clients` draws."""
+    """An algorithm without a shared model: its clients (see `compare.local_clients`) train every round."""
     algorithm = experiment.algorithm
     clients = federated_clients(experiment, dataset, tools(algorithm, experiment, dataset, machine.template))
     wanted = experiment.compare.local_clients
@@ -171,7 +172,7 @@ def centralised(experiment: Experiment, dataset: Dataset, machine: Machine, fold
 def specialist(
     label: str, experiment: Experiment, dataset: Dataset, machine: Machine, folder: Path
 ) -> Simulated:
-    """A row of FedIT's table: one owner of all training examples of the categories that `compare.local` names for it."""
+    """A row of FedIT's table: one owner of all training examples in its categories in `compare.local`."""
     categories = experiment.compare.local[experiment.compare.local_labels.index(label)]
     clients = {label: specialist_client(experiment, dataset, label)}
     fingerprint = f"{label} {json.dumps(categories)} {experiment.fingerprint()}"
@@ -226,5 +227,5 @@ def simulated(
 
 
 def _identity(fingerprint: str, inputs: Mapping[str, str]) -> str:
-    """Names settings and base model in every message, so that neither end works for another experiment."""
+    """The name of settings and base model in every message, so that neither end serves another experiment."""
     return hashlib.sha256(f"{fingerprint} {inputs['base_sha256']}".encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Make a summary of measured rows: means and intervals over seeds, and what there is to know about the run."""
+"""Summarise measured rows: means and intervals over seeds, and the facts about the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedloom.storage.files import SCHEMA
 
 
 def method_of(row: Row, experiment: Experiment) -> str:
-    """The algorithm that made it."""
+    """The algorithm that made this row."""
     if row.label in experiment.compare.methods:
         return ALGORITHM.name(experiment.compare.methods[row.label])
     if row.specialist:
@@ -81,7 +81,7 @@ def summarise(
         "samples": results[0]["samples"],
         "prompts_cut": sum(
             r.get("prompts_cut", 0) for r in results
-        ),  # questions that models saw a part of, over all seeds
+        ),  # questions that models saw only in part, over all seeds
         "synthesis": results[0].get("synthesis", {}),
         "rounds": [
             {k: r[k] for k in ("round", "bytes_up", "bytes_down", "tokens", "seconds")} for r in records
@@ -101,7 +101,7 @@ def summarise(
 
 
 def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Metrics by row, single clients summed up as their mean and, in each metric, their best; these alone come last."""
+    """Metrics by row; clients' rows become their mean and, metric by metric, their best, and come last."""
     table = {row: dict(found["metrics"]) for row, found in rows.items()}
     out: dict[str, dict[str, float]] = {}
     for name, found in table.items():
@@ -123,7 +123,10 @@ def _with_locals(rows: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _differences(
     tables: Sequence[Mapping[str, Mapping[str, float]]], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Between the named rows (not single clients), each pair once, paired by seed; of AUCs, of their distances from 1/2."""
+    """Differences between the named rows (not single clients), each pair once, paired by seed.
+
+    For AUCs, the differences of their distances from 1/2.
+    """
     names = [n for n in tables[0] if not is_single(n)]
     out = []
     for i, b in enumerate(names):
@@ -156,8 +159,10 @@ def environment() -> dict[str, str]:
 
 
 def _provenance(experiment: Experiment, dataset: Dataset, when: tuple[float, float] | None) -> dict[str, Any]:
-    """When, from which data and, where FEDLOOM_RUN_BY names one, by whom. Of paths the last part alone, since the rest
-    says who ran it and where."""
+    """When it ran, on which data and, if FEDLOOM_RUN_BY is set, by whom.
+
+    Only the last part of a path is kept: the rest would tell who ran it and where.
+    """
     data = experiment.data
     paths = [data.path] if isinstance(data.path, str) else data.path or []
     return {

@@ -15,7 +15,7 @@ from fedloom.experiment.choices import choice_of, did_you_mean, keys
 from fedloom.experiment.settings import Experiment, checked
 from fedloom.storage.files import EXPERIMENT
 
-# What version 0.1.0 called otherwise: a key, or a name that stands at a key.
+# Names that differ in version 0.1.0: a key, or a name used as a key's value.
 RENAMED = {
     "model.device": "machine.device",
     "model.path": "machine.kernels",
@@ -28,7 +28,7 @@ RENAMED = {
     "synthesis.kind=spare": "synthesis.kind=held_back",
     "synthesis.kind=restyled": "synthesis.kind=other_style",
 }
-DATA = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}  # what people give where a recipe is expected
+DATA = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}  # files people pass where a recipe is expected
 
 
 def recipes() -> dict[str, str]:
@@ -42,9 +42,10 @@ def recipes() -> dict[str, str]:
 
 
 def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """A recipe's name, a TOML file or a run's folder, then `section.key=value` overrides. Raises: ConfigError.
+    """The experiment of a recipe, a TOML file or a run's folder, with overrides applied. Raises: ConfigError.
 
-    The folder may be of version 0.1.0. Files and overrides must use the names of today.
+    An override is `section.key=value`. The folder may be from version 0.1.0; files and overrides must use the
+    current names.
     """
     if Path(what).is_dir() and str(what) not in recipes():
         file = Path(what) / EXPERIMENT
@@ -56,12 +57,12 @@ def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Experiment:
-    """The text of a TOML file; `name` is what errors call it. Raises: ConfigError."""
+    """The settings in a TOML text; errors refer to it as `name`. Raises: ConfigError."""
     return _overridden(_tree(text, name), name, overrides)
 
 
 def recorded(plain: Mapping[str, Any], name: str) -> Experiment:
-    """The settings that a run's summary holds, as this version or 0.1.0 wrote them. Raises: ConfigError."""
+    """The settings in a run's summary, written by this version or by 0.1.0. Raises: ConfigError."""
     return checked(_today(plain), name)
 
 
@@ -113,7 +114,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string: no quotes needed on the command line
+        value = text  # a bare word is a string, so the command line needs no quotes
     *parents, leaf = [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|([^."]+)', path)]
     table: dict[str, Any] = tree
     hint: Any = Experiment
@@ -131,7 +132,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
         and leaf == choice.tag
         and choice.canonical(table.get(leaf)) != choice.canonical(value)
     ):
-        table.clear()  # another class: the options of the old one do not apply to it
+        table.clear()  # another class: the old one's options do not apply to it
     table[leaf] = value
 
 
@@ -139,7 +140,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
 
 
 def _stands(tree: Mapping[str, Any], key: str) -> bool:
-    """Does a key of `RENAMED` stand in this tree?"""
+    """Whether this tree contains a key of `RENAMED`."""
     path, named, name = key.partition("=")
     *parents, leaf = path.split(".")
     found: Any = tree
@@ -151,7 +152,7 @@ def _stands(tree: Mapping[str, Any], key: str) -> bool:
 
 
 def _today(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings under the names of today."""
+    """The same settings under their current names."""
     tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
     for was, now in RENAMED.items():
         if _stands(tree, was):

@@ -1,8 +1,8 @@
 """One training in a folder: started, killed, resumed, finished. On a network this is the coordinator.
 
-It knows an algorithm, a transport and callables; data, base model and settings are known to those who build it.
+It knows an algorithm, a transport and callables. Data, base model and settings are its builder's business.
 
-inputs.json     what the data, the base model and the prompts were: a resumed training goes on with no others
+inputs.json     hashes of data, base model and prompts: a training is resumed with exactly these
 metrics.jsonl   one line a round
 state/          the last two committed rounds (storage/checkpoint.py)
 """
@@ -30,7 +30,7 @@ from fedloom.storage.checkpoint import Checkpoint
 from fedloom.storage.files import INPUTS, METRICS, STATE
 from fedloom.transport.base import Transport
 
-# (the server's state after a round, what happened in it) -> further fields of the round's line in the journal.
+# (the server's state after a round, the round's events) -> further fields of its line in the journal.
 # Also called before the first round, with a round that has no cohort.
 Observer = Callable[[ServerState, Round], Mapping[str, Any]]
 WHAT = {"data_sha256": "data are", "base_sha256": "base model is", "prompt_sha256": "prompts' format is"}
@@ -46,22 +46,23 @@ class Training:
     select: Callable[[int], Sequence[ClientId]]  # round -> cohort
     start: AdapterState  # the adapter before the first round
     rounds: int
-    inputs: Mapping[str, str]  # hashes of what the adapter depends on beside the settings; see WHAT
+    inputs: Mapping[str, str]  # hashes of what the adapter depends on besides the settings; see WHAT
     fingerprint: str  # of the settings
-    observe: Sequence[Observer] = ()  # what each adds to a round's line in the journal
+    observe: Sequence[Observer] = ()  # each adds fields to a round's line in the journal
     gate: Gate = Gate()
 
     def finish(self, listener: Listener) -> ServerState:
-        """Run to the last round, from the newest committed one if there is any.
+        """Run to the last round, starting from the newest committed one if there is any.
 
-        The result does not depend on where or how often the training was interrupted before.
+        The result does not depend on where or how often the training was interrupted.
         """
         state_folder, metrics = self.folder / STATE, self.folder / METRICS
-        # Create `state` before the journal's first write: that write syncs the parent folder, so a power cut cannot lose it.
+        # Create `state` before the journal's first write: that write syncs the parent folder, so a power cut
+        # cannot lose it.
         state_folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.newest(state_folder, fingerprint=self.fingerprint)
         for damage in found.damaged:
-            listener.warned(f"not used, since it is damaged: {damage}; going on from the round before it")
+            listener.warned(f"not used because it is damaged: {damage}; going on from the round before it")
         if found.checkpoint is None:
             durable.write(self.folder / INPUTS, json.dumps(dict(self.inputs), indent=1).encode())
             state = self.algorithm.init(self.start)
@@ -94,7 +95,7 @@ class Training:
         return federation.run(state, self.rounds)
 
     def _check_inputs(self) -> None:
-        """Refuse to go on with other data or another base model than the training began with."""
+        """Refuse to go on with data, prompts or a base model other than the training began with."""
         saved = self.folder / INPUTS
         try:
             then = json.loads(saved.read_bytes())

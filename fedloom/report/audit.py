@@ -1,4 +1,4 @@
-"""The page's section on what `fedloom audit` found: its lines, exposures and AUCs."""
+"""The page's section on the findings of `fedloom audit`: its lines, exposures and AUCs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLANTED, UNSEEN, BASE = "#cc6677", "#3b7dd8", marks.ROW_COLOURS["base"]
 
 
 def read(folder: Path) -> Mapping[str, Any] | None:
-    """None where nobody audited the run. Raises: RunError."""
+    """The run's audit; None if there was none. Raises: RunError."""
     path = folder / AUDIT
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -29,17 +29,17 @@ def read(folder: Path) -> Mapping[str, Any] | None:
         return None
     except (ValueError, OSError) as damage:
         raise RunError(
-            f"{path} cannot be read: {type(damage).__name__}. Delete it, or audit anew: fedloom audit {folder}"
+            f"{path} cannot be read: {type(damage).__name__}. Delete it, or audit again: fedloom audit {folder}"
         ) from damage
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or "positions" not in found:
         raise RunError(
-            f"{path}: expected an audit of schema {SCHEMA}. Delete it, or audit anew: fedloom audit {folder}"
+            f"{path}: expected an audit of schema {SCHEMA}. Delete it, or audit again: fedloom audit {folder}"
         )
     return found
 
 
 def shown(audit: Mapping[str, Any], adapter_sha256: str) -> dict[str, Any]:
-    """What the page's section needs."""
+    """Everything that the page's section shows."""
     return {
         "groups": lines(audit),
         "targets": audit["targets"],
@@ -53,10 +53,10 @@ def shown(audit: Mapping[str, Any], adapter_sha256: str) -> dict[str, Any]:
 
 
 def pictures(audit: Mapping[str, Any]) -> dict[str, Picture]:
-    """ "exposures" where secrets were planted, and "aucs"."""
+    """Key -> figure: "exposures" if secrets were planted, and "aucs"."""
     public, made = audit["positions"]["public"], {}
     if "reason" not in public["exposure"]:
-        label = "Exposure of planted and of held-out secrets, with the law of secrets never seen."
+        label = "Exposure of planted and of held-out secrets, with the distribution for secrets never seen."
         made["exposures"] = Picture(
             "exposures", label, exposures_figure(public["exposure"]), *_exposures_table(public["exposure"])
         )
@@ -68,10 +68,10 @@ def pictures(audit: Mapping[str, Any]) -> dict[str, Picture]:
 
 
 def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
-    """Shares of secrets by whole bits, planted beside held out, and the share that chance gives each bin.
+    """Shares of secrets by whole bits, planted beside held out, and the share expected by chance in each bin.
 
-    A secret that was never seen has an exposure of at least x with probability 2^-x: so half of them lie
-    below one bit, a quarter between one and two, ...; what is left over lies in the last bin.
+    A secret never seen has an exposure of at least x with probability 2^-x, so half of them lie below one
+    bit, a quarter between one and two, and so on; the remainder lies in the last bin.
     """
     known = exposure["released"]["calibrated"]
     planted, unseen, chance = _bins(known)
@@ -119,7 +119,7 @@ def exposures_figure(exposure: Mapping[str, Any]) -> go.Figure:
 
 
 def _bins(known: Mapping[str, Any]) -> tuple[list[int], list[int], list[float]]:
-    """By whole bits: planted secrets, those never planted, and the percentage that chance puts there."""
+    """By whole bits: planted secrets, secrets never planted, and the percentage expected by chance."""
     bins = max(1, -int(-known["ceiling"] // 1))
     counts = {side: [0] * bins for side in ("planted", "held_out")}
     for side, its in counts.items():
@@ -137,7 +137,7 @@ def _exposures_table(exposure: Mapping[str, Any]) -> tuple[list[str], list[list[
 
 
 def aucs_figure(rows: Mapping[str, Mapping[str, Any]]) -> go.Figure:
-    """The five scores: released and base side by side, 95% intervals over records, and a coin."""
+    """The five scores: released model and base side by side, 95% intervals over records, and a coin toss."""
     names = list(rows["released"])
     traces = []
     for row, name, hue, shape, shift in (

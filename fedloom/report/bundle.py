@@ -1,7 +1,7 @@
-"""The plot library that a page carries: plotly.js with its charts in two dimensions, compressed.
+"""The plot library that a page carries: plotly.js with only its two-dimensional charts, compressed.
 
-plotly's Python package ships all of plotly.js, with maps and 3D, in 4.8 MB; this part of it has 1.5 MB and, packed into
-a page, 0.66 MB. A page unpacks it by itself, and its policy admits exactly the text that npm publishes:
+plotly's Python package ships all of plotly.js, with maps and 3D: 4.8 MB. This part has 1.5 MB and takes 0.66
+MB of a page. A page unpacks it itself, and its policy admits exactly the text that npm publishes as
 plotly.js-cartesian-dist-min, MIT licence (plotly/LICENSE).
 """
 
@@ -20,5 +20,5 @@ def compressed() -> bytes:
 
 
 def admitted() -> str:
-    """The unpacked library, as a content security policy names it."""
+    """The unpacked library's hash, as written in a content security policy."""
     return f"'sha256-{base64.b64encode(bytes.fromhex(SHA256)).decode()}'"

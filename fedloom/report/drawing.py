@@ -1,7 +1,7 @@
-"""What all figures share. Transparent, and free of ink colours: the page gives them its own, light or dark.
+"""The common parts of all figures. They are transparent and set no ink colour: the page has light and dark.
 
-Names come from data, so they are escaped (Plotly reads a few HTML tags in its texts) and never used as
-an axis value: two long names that look alike when cut stay two.
+Names come from data, so they are escaped (Plotly interprets a few HTML tags in texts) and never used as
+axis values: two long names that look alike when shortened stay distinct.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 FAINT = "rgba(128,128,128,0.14)"
-SHOWN_CLIENTS = 400  # more would be thinner than a pixel; evenly chosen from more
-ROW_BY_ROW = 24  # up to here every client gets a line with its name
+SHOWN_CLIENTS = 400  # more would be thinner than a pixel; of more, these are chosen evenly
+ROW_BY_ROW = 24  # up to this number, every client gets a line with its name
 
 
 def figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
@@ -54,7 +54,7 @@ def figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
 
 
 def within(metric: str) -> dict[str, Any]:
-    """An interval over two seeds reaches far beyond what a share can be; the axis need not."""
+    """The range of an axis of shares; an interval over two seeds may reach far beyond it."""
     limits = {"loss": {}, "exposure": {"clipmin": 0}, "auc": {"clipmin": 0, "clipmax": 1}}
     return {"autorangeoptions": limits.get(metric, {"clipmin": -3, "clipmax": 103})}
 
@@ -64,7 +64,7 @@ def axis_title(text: str) -> dict[str, Any]:
 
 
 def ticks(names: Sequence[str], *, longest: int = 28, every: bool = False) -> dict[str, Any]:
-    """Names at 0, 1, 2, ...; only some, evenly, where there are too many to read."""
+    """Names at 0, 1, 2, ...; an evenly spaced selection where there are too many to read."""
     nth = 1 if every or len(names) <= ROW_BY_ROW else -(-len(names) // 12)
     shown = list(range(0, len(names), nth))
     return {"tickvals": shown, "ticktext": [label(names[i], longest) for i in shown]}

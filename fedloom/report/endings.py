@@ -8,10 +8,10 @@ from typing import Any
 
 from fedloom.report import findings, terms
 
-FEW = 0.95  # share of answers that end by themselves below which it is worth a word
+FEW = 0.95  # a smaller share of answers that end by themselves is worth mentioning
 UNLEARNT = math.log(
     2
-)  # nats of the end token where an answer ends: below, it is likelier than all others together
+)  # nats of the end token where an answer ends; below, it is likelier than all others together
 
 _OTHER_END = (
     'Close answers with a token that the base has learnt (prompt.format = "alpaca" or "plain" closes them with the '
@@ -20,7 +20,7 @@ _OTHER_END = (
 
 
 def shown(summary: Mapping[str, Any]) -> bool:
-    """Is some tuned row's share of ended answers low enough to be shown where room is short?"""
+    """Whether some tuned row's share of ended answers is low enough to show even where room is short."""
     tuned = [row for row in findings.rows(summary) if row != "base"]
     return any(
         (found := findings.entry(summary, row, "ended")) is not None and found["mean"] < FEW for row in tuned
@@ -28,7 +28,7 @@ def shown(summary: Mapping[str, Any]) -> bool:
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What is to be said of the tuned model's ends; nothing where nearly all its answers end by themselves."""
+    """Remarks on how the tuned model's answers end; none where nearly all end by themselves."""
     row = next((name for name in ("federated", "local mean") if findings.entry(summary, name, "ended")), None)
     ended, loss = (findings.entry(summary, row, metric) if row else None for metric in ("ended", "end_loss"))
     if row is None or ended is None or ended["mean"] >= FEW:
@@ -50,7 +50,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def unreachable(token: str) -> str:
-    """Before training, of an end token whose row in the frozen output head can hardly win."""
+    """A warning before training about an end token whose row in the frozen output head can hardly win."""
     return (
         f"the end of an answer, {token}, looks untrained in the base model's output head, which stays frozen: "
         f"answers may never end. {_OTHER_END}"

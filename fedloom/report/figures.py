@@ -14,11 +14,11 @@ from fedloom.report.terms import axis, factor, title, value
 from fedloom.rows import Row
 from fedloom.statistics import evenly
 
-ALONE = "each client alone"  # the line of rows_figure that holds every client's own model
+ALONE = "each client alone"  # the line of rows_figure for every client's own model
 
 
 def partition_figure(partition: Mapping[str, Any]) -> go.Figure:
-    """Who holds what: a bar for each client, stacked by category or owner."""
+    """Who holds what: one bar per client, stacked by category or owner."""
     held = {c["client"]: c["counts"] for c in partition["clients"]}
     clients, groups = evenly(list(held), SHOWN_CLIENTS), list(partition["totals"])
     lying = len(clients) <= ROW_BY_ROW
@@ -154,7 +154,7 @@ def _dots(
 def groups_figure(
     table: Mapping[str, Mapping[str, float]], metric: str, *, own: str | None = None
 ) -> go.Figure:
-    """Rows by groups of the held-out examples; the fuller the colour, the better.
+    """Rows by groups of the held-out examples; a stronger colour is better.
 
     `table` is row -> group -> value.
     """
@@ -162,7 +162,7 @@ def groups_figure(
     groups = list(dict.fromkeys(g for found in table.values() for g in found))
     cells = [[table[n].get(g) for g in groups] for n in names]
     known = [x for line in cells for x in line if x is not None]
-    # Shares begin at nothing, and a few percent are not painted as if they were much.
+    # Shares start at zero, and a few percent are not coloured as if they were much.
     low, high = (min(known), max(known)) if metric == "loss" and known else (0.0, max([0.25, *known]))
     scale = [(0.0, "rgba(59,125,216,0.03)"), (1.0, "rgba(59,125,216,0.62)")]
     written = [[_cell(metric, x) for x in line] for line in cells]
@@ -186,14 +186,14 @@ def groups_figure(
         hoverinfo="text",
         texttemplate="%{text}",
     )
-    # Broken at spaces and underscores, names of several words fit above their columns.
+    # With breaks at spaces and underscores, names of several words fit above their columns.
     heads = [label(g, 32).replace("_", " ").replace(" ", "<br>") for g in groups]
     return figure(
         [grid],
         height=30 * len(names) + 70,
         hovermode="closest",
         margin={"l": 10, "r": 16, "t": 30, "b": 8},
-        meta={"least": 130 + 42 * len(groups)},  # pixels: columns hold their headings and digits
+        meta={"least": 130 + 42 * len(groups)},  # pixels: enough for headings and digits
         xaxis={"tickvals": list(range(len(groups))), "ticktext": heads, "showgrid": False, "side": "top"},
         yaxis={
             "tickvals": list(range(len(names))),
@@ -211,9 +211,9 @@ def _cell(metric: str, x: float | None) -> str:
 def clients_figure(
     table: Mapping[str, Mapping[str, float]], metric: str, *, own: str | None = None
 ) -> go.Figure:
-    """What each client gets, in its own mix of groups.
+    """Each client's result on its own mix of groups.
 
-    `table` is client -> row -> value, a row named as in ROW_COLOURS.
+    `table` is client -> row -> value, with rows named as in ROW_COLOURS.
     """
     clients = evenly(list(table), 40)
     scale = factor(metric)
@@ -234,7 +234,7 @@ def clients_figure(
     for nth, row in enumerate(names):
         aside = 0.14 * (
             nth - (len(names) - 1) / 2
-        )  # equal values lie one above the other, not one behind the other
+        )  # equal values are drawn one above the other, not hidden behind each other
         having = [(y, c) for y, c in enumerate(clients) if row in table[c]]
         name = "This client alone" if row == "local_only" else title(row, own)
         traces.append(

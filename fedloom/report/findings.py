@@ -1,4 +1,4 @@
-"""Read a summary: its metrics and rows, which are best, and what differs."""
+"""Read a summary: its metrics and rows, the best of them, and their differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Summary = Mapping[str, Any]
 
 
 def own(summary: Summary) -> str:
-    """What the experiment's own algorithm is called."""
+    """The name of the experiment's own algorithm."""
     return names.title(str(summary["experiment"]["algorithm"]["name"]))
 
 
@@ -34,7 +34,7 @@ def leaks(summary: Summary) -> list[str]:
 
 
 def rows(summary: Summary) -> list[str]:
-    """The rows of the table, without the single clients."""
+    """The rows of the table, without single clients."""
     return [r for r in dict.fromkeys(r["row"] for r in summary["rows"]) if not is_single(r)]
 
 
@@ -43,7 +43,7 @@ def single_clients(summary: Summary) -> list[str]:
 
 
 def methods(summary: Summary) -> Mapping[str, Mapping[str, Any]]:
-    """label -> settings of the further algorithms that were compared."""
+    """label -> settings, for the further algorithms that were compared."""
     found: Mapping[str, Mapping[str, Any]] = summary["experiment"].get("compare", {}).get("methods", {})
     return found
 
@@ -59,7 +59,7 @@ def entry(summary: Summary, row: str, metric: str) -> Mapping[str, Any] | None:
 def best(summary: Summary, names: Sequence[str], metric: str) -> set[str]:
     """The row, or the equal rows, with the best mean; none where all are equal.
 
-    Of leakage the untuned base is no candidate: it has nothing to leak.
+    For leakage the untuned base does not count: it has nothing to leak.
     """
     means = {n: found["mean"] for n in names if (found := entry(summary, n, metric)) is not None}
     if metric in LEAKS:
@@ -86,8 +86,10 @@ def excludes_zero(ci95: Interval) -> bool:
 
 
 def own_mix(summary: Summary) -> tuple[str, Mapping[str, Any]] | None:
-    """Who gains by taking part, by the first metric that tells it of as many clients as any does: where few questions
-    are asked, a client may hold groups of which none is, and only its loss is known."""
+    """Who gains by taking part, by the first metric that is known for the most clients.
+
+    Where few questions are asked, none may come from a client's groups; then only its loss is known.
+    """
     found: Mapping[str, Any] = summary.get("own_mix", {})
     told = {
         m: sum(len(seed["clients"]) for seed in found[m]["seeds"]) for m in metrics(summary) if m in found

@@ -1,4 +1,4 @@
-"""Read what judges found: a run's answers against an opponent's, or a comparison's models in the papers' own form.
+"""Judges' findings as tables: a run's answers against an opponent's, or a comparison as in the papers.
 
 The terminal prints these tables and the page draws them.
 """
@@ -12,9 +12,10 @@ from typing import Any
 from fedloom.report.terms import arrow, half_width, metric_title, short, value
 from fedloom.rows import Row
 
-Judged = Mapping[str, Any]  # one table of judged.json
+Judged = Mapping[str, Any]  # a table of judged.json
 
-# FedIT's Table (arXiv 2305.05644): federated score / baseline's, of LLaMA-7B on Dolly, judged by GPT-4 on 20 questions of Vicuna.
+# FedIT's table (arXiv 2305.05644): federated score / baseline's, for LLaMA-7B on Dolly, judged by GPT-4 on 20
+# of Vicuna's questions.
 PAPER_RELATIVE = {
     ("base", "none"): 1.155,
     ("Local-1", "brainstorming"): 1.092,
@@ -22,7 +23,8 @@ PAPER_RELATIVE = {
     ("Local-3", "classification, brainstorming"): 1.087,
     ("centralised", "everybody's"): 0.919,
 }
-# PPFedIT's Table 2 (arXiv 2403.06131v3): win / tie / lose in percent, mean of its three data sets, judged by GPT-4 against their references.
+# PPFedIT's Table 2 (arXiv 2403.06131v3): win / tie / lose in percent, mean of its three data sets, judged by
+# GPT-4 against their references.
 PAPER_WINS = {
     ("centralised", "fedavg"): (27.2, 37.0, 35.9),
     ("global", "fedavg"): (20.4, 33.5, 46.1),
@@ -38,12 +40,12 @@ class Table:
     title: str
     head: Sequence[str]
     body: Sequence[Sequence[str]]
-    bold: Sequence[bool]  # of each line: is it the experiment's own method
+    bold: Sequence[bool]  # for each line: is it the experiment's own method?
     notes: Sequence[str]
 
 
 def pair(judged: Judged) -> Table:
-    """A run's answers against an opponent's, as judge.json has them."""
+    """A run's answers against an opponent's, from judge.json."""
     body = [
         [name, *_with_interval(judged[key])]
         for name, key in (("win", "win"), ("tie", "tie"), ("lose", "lose"), ("win or tie", "win_or_tie"))
@@ -93,13 +95,13 @@ def _bias(bias: float) -> str:
 
 
 def tables(judged: Judged, own: str) -> list[Table]:
-    """FedIT's table, or FedPIT's, one for each opponent. `own` names the federated method."""
+    """FedIT's table, or one of FedPIT's per opponent. `own` names the federated method."""
     make = _relative if judged["table"] == "relative" else _wins
     return make(judged, own)
 
 
 def shown(judged: Judged, own: str) -> dict[str, Any]:
-    """What the page has of one judgement: the tables, the same by category, and a few questions with every answer."""
+    """The page's part on one judgement: tables, also by category, and a few questions with every answer."""
     samples = [
         {
             **s,
@@ -211,7 +213,7 @@ def _wins(judged: Judged, own: str) -> list[Table]:
 
 
 def by_category(judged: Judged, own: str) -> list[Table]:
-    """The same within each category of question, where there are several."""
+    """The same for each category of question, where there are several."""
     names = list(dict.fromkeys(name for r in judged["rows"] for name in r.get("categories") or {}))
     if len(names) < 2:
         return []

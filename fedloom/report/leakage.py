@@ -16,12 +16,12 @@ from fedloom.report.rounds import Record
 from fedloom.report.terms import NOT_SEEN, Interval, axis, factor, less, metric_title, short, title, value
 from fedloom.statistics import Estimate, estimate
 
-CHANCE = {"exposure": (NOT_SEEN, "never seen"), "auc": (0.5, "a coin")}  # what a model that saw nothing gets
+CHANCE = {"exposure": (NOT_SEEN, "never seen"), "auc": (0.5, "a coin")}  # of a model that saw nothing
 SWEPT = "fewfedpit"
 
 
 def pictures(summary: Summary, journals: Journals) -> dict[str, Picture]:
-    """Key -> picture: "leaks" and "leak_METRIC", without those for which nothing was measured."""
+    """Key -> picture: "leaks" and "leak_METRIC", except where nothing was measured."""
     return {p.key: p for p in (*_trade(summary), *_by_round(summary, journals))}
 
 
@@ -34,9 +34,9 @@ def _trade(summary: Summary) -> Iterator[Picture]:
 
 
 def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
-    """A point a row, quality upwards and leakage to the right, with 95% intervals over seeds where there are any.
+    """One point per row, quality upwards and leakage to the right, with any 95% intervals over seeds.
 
-    FewFedPIT's rows are joined in the order of their private share.
+    FewFedPIT's rows are joined in order of their private share.
     """
     labels, traces = list(methods(summary)), []
     swept = {
@@ -69,7 +69,7 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
                 y=[factor(metric) * up["mean"]],
                 mode="markers+text",
                 text=[drawing.label(short(row) + (f", β = {swept[row]:g}" if row in swept else ""), 32)],
-                textposition="top center",  # the page moves it to where it covers nothing, or leaves it to the legend
+                textposition="top center",  # the page moves it clear of marks, or leaves it to the legend
                 textfont={"size": 12},
                 marker={"size": 12, "color": hue, "symbol": marks.symbol(row, labels)},
                 error_x=_bar(right, leak, hue),
@@ -98,7 +98,7 @@ def trade_figure(summary: Summary, metric: str, leak: str) -> go.Figure:
 
 
 def private_shares(summary: Summary) -> dict[str, float]:
-    """row -> beta, of the rows that FewFedPIT made."""
+    """row -> beta, for FewFedPIT's rows."""
     every = {"federated": summary["experiment"]["algorithm"], **methods(summary)}
     return {row: float(its["private_share"]) for row, its in every.items() if canonical(its["name"]) == SWEPT}
 
@@ -124,7 +124,7 @@ def _said(metric: str, found: Mapping[str, Any]) -> str:
 
 
 def _chance(leak: str, *, vertical: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A labelled line where a model lies that never saw the secrets or records."""
+    """A labelled line at the value of a model that never saw the secrets or records."""
     if leak not in CHANCE:
         return [], []
     at, said = CHANCE[leak]
@@ -148,7 +148,7 @@ def _chance(leak: str, *, vertical: bool) -> tuple[list[dict[str, Any]], list[di
 
 
 def leak_curve(records: Sequence[Record], metric: str) -> dict[int, float]:
-    """round -> leakage, where it was measured; round 0 is the untuned base."""
+    """round -> leakage, in the rounds where it was measured; round 0 is the untuned base."""
     found = {r["round"]: (r.get("leakage") or {}).get(metric) for r in records}
     return {r: x for r, x in found.items() if x is not None}
 
@@ -228,7 +228,7 @@ def rounds_figure(summary: Summary, curves: Mapping[str, Mapping[int, Estimate]]
     shapes, notes = _chance(metric, vertical=False)
     return drawing.figure(
         traces,
-        height=360 + 20 * len(curves),  # the legend takes a line a row
+        height=360 + 20 * len(curves),  # the legend takes one line per row
         hovermode="x unified",
         showlegend=True,
         shapes=shapes,

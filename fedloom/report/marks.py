@@ -1,6 +1,6 @@
-"""How rows and groups are told apart: by colour, and by a shape, a dash or a pattern for who cannot see colours.
+"""How rows and groups are told apart: by colour, and by shape, dash or pattern for the colour-blind.
 
-Every colour stands out, 3 to 1, on the light page and on the dark one.
+Every colour has a contrast of at least 3 to 1, on the light page and on the dark one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROW_COLOURS = {
     "federated": "#3b7dd8",
     "centralised": "#2a9d78",
 }
-# After Paul Tol's "muted", which is safe for colour-blind readers.
+# After Paul Tol's "muted" scheme, which is safe for colour-blind readers.
 GROUP_COLOURS = (
     "#1f9cda",
     "#cc6677",
@@ -61,7 +61,7 @@ PATTERNS = ("", "/", "\\", "x", "-", "|", "+", ".")
 
 
 def colour(row: str, labels: Sequence[str] = ()) -> str:
-    """A row's; `labels` are the compared methods', in their order, which share colours with their clients."""
+    """A row's mark. `labels` are the compared methods in order; each shares its colour with its clients."""
     return _of(row, labels, ROW_COLOURS, METHOD_COLOURS)
 
 
@@ -83,7 +83,7 @@ def _of(row: str, labels: Sequence[str], rows: Mapping[str, str], methods: Seque
 
 
 def bar(hue: str, nth: int) -> dict[str, Any]:
-    """The marker of the bars of the nth group: neighbours differ in pattern, and eight in a row do."""
+    """The marker for the nth group's bars: any eight consecutive groups differ in pattern."""
     pattern = {"shape": PATTERNS[nth % len(PATTERNS)], "size": 7, "solidity": 0.25, "fillmode": "overlay"}
     return {
         "color": hue,

@@ -42,7 +42,7 @@
     try {
       await navigator.clipboard.writeText(text);
       return true;
-    } catch { // no clipboard for this page: the older way
+    } catch { // no clipboard access for this page: use the older way
       const area = document.createElement("textarea");
       area.value = text;
       area.className = "away";
@@ -71,7 +71,7 @@
     row.append(...buttons);
     return row;
   };
-  const told = document.createElement("div"); // what a screen reader is told once a button has done its work
+  const told = document.createElement("div"); // tells a screen reader that a button has done its work
   told.className = "away";
   told.setAttribute("role", "status");
   document.body.append(told);
@@ -86,7 +86,7 @@
 
   // --- figures ----------------------------------------------------------------------------------------
 
-  // Ink and hover boxes follow the page; everything else in the figures shows on both grounds.
+  // Ink and hover boxes follow the page; everything else in the figures is visible on both backgrounds.
   const inked = (in_mode, notes = []) => ({
     ...Object.fromEntries(notes.map((_, k) => [`annotations[${k}].bgcolor`, CARD[in_mode]])),
     "font.color": INK[in_mode],
@@ -111,7 +111,7 @@
     return lines.join("<br>");
   };
 
-  // The figure as it suits this width: where it is narrow, names and titles are broken and the legend gets room of its own.
+  // The figure for this width: where it is narrow, names and titles wrap and the legend gets its own space.
   const fitted = (source, width) => {
     const figure = JSON.parse(source.textContent);
     const { layout, data } = figure;
@@ -123,7 +123,7 @@
       const each = 16 * longest(yaxis.ticktext.map((name) => name.split("<br>"))) + 4;
       layout.height += rows * Math.max(0, each - (layout.height - 80) / rows);
     }
-    if (xaxis.ticktext) { // headings stand over their columns: level where they fit, else upright
+    if (xaxis.ticktext) { // headings above their columns: horizontal where they fit, else vertical
       const names = yaxis.ticktext ? longest(yaxis.ticktext.flatMap((name) => name.split("<br>"))) : 4;
       const room = (Math.max(width, layout.meta?.least ?? 0) - 40 - LETTER * names) / xaxis.ticktext.length;
       const upright = LETTER * longest(xaxis.ticktext.flatMap((name) => name.split("<br>"))) > room;
@@ -149,8 +149,8 @@
     return figure;
   };
 
-  // Labels of points: each goes to the first place around its point where it covers no label, no point and no bar, as
-  // far as there is one. One that would cover a label or a point, or whose point lies on another, is left to the legend.
+  // Labels of points: each goes to the first place around its point where it covers no label, point or bar, if there
+  // is one. A label that would cover a label or a point, or whose point lies on another, is left to the legend.
   const PLACES = ["top center", "bottom center", "middle right", "middle left", "top right", "top left", "bottom right", "bottom left"];
   const across = (a, b) => a.x < b.x + b.w && b.x < a.x + a.w && a.y < b.y + b.h && b.y < a.y + a.h;
   const box = (element) => {
@@ -197,7 +197,7 @@
     await dress(plot, {}, mode());
     await placed(plot);
   };
-  // For print: dark ink on nothing, whatever the page looks like.
+  // For print: dark ink on a transparent background, whatever the page looks like.
   const svg = async (plot, name) => {
     const { data, layout } = JSON.parse(JSON.stringify({ data: plot.data, layout: plot.layout }));
     layout.font.color = INK.light;
@@ -217,7 +217,7 @@
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
     script.textContent = await new Response(stream).text();
-    document.head.append(script); // runs: the page's policy admits this text by its hash, and no other
+    document.head.append(script); // runs because the page's policy admits exactly this text, by its hash
     script.remove();
   };
   const start = async () => {
@@ -235,12 +235,12 @@
     }
     let width = window.innerWidth;
     window.addEventListener("resize", () => {
-      if (window.innerWidth === width) return; // a phone's bars come and go
+      if (window.innerWidth === width) return; // a phone's toolbars appear and disappear
       width = window.innerWidth;
       figures.forEach((source, plot) => draw(plot, source));
     });
     dark.addEventListener("change", () => figures.forEach((_, plot) => dress(plot, {}, mode())));
-    // Paper is white and narrower than most screens, and a browser does not lay figures out again for it.
+    // Paper is white and narrower than most screens, and browsers do not lay figures out again for it.
     window.addEventListener("beforeprint", () => figures.forEach((_, plot) => dress(plot, { width: 640 }, "light")));
     window.addEventListener("afterprint", () => figures.forEach((_, plot) => dress(plot, { width: null, autosize: true }, mode())));
   };

@@ -1,8 +1,8 @@
-"""report.html: everything a run or a comparison found, in one page that fetches nothing.
+"""report.html: all results of a run or a comparison, in one page that fetches nothing.
 
-The page's content security policy names its scripts by their hashes and allows no connection, so that
+The page's content security policy names its scripts by their hashes and allows no connection, so
 neither a text in the data nor a library can load or send anything. Without scripts the figures are
-missing, and every number is still there in tables.
+missing, but every number is still there in tables.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write(folder: Path) -> Path:
 
 
 def write_partition(partition: Mapping[str, Any], file: Path) -> Path:
-    """Make a page of who holds what alone, for a preview. Raises: RunError."""
+    """Write a preview page that shows only who holds what. Raises: RunError."""
     page = _page(
         "partition.html.j2",
         shown={p.key: p for p in pictures.partition(partition)},
@@ -159,7 +159,7 @@ def _summary(folder: Path) -> Summary:
 
 
 def _journals(folder: Path, summary: Summary) -> Journals:
-    """What is there of them: a page without curves is better than none."""
+    """Whatever records can be read: a page without curves is better than none."""
     if summary["kind"] == "compare":
         places = {row: row for row in ("federated", *findings.methods(summary), "centralised", "local_only")}
         places |= {label: files.method(label) for label in findings.methods(summary)}
@@ -180,7 +180,7 @@ def _journals(folder: Path, summary: Summary) -> Journals:
 
 
 def _page(template: str, **values: Any) -> str:
-    """A page with its style, its scripts and the policy that admits no others."""
+    """A page with its style, its scripts and a policy that admits no others."""
     boot = _text("page.js")
     scripts = f"{bundle.admitted()} {_hash(boot)}"
     return (

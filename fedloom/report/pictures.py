@@ -1,4 +1,4 @@
-"""Which figures a page shows, each with a text in its place and the table it was made from."""
+"""The figures that a page shows, each with an alternative text and the table it was made from."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ Journals = Mapping[str, Sequence[Sequence[Record]]]  # row -> seeds -> records
 @dataclass(frozen=True)
 class Picture:
     key: str
-    label: str  # what a screen reader says in its place
+    label: str  # text for screen readers
     figure: go.Figure
     head: Sequence[str] = ()
     body: Sequence[Sequence[str | int]] = ()
 
     @property
     def json(self) -> str:
-        """The figure, safe inside a script element."""
+        """The figure as JSON that is safe inside a script element."""
         return htmlsafe_json_dumps(self.figure.to_plotly_json())
 
 
 def pictures(summary: Summary, journals: Journals) -> dict[str, Picture]:
-    """Key -> picture, without those for which this summary or its journals hold nothing."""
+    """Key -> picture, for every figure that this summary and its journals have data for."""
     made = (_rows, _groups, _clients, _partition, _bytes)
     return {p.key: p for p in (*(p for make in made for p in make(summary)), *_rounds(summary, journals))}
 
 
 def federated(journals: Journals) -> Sequence[Record]:
-    """The first seed's records of what the page is about; empty where the journal is lost."""
+    """The first seed's records of the row that the page is about; empty if the journal is lost."""
     of_row = journals.get("federated") or journals.get("local_only") or [()]
     return of_row[0]
 
 
 def _rows(summary: Summary) -> Iterator[Picture]:
-    if len(seeds(summary)) > 1 or single_clients(summary):  # else it shows less than the table
+    if len(seeds(summary)) > 1 or single_clients(summary):  # otherwise it shows less than the table
         metric = main_metric(summary)
         label = f"{metric_title(metric)} of every row, with its seeds."
         lines = [
@@ -83,7 +83,7 @@ def _groups(summary: Summary) -> Iterator[Picture]:
 
 
 def _by_group(summary: Summary) -> dict[str, dict[str, float]]:
-    """row -> group -> value in the first seed; the single clients' mean, and each where they are few."""
+    """row -> group -> value in the first seed; for single clients their mean, and each where they are few."""
     metric = main_metric(summary)
     table = {
         row: {g: found[metric] for g, found in groups.items() if metric in found}
@@ -118,8 +118,8 @@ def _clients(summary: Summary) -> Iterator[Picture]:
 def _by_client(summary: Summary) -> dict[str, dict[str, float]]:
     """client -> row -> value in the client's own mix of groups, in the first seed.
 
-    Only the clients that were tuned alone, where some were. A row without a value in one of the client's
-    groups is left out: a mean over the others would be another mix.
+    If any clients were tuned alone, only those appear. A row without a value for one of the client's groups
+    is left out: a mean over the others would be another mix.
     """
     metric, groups = main_metric(summary), summary["groups"]
     clients = summary["partition"]["clients"]
@@ -171,7 +171,7 @@ def _bytes(summary: Summary) -> Iterator[Picture]:
 
 
 def _rounds(summary: Summary, journals: Journals) -> Iterator[Picture]:
-    # Where nobody shares an adapter there is none to measure on held-out examples.
+    # Where no adapter is shared, there is none to measure on held-out examples.
     shared = {row: j for row, j in journals.items() if entry(summary, row, "loss") is not None}
     yield from _loss("held_out", "Held-out loss by round.", shared, summary)
     yield from _loss("train", "Training loss by round.", journals, summary)

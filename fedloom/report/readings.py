@@ -1,7 +1,7 @@
-"""An audit in words: the one reading of audit.json, for the terminal and the page alike.
+"""An audit in words: the same reading of audit.json for the terminal and the page.
 
 Every figure stands beside its control, and its reading compares the two. A reading is `clear` only where the
-interval leaves chance and the control behind.
+interval excludes both chance and the control.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MEASURES = {
         "records of either kind",
     ),
     "recall": ("share of a client's tokens that the server reads off its upload", "", "tokens"),
-}  # measure -> (what it is, its unit, what the interval is over)
+}  # measure -> (its description, its unit, what its interval is over)
 
 
 @dataclass(frozen=True)
 class Line:
-    """`clear`: the reading says that something leaks, and not by chance alone."""
+    """One line of an audit. `clear`: something leaks, and not by chance alone."""
 
     measure: str
     found: str
@@ -57,7 +57,7 @@ class Told:
 
 
 def lines(audit: Mapping[str, Any]) -> dict[str, list[Line]]:
-    """Position -> its lines, where there are any."""
+    """Position -> its lines, for positions that have any."""
     positions = audit["positions"]
     found = {
         "Anyone with the adapter": [*_public(positions["public"])],
@@ -70,7 +70,7 @@ def lines(audit: Mapping[str, Any]) -> dict[str, list[Line]]:
 
 
 def gate(audit: Mapping[str, Any]) -> list[Told]:
-    """A sentence for each limit."""
+    """One sentence per limit."""
     return [Told(_sentence(line), bool(line["passed"])) for line in audit["gate"]]
 
 
@@ -105,7 +105,7 @@ def _public(public: Mapping[str, Any]) -> Iterator[Line]:
     more = said["memorised"]
     clear = more["ci95"] is not None and more["ci95"][0] > 0
     yield Line(
-        "Of it, beyond base and held out",
+        "Of this, beyond base and held out",
         f"{100 * more['mean']:+.1f} points".replace("-", "−"),
         "0",
         interval(more["ci95"]),
@@ -118,9 +118,9 @@ def _public(public: Mapping[str, Any]) -> Iterator[Line]:
     talk, common = (public["ranking"][row]["all"] for row in ("released", "base"))
     if talk is not None:
         clear = common is not None and talk["ci95"][0] > common["ci95"][1]
-        reading = "says training text unasked" if clear else "no more than the base, as far as so few tell"
+        reading = "outputs training text unprompted" if clear else "no clear difference from the base"
         yield Line(
-            "Unasked samples with training text",
+            "Unprompted samples with training text",
             _share(talk),
             f"base {_share(common)}",
             interval(talk["ci95"]),
@@ -145,10 +145,10 @@ def _public(public: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def _membership(measure: str, told: Mapping[str, Any], base: float, control: str, yes: str) -> Line:
-    """By the distance from 1/2: a score that is upside down tells as much."""
+    """Judge an AUC by its distance from 1/2: an inverted score tells as much."""
     low, high = told["auc_ci95"]
     above, below = low > max(0.5, base), high < min(0.5, base)
-    reading = yes if above else f"{yes}, turned round" if below else "not clearly better than a coin"
+    reading = yes if above else f"{yes}, inverted" if below else "not clearly better than a coin toss"
     return Line(
         measure, f"{told['auc']:.2f}", control, interval((low, high), scale=1), reading, above or below
     )
@@ -162,11 +162,13 @@ def _discoverable(public: Mapping[str, Any]) -> Iterator[Line]:
             for row, group in (("released", "members"), ("base", "members"), ("released", "held_out"))
         ]
         within = f"within {level['n']:,} sample{'s' if level['n'] > 1 else ''}"
-        yield _ends(f"Ends of responses said after their beginnings, {within} (p = {level['p']:g})", *shares)
+        yield _ends(
+            f"Ends of responses produced after their beginnings, {within} (p = {level['p']:g})", *shares
+        )
     if "greedy" in public:
         exact = public["greedy"]
         yield _ends(
-            "The same, said by the likeliest continuation",
+            "The same, by the likeliest continuation",
             exact["released"]["members"],
             exact["base"]["members"],
             exact["released"]["held_out"],
@@ -204,7 +206,7 @@ def _exposure(exposure: Mapping[str, Any]) -> Iterator[Line]:
         f"{planted['mean']:.2f} bits",
         f"never planted {held['mean']:.2f}, by chance {NOT_SEEN:.2f}",
         f"cannot exceed {known['ceiling']:.1f}",
-        f"learnt {sure}" if known["leaks"] else f"not told from secrets never seen {sure}",
+        f"learnt {sure}" if known["leaks"] else f"no clear difference from secrets never seen {sure}",
         bool(known["leaks"]),
     )
     bare, base = exposure["released"]["loss"]["planted"], exposure["base"]["loss"]["planted"]
@@ -230,7 +232,7 @@ def _client(client: Mapping[str, Any]) -> Iterator[Line]:
             continue
         base, decoys = extracted["base"][attacker]["coverage"], got["decoys"]
         some = got["coverage"]["hits"] > 0
-        # Codes are short: a model that says many digits hits some by luck, and decoys as often.
+        # Codes are short: a model that says many digits hits some by luck, but hits decoys as often.
         lucky = [c for c in (base, decoys) if c is not None and c["value"] >= got["coverage"]["value"]]
         reading = (
             "none came out" if not some else "no more than by luck" if lucky else "secrets of others come out"
@@ -268,7 +270,7 @@ def _server(server: Mapping[str, Any]) -> Iterator[Line]:
 
 
 def _tokens(measure: str, got: Mapping[str, Any]) -> Line:
-    """Tokens that every text of the kind is full of rank high, too: far above chance is not yet this client's doing."""
+    """Tokens common to all such texts rank high too: recall far above chance may not betray this client."""
     chance, held = got["chance"] + 3 * got["chance_sd"], got.get("held_out")
     clear = held is not None and got["ci95"][0] > max(chance, held["ci95"][1])
     reading = "its own can be told"
@@ -342,7 +344,7 @@ def _share(part: Mapping[str, Any] | None) -> str:
 
 
 def interval(ci95: Sequence[float] | None, *, scale: float = 100) -> str:
-    """In percent, or as it is."""
+    """An interval in words, in percent or unscaled."""
     if ci95 is None:
         return ""
     low, high = (f"{scale * x:.{1 if scale == 100 else 2}f}".replace("-", "−") for x in ci95)

@@ -32,10 +32,10 @@ def loss_figure(
     own: str | None = None,
     labels: Sequence[str] = (),
 ) -> go.Figure:
-    """A loss by round: thin lines for the seeds, a thick one for their mean.
+    """A loss by round: thin lines for the seeds, a thick line for their mean.
 
     `journals` is row -> seeds -> records. The horizontal line is the base model on the
-    same held-out examples, the mean over seeds.
+    same held-out examples, averaged over seeds.
     """
     traces: list[Any] = []
     for row, seeds in journals.items():
@@ -120,7 +120,7 @@ PARTS: dict[Part, str] = {
     "refused": "#d0524a",
     "no answer": "#be8926",
 }
-SIGNS: dict[Part, str] = {"refused": "×", "no answer": "?"}  # in a cell, where there is room
+SIGNS: dict[Part, str] = {"refused": "×", "no answer": "?"}  # shown in a cell where there is room
 
 
 def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> go.Figure:
@@ -139,7 +139,7 @@ def participation_figure(clients: Sequence[str], records: Sequence[Record]) -> g
         (edge, PARTS[kind]) for k, kind in enumerate(kinds) for edge in (k / len(kinds), (k + 1) / len(kinds))
     ]
     present = {kind for line in cells for kind in line}
-    written = len(names) <= ROW_BY_ROW and len(rounds) <= ROW_BY_ROW  # elsewhere cells are too small
+    written = len(names) <= ROW_BY_ROW and len(rounds) <= ROW_BY_ROW  # otherwise cells are too small
     gap = 2 if len(names) <= ROW_BY_ROW else 1 if len(names) <= 120 else 0
     height = (22 * len(names) if len(names) <= ROW_BY_ROW else min(900, max(380, 7 * len(names)))) + 110
     grid = go.Heatmap(
@@ -201,7 +201,7 @@ def bytes_figure(rounds: Sequence[Record]) -> go.Figure:
         ("bytes_down", "server to clients", ROW_COLOURS["centralised"]),
     ):
         sums = list(accumulate(r[key] for r in rounds))
-        style = "solid" if key == "bytes_up" else "dash"  # often equal: both must be seen
+        style = "solid" if key == "bytes_up" else "dash"  # often equal, and both must be visible
         traces.append(
             go.Scatter(
                 x=across,

@@ -1,4 +1,4 @@
-"""Read the journals: losses by round, and who took part."""
+"""Losses by round and participation, read from the journals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Part = Literal["not selected", "took part", "refused", "no answer"]
 
 
 def loss_curve(records: Sequence[Record], *, what: What) -> dict[int, float]:
-    """round -> loss, where there is one."""
+    """round -> loss, for the rounds that have one."""
     found = {r["round"]: r["loss"] if what == "train" else (r["held_out"] or {}).get("loss") for r in records}
     return {r: loss for r, loss in found.items() if loss is not None}
 
@@ -25,7 +25,7 @@ def mean_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
 
 
 def base_loss(journals: Mapping[str, Sequence[Sequence[Record]]]) -> float | None:
-    """Held-out loss before the first round, when nothing is tuned; the mean over seeds."""
+    """Held-out loss before the first round, when nothing is tuned yet; the mean over seeds."""
     for seeds in journals.values():
         before = [c[0] for records in seeds if 0 in (c := loss_curve(records, what="held_out"))]
         if before:
@@ -43,7 +43,7 @@ def part(record: Record, client: str) -> Part:
 
 
 def counts(client: str, records: Sequence[Record]) -> tuple[int, int, int]:
-    """In how many rounds the client was selected, took part, and was refused."""
+    """The numbers of rounds in which the client was selected, took part, and was refused."""
     did = [part(r, client) for r in records if r["round"] > 0]
     return len(did) - did.count("not selected"), did.count("took part"), did.count("refused")
 

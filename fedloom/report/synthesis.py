@@ -1,4 +1,4 @@
-"""What clients generated: how many candidates met which fate, and a few texts of each."""
+"""Generated candidates: how many met each fate, and a few texts of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedloom.report.pictures import Picture
 from fedloom.report.terms import title
 from fedloom.synthesis.candidates import KEPT
 
-# In the order in which a candidate meets them.
+# In the order in which a candidate may meet them.
 MEANINGS = {
     KEPT: "Good: trained on, or chosen from.",
     "failed/unfinished": "The instruction did not end within its limit of tokens.",
@@ -21,23 +21,23 @@ MEANINGS = {
     "failed/no-output": "The text stopped before a response began.",
     "failed/empty-output": "The response is empty.",
     "failed/unfinished-output": "The response did not end within its limit of tokens.",
-    "failed/long-input": "With its instruction and context it is too long for the model.",
+    "failed/long-input": "Its instruction and context are too long for the model.",
     "filtered/format": "Marks of the prompt's own format, or no words.",
     "filtered/refusal": "It begins like a refusal, or plays a role.",
     "filtered/short": "The instruction has too few words.",
     "filtered/long": "The instruction has too many words.",
-    "filtered/keyword": "It asks for what a text model cannot do or see.",
+    "filtered/keyword": "It asks for something a text model cannot do or see.",
     "filtered/repetitive": "The response says the same words again and again.",
-    "filtered/near-instruction": "Too like an instruction of the client's own: it would give that away.",
+    "filtered/near-instruction": "Too close to an instruction of the client's own: it would reveal it.",
     "filtered/copy": "A copy of an example of the client's own.",
-    "filtered/near-example": "Too like an example of the client's own: it would give that away.",
-    "filtered/verbatim": "A long run of words is the client's own, word for word.",
+    "filtered/near-example": "Too close to an example of the client's own: it would reveal it.",
+    "filtered/verbatim": "It repeats a long run of the client's own words.",
     "filtered/duplicate": "Generated before.",
     "filtered/surplus": "Good, but enough had been found.",
 }
 NO_FATES = ("generated", "repeated")  # sums beside the fates
 
-# Three families, told apart by hue; their members by shade and pattern.
+# Three families, told apart by hue, and their members by shade and pattern.
 HUES = {
     KEPT: ("#2a9d78",),
     "failed": ("#8a919c", "#6d7480", "#8c94a0", "#636b77", "#89939f", "#626b79"),
@@ -67,7 +67,7 @@ def pictures(summary: Summary) -> dict[str, Picture]:
 
 
 def fates_figure(summary: Summary) -> go.Figure:
-    """A bar a method, stacked by fate, in percent of all candidates."""
+    """One bar per method, stacked by fate, in percent of all candidates."""
     made = {label: found for label, found in summary["synthesis"].items() if found["counts"].get("generated")}
     every = {fate: 0 for found in made.values() for fate in fates(found["counts"])}
     traces = []
@@ -103,7 +103,7 @@ def fates_figure(summary: Summary) -> go.Figure:
 
 
 def tally(label: str, own: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """One method's counts and texts, as the page shows them."""
+    """One method's counts and texts, in the form the page shows."""
     counts, generated = found["counts"], found["counts"].get("generated", 0)
     order = _ordered(fates(counts))
 
@@ -140,7 +140,7 @@ def meaning(fate: str) -> str:
 
 
 def colour(fate: str) -> str:
-    """The same for a fate wherever it stands."""
+    """A fate's mark, the same wherever it appears."""
     family = fate.partition("/")[0]
     hues, members = HUES.get(family, HUES["filtered"]), [f for f in MEANINGS if f.partition("/")[0] == family]
     return hues[members.index(fate) % len(hues)] if fate in members else hues[-1]

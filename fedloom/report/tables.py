@@ -13,7 +13,7 @@ from fedloom.report import findings, marks, terms
 from fedloom.report.findings import Summary
 from fedloom.rows import Row, is_single
 
-FEW_DIFFERENCES = 10  # of one metric: as many as five rows have
+FEW_DIFFERENCES = 10  # of one metric: the number of pairs among five rows
 
 
 def table(summary: Summary, names: Sequence[str], *, mark_best: bool = True) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def table(summary: Summary, names: Sequence[str], *, mark_best: bool = True) -> 
 
 
 def differences(summary: Summary) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """metric -> lines that concern the federated row, and the others; these are told apart where there are many."""
+    """metric -> lines about the federated row, and the others; separated only where there are many."""
     table = {}
     for metric in findings.metrics(summary):
         lines = [d for d in summary["differences"] if d["metric"] == metric]
@@ -79,7 +79,7 @@ def _difference(d: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 
 def sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[str, Any]:
-    """A question with the answers of the rows, the best single client among them; the other clients apart."""
+    """A question with the rows' answers and the best single client's; the other clients' separately."""
     said = dict(sample["answers"])
     alone = [row for row in said if Row.parse(row).alone]
     first = {row: e["values"][0] for row in alone if (e := findings.entry(summary, row, metric)) is not None}
@@ -107,7 +107,7 @@ def sample(sample: Mapping[str, Any], summary: Summary, metric: str) -> dict[str
 
 
 def own_mix(summary: Summary) -> dict[str, Any] | None:
-    """How many clients gain, tie and lose by taking part, a line a seed and one of means; and what a tie is."""
+    """How many clients gain, tie and lose by taking part, by seed and on average, and what a tie is."""
     judged_by = findings.own_mix(summary)
     if judged_by is None:
         return None
@@ -119,7 +119,7 @@ def own_mix(summary: Summary) -> dict[str, Any] | None:
     if len(lines) > 1:
         most = max(len(s["clients"]) for s in found["seeds"])
         lines.append(["mean, 95% interval", *(terms.count(found[o], most=most) for o in OUTCOMES)])
-    tie = "less than what one answer weighs" if metric in COUNTED else "a difference too small to be written"
+    tie = "less than the weight of one answer" if metric in COUNTED else "a difference too small to show"
     return {"metric": metric, "lines": lines, "tie": tie}
 
 
@@ -161,7 +161,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _provenance(summary: Summary) -> list[tuple[str, str]]:
-    """Who, when and from what; summaries of earlier versions do not say."""
+    """Who ran it, when and on which data; earlier versions' summaries do not say."""
     told = summary.get("provenance", {})
     files, licence = told.get("files"), told.get("licence")
     made_here = told.get("source") == "microworld"

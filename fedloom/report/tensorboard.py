@@ -11,7 +11,7 @@ from fedloom.storage.files import METRICS
 
 
 def export(run: Path, folder: Path) -> None:
-    """Write event files of metrics.jsonl: losses, traffic and speed by round, one curve for each client."""
+    """Write metrics.jsonl as event files: losses, traffic and speed by round, one curve per client."""
     if not find_spec("tensorboard"):
         raise RunError("TensorBoard files need the package tensorboard: pip install 'fedloom[tensorboard]'.")
     records = journal.read(run / METRICS)

@@ -1,4 +1,4 @@
-"""What metrics, rows and algorithms are called, and how their values are written."""
+"""The names of metrics, rows and algorithms, and the format of their values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Interval = Sequence[float] | None
 class Metric:
     title: str
     meaning: str
-    unit: str = "points"  # of a difference; a share of 1 is written in percent, everything else as it is
+    unit: str = "points"  # of a difference; shares are written in percent, everything else unscaled
     digits: int = 1
 
 
@@ -34,11 +34,11 @@ METRICS = {
     ),
     "exact": Metric(
         "Exact match",
-        "Share of answers equal to the reference but for case, white space and how Unicode writes a letter.",
+        "Share of answers equal to the reference except for case, white space and Unicode form.",
     ),
     "ended": Metric(
         "Ended",
-        "Share of answers that the model ends by itself; the others are cut at the limit, and count as wrong.",
+        "Share of answers that the model ends by itself; the others are cut at the limit and count as wrong.",
     ),
     "end_loss": Metric(
         "Loss of the end",
@@ -54,21 +54,21 @@ METRICS = {
     ),
     "exposure": Metric(
         "Exposure, bits",
-        "How far up among secrets of the same form a model ranks one that was planted in a client's data, the "
-        "mean over planted ones. What a model never saw gets 1.44 bits on average; each bit more halves the rank.",
+        "How high a model ranks a secret planted in a client's data among secrets of the same form, averaged over "
+        "planted ones. A secret never seen gets 1.44 bits on average; each further bit halves the rank.",
         unit="bits",
         digits=2,
     ),
     "extraction": Metric(
         "Extraction, ROUGE-L",
-        "Prompted with a training instruction, how much of the training response comes back. A model that has "
-        "learnt the task scores without having memorised anything, and the untuned base is not at zero either.",
+        "How much of the training response comes back after a training instruction. A model that has learnt the "
+        "task scores without having memorised anything, and the untuned base is not at zero either.",
     ),
     "auc": Metric(
         "Membership AUC",
-        "How well the model's losses tell examples it was trained on from held-out ones, compared with the base's "
-        "losses (of the base itself: its own): 0.5 is a coin, and 1 is always. So is 0, turned round: the distance "
-        "from 0.5 counts, and differences are differences of it.",
+        "How well the model's losses, relative to the base's, tell training examples from held-out ones (for the "
+        "base, its own losses): 0.5 is a coin toss and 1 is certainty. So is 0, with the answers reversed: the "
+        "distance from 0.5 counts, and differences are differences between such distances.",
         unit="",
         digits=2,
     ),
@@ -92,7 +92,7 @@ SHORT = {
 
 
 def title(row: str, own: str | None = None) -> str:
-    """`own` is the name of the algorithm behind "federated", where the title should tell it."""
+    """A row's title. `own` names the algorithm behind "federated", where the title should include it."""
     if row in TITLES:
         return f"{TITLES[row]} ({own})" if row == "federated" and own else TITLES[row]
     its = Row.parse(row)
@@ -110,7 +110,7 @@ def short(row: str) -> str:
 
 
 def model(row: str) -> str:
-    """Whose model it is, in words: everybody's, a client's, or one owner's of everything."""
+    """Whose model it is, in words: everybody's, a client's, or that of one owner of everything."""
     its = Row.parse(row)
     return f"{its.of}, {its.statistic}" if its.statistic else its.of
 
@@ -124,7 +124,7 @@ def arrow(metric: str) -> str:
 
 
 def less(metric: str) -> str:
-    """How a metric of leakage is judged, in words for an axis or a caption."""
+    """Which values of a leakage metric are better, in words for an axis or a caption."""
     return f"nearer {COIN:g} is better" if metric == "auc" else "less is better"
 
 
@@ -132,24 +132,24 @@ def less(metric: str) -> str:
 
 
 def factor(metric: str) -> int:
-    """What a value is multiplied with to be written: shares are percentages."""
+    """The factor by which a value is multiplied for display: shares are shown as percentages."""
     return 100 if _scale(metric).unit == "points" else 1
 
 
 def unit(metric: str) -> str:
-    """Of a difference."""
+    """The unit of a difference."""
     return _scale(metric).unit
 
 
 def axis(metric: str) -> str:
-    """The metric as an axis names it."""
+    """The metric's title on an axis."""
     if metric == "loss":
         return f"{metric_title(metric)}, nats per token (lower is better)"
     return metric_title(metric) + (", %" if factor(metric) == 100 else "")
 
 
 def value(metric: str, x: float | None) -> str:
-    """A value as the page writes it: shares in percent, the rest in their unit."""
+    """A value as the page shows it: shares in percent, others in their unit."""
     if x is None:
         return "–"
     return f"{factor(metric) * x:.{_scale(metric).digits}f}{'%' if factor(metric) == 100 else ''}"
@@ -160,7 +160,7 @@ def half_width(metric: str, ci95: Interval) -> str:
 
 
 def change(metric: str, x: float, *, digits: int | None = None) -> str:
-    """A signed difference, without its unit; `digits` are of points only."""
+    """A signed difference without its unit; `digits` applies to percentage points only."""
     fixed = digits if digits is not None and factor(metric) == 100 else _scale(metric).digits
     return f"{factor(metric) * x:+.{fixed}f}".replace("-", "−")
 

@@ -39,10 +39,10 @@ def _who(row: str) -> str:
 
 
 def strongest_rival(summary: Summary, row: str = "federated") -> str | None:
-    """The best other row by the page's metric, whoever's model it is: the alternative that a client has.
+    """The best other row by the page's metric, whoever's model it is: a client's best alternative.
 
-    Pooled data are no choice that clients have, so centralised tuning is told apart; the untuned base is a rival where
-    there is no other.
+    Clients cannot choose to pool data, so centralised tuning is treated separately; the untuned base is a
+    rival only where there is no other.
     """
     metric = main_metric(summary)
     others = [r for r in rows(summary) if r not in (row, "base", "centralised")] or ["base"]
@@ -51,7 +51,7 @@ def strongest_rival(summary: Summary, row: str = "federated") -> str | None:
 
 
 def verdict(summary: Summary) -> list[str]:
-    """The result in plain sentences, the most important first; what the numbers do not show is said."""
+    """The result in plain sentences, the most important first, including what the numbers do not show."""
     metric, names = main_metric(summary), rows(summary)
     if "federated" not in names:
         return _alone(summary, metric)
@@ -88,8 +88,7 @@ def verdict(summary: Summary) -> list[str]:
 
 
 def taking_part(summary: Summary) -> list[str]:
-    """What each client decides, in a sentence: how many gain, tie and lose on their own mix of data; none where that
-    was not measured."""
+    """How many clients gain, tie and lose on their own mix of data, in one sentence; none if not measured."""
     judged_by = own_mix(summary)
     if judged_by is None:
         return []
@@ -109,7 +108,7 @@ def taking_part(summary: Summary) -> list[str]:
 
 
 def _doing_better(summary: Summary, metric: str, row: str) -> list[str]:
-    """Every row with a better mean, best first; those that the seeds do not tell from `row` are marked."""
+    """Every row with a better mean, best first; those not clearly different from `row` are marked."""
     mine = entry(summary, row, metric)
     if mine is None:
         return []
@@ -144,7 +143,7 @@ def _alone(summary: Summary, metric: str) -> list[str]:
 
 
 def _against_fedit(summary: Summary, metric: str) -> list[str]:
-    """How the experiment's own algorithm does beside FedIT, where that was compared, in quality and in exposure."""
+    """The experiment's own algorithm beside FedIT, if both were compared, in quality and in exposure."""
     label = next((label for label, its in methods(summary).items() if its["name"] == "fedavg"), None)
     if label is None or own(summary) == "FedIT":
         return []

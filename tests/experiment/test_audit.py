@@ -198,7 +198,7 @@ def test_a_limit_on_canaries_that_were_not_planted_is_refused_before_anything_is
     (tmp_path / "experiment.toml").write_text(load("quickstart", TINY).to_toml())
     (tmp_path / "adapter").mkdir()  # its training has ended
     begun: list[str] = []
-    with pytest.raises(ConfigError, match=r"--max-exposure is about planted canaries.*data\.canaries"):
+    with pytest.raises(ConfigError, match=r"--max-exposure needs planted canaries.*data\.canaries"):
         audit(tmp_path, limits=Limits(exposure=3.0), say=begun.append)
     assert begun == []
 
@@ -291,7 +291,7 @@ def test_the_command_exits_with_1_and_says_what_failed(finished: Path) -> None:
 def test_the_command_prints_its_table_and_where_the_file_lies(finished: Path) -> None:
     done = type_in("audit", finished, "--samples", "2", "--max-extraction", "0.999")
     assert done.code == 0
-    measures = ("Extraction", "Ends of", "Unasked", "Membership", "planted", "Secrets of", "upload", "ε")
+    measures = ("Extraction", "Ends of", "Unprompted", "Membership", "planted", "Secrets of", "upload", "ε")
     assert [word for word in measures if word not in done.out] == []
     assert str(finished / "audit.json") in done.out
     assert "no proof of privacy" in done.out

@@ -55,7 +55,7 @@ def test_an_instance_may_be_given_where_a_choice_is_read() -> None:
 
 
 def test_an_instance_that_cannot_be_written_down_is_refused() -> None:
-    with pytest.raises(ConfigError, match="algorithm: expected plain values alone"):
+    with pytest.raises(ConfigError, match="algorithm: expected plain values only"):
         read().with_(algorithm=FedAvg(aggregate=lambda updates, zero: {}))
 
 

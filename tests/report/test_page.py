@@ -141,7 +141,7 @@ def test_one_seed_has_no_interval_anywhere(compare_folder: Folder) -> None:
     text = Page(page.write(compare_folder(seeds=1))).text
     assert "±" not in text
     assert "is better" not in text.replace("higher is better", "").replace("lower is better", "").replace(
-        "fuller colour is better", ""
+        "stronger colour is better", ""
     )
 
 
@@ -336,7 +336,7 @@ def test_who_gains_by_taking_part_is_on_the_page_with_every_seed(run_folder: Fol
     change(folder, own_mix={"rule": {"seeds": seeds, **counts}})
     text = folder_text(folder)
     assert "of 2 clients 2.0 (2.0 to 2.0) gain by taking part" in text
-    assert "less than what one answer weighs is a tie" in text
+    assert "less than the weight of one answer is a tie" in text
 
 
 def test_the_same_summary_gives_the_same_page(run_folder: Folder) -> None:

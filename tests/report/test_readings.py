@@ -84,7 +84,7 @@ def drawn(audited: Audit, seed: int) -> Audit:
                 },
             ]
         )
-        view["membership"] = rng.choice([{"reason": "the client has nothing but secrets"}, separation()])
+        view["membership"] = rng.choice([{"reason": "the client holds nothing but secrets"}, separation()])
     if rng.random() < 0.2:
         found["positions"]["server"] = {"reason": "one round is missing"}
     client = {
@@ -191,7 +191,7 @@ def test_a_score_that_is_upside_down_tells_members_too(audited: Audit) -> None:
     ]
     assert (line.measure, line.reading, line.clear) == (
         "Membership: AUC by loss",
-        "tells members from others, turned round",
+        "tells members from others, inverted",
         True,
     )
 
