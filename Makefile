@@ -1,4 +1,4 @@
-# make demo   compares federated with local-only and centralised tuning, on this machine, in minutes
+# make demo   compares federated with local-only and centralised tuning, on this machine, in about two minutes
 # make test   runs the tests
 # make lint   checks style, types and which module may import which
 # Each sets up .venv first; the second time that is quick.

@@ -19,6 +19,7 @@ from fedloom.rng import Name
 from fedloom.state import AdapterState
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 AHEAD = 2  # groups a worker begun before the first of them is taken: bounds the answers that wait
 Steps = Generator[Any, Any, T]  # yields requests, receives answers, returns T
 
@@ -262,6 +263,7 @@ class Scored:
     targets: int  # labelled tokens
     energy: float | None = None  # -logsumexp of the logits, mean over labelled tokens; None: not asked for
     tokens: TokenScores | None = None  # None: not asked for
+    last: float | None = None  # nats of the last labelled token; None: there is none
 
 
 Request = Fit | Generate | Score
@@ -278,7 +280,7 @@ class Engine(Protocol):
         ...
 
 
-def drive_groups(groups: Iterable[Mapping[str, Steps[T]]], engine: Engine) -> Iterator[tuple[str, T]]:
+def drive_groups(groups: Iterable[Mapping[K, Steps[T]]], engine: Engine) -> Iterator[tuple[K, T]]:
     """Drive groups of clients in turn, as many at a time as the engine has workers.
 
     Groups decide which requests the engine answers together, and results come in the order of the groups:
@@ -289,7 +291,7 @@ def drive_groups(groups: Iterable[Mapping[str, Steps[T]]], engine: Engine) -> It
             yield from drive(group, engine)
         return
     threads = ThreadPoolExecutor(engine.workers)
-    begun: deque[Future[list[tuple[str, T]]]] = deque()
+    begun: deque[Future[list[tuple[K, T]]]] = deque()
     try:
         for group in groups:
             begun.append(threads.submit(_driven, group, engine))
@@ -301,11 +303,11 @@ def drive_groups(groups: Iterable[Mapping[str, Steps[T]]], engine: Engine) -> It
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _driven(group: Mapping[str, Steps[T]], engine: Engine) -> list[tuple[str, T]]:
+def _driven(group: Mapping[K, Steps[T]], engine: Engine) -> list[tuple[K, T]]:
     return list(drive(group, engine))
 
 
-def drive(clients: Mapping[str, Steps[T]], engine: Engine) -> Iterator[tuple[str, T]]:
+def drive(clients: Mapping[K, Steps[T]], engine: Engine) -> Iterator[tuple[K, T]]:
     """Advance every client to its next request, answer all together, repeat; yield (client, return value).
 
     An error in a client's steps propagates unchanged, with a note that names the client.

@@ -33,7 +33,14 @@ def command(
         from fedloom.cli.display import print_summary  # only now, since torch comes with it
         from fedloom.experiment.commands import compare
 
-        summary = compare(experiment, folder, resume=resume, on_progress=display.show, on_notes=notes)
+        summary = compare(
+            experiment,
+            folder,
+            resume=resume,
+            on_progress=display.show,
+            on_notes=notes,
+            on_first=display.first,
+        )
     print_summary(summary, folder)
     if experiment.judge is not None:
         judge_and_print(folder, experiment, yes=yes)

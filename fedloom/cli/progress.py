@@ -172,6 +172,13 @@ class CompareDisplay:
         if not err.is_terminal:
             self._speak(progress, " · ".join(total))
 
+    def first(self, summary: Mapping[str, Any]) -> None:
+        """The first seed's table, while the others go on: where progress goes, so that the output holds the result alone."""
+        from fedloom.cli.display import results_table
+
+        err.print(results_table(summary, err.width))
+        note(f"The first seed alone, so without intervals; {counted(self._seeds - 1, 'seed')} to come.")
+
     def _left(self, done: float, total: int) -> list[str]:
         if self._start is None or done <= self._start or done >= total:
             return []

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedloom import rng
 from fedloom.engine.bank import AdapterBank, Tuning
 from fedloom.engine.dropout import token_keys
-from fedloom.engine.forward import PackedModel
+from fedloom.engine.forward import PackedModel, summed
 from fedloom.engine.layout import AdapterLayout
 from fedloom.engine.optimizer import RowOptimizer
 from fedloom.engine.packing import Encoder, Item
@@ -262,19 +262,22 @@ def score_all(
         items = [Item(row, encode(example)) for row, key in mine for example in requests[key].examples]
         bank = AdapterBank(layout, [tunings[key] for key in wave], dtype=dtype, device=device, training=False)
         asked = [requests[key] for _, key in mine for _ in requests[key].examples]
-        nll = packed.losses(items, bank).tolist()
+        each = packed.token_losses(items, bank)
+        nll = summed(each, items).tolist()
+        ends = each.split([len(item.example.at) for item in items])
         energetic = [item for item, request in zip(items, asked, strict=True) if request.energy]
         energies = iter(packed.energies(energetic, bank).tolist())
         spelled = [item for item, request in zip(items, asked, strict=True) if request.per_token]
         statistics = iter(
             packed.token_statistics(spelled, bank).split([len(item.example.at) for item in spelled])
         )
-        scored = iter(zip(nll, items, strict=True))
+        scored = iter(zip(nll, ends, items, strict=True))
         for _, key in mine:
             for _ in requests[key].examples:
-                value, item = next(scored)
+                value, tail, item = next(scored)
                 targets = len(item.example.targets)
                 energy = next(energies) / max(targets, 1) if requests[key].energy else None
                 tokens = token_scores(next(statistics)) if requests[key].per_token else None
-                answers[key].append(Scored(value, targets, energy, tokens))
+                last = float(tail[-1]) if targets else None
+                answers[key].append(Scored(value, targets, energy, tokens, last))
     return answers

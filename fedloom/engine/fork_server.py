@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -23,6 +24,7 @@ from fedloom.engine.pool import Remote, WorkerLost
 from fedloom.engine.worker import Worker, pack_setup, read_setup
 from fedloom.errors import RunError
 
+GRACE = 1.0  # seconds that workers have to end what they started, before they are killed
 SPAWNING = {
     "OMP_NUM_THREADS": "1",  # until a worker sets its own; OpenMP threads do not survive a fork
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin slow shared cores down
@@ -104,7 +106,7 @@ def serve(control: Connection, threads: int) -> None:
         while True:
             number = int(control.recv_bytes())
             handle = recv_handle(control)
-            workers = {pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0] == 0}
+            workers = _alive(workers)
             if pid := os.fork():
                 os.close(handle)
                 workers.add(pid)
@@ -112,25 +114,43 @@ def serve(control: Connection, threads: int) -> None:
                 control.close()
                 _work(Connection(handle), shared, setup, number, threads)
     except (EOFError, OSError):
-        for pid in workers:  # none has been waited for since it ended, so its process id has not been reused
-            os.kill(pid, signal.SIGKILL)
+        for end in (signal.SIGTERM, signal.SIGKILL):  # whoever does not end by itself is killed
+            for (
+                pid
+            ) in workers:  # none has been waited for since it ended, so its process id has not been reused
+                os.kill(pid, end)
+            deadline = time.monotonic() + GRACE
+            while workers and time.monotonic() < deadline:
+                workers = _alive(workers)
+                time.sleep(0.01)
+
+
+def _alive(workers: set[int]) -> set[int]:
+    return {pid for pid in workers if os.waitpid(pid, os.WNOHANG)[0] == 0}
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit
 
 
 def _work(connection: Connection, shared: Worker | None, setup: bytes, number: int, threads: int) -> None:
     """Run a worker: reply to every letter until no more can come."""
     import torch
 
-    code = 1
+    code, worker = 1, shared
+    signal.signal(signal.SIGTERM, _leave)
     try:
         torch.set_num_threads(threads)
-        if shared is None:
+        if worker is None:
             torch.cuda.set_device(number)
-        worker = shared or Worker(setup)
+            worker = Worker(setup)
         with suppress(EOFError, OSError):
             while True:
                 connection.send_bytes(worker.reply(connection.recv_bytes()))
         code = 0
     finally:
+        if worker is not None:
+            worker.close()
         os._exit(code)  # without the cleanup of the server that this was forked from
 
 

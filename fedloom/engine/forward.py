@@ -49,14 +49,21 @@ class PackedModel:
         loss, of these items and nothing else. Should any number come out infinite or NaN, everything is
         run again with no pass shared by two rows, so that a job that diverges does not affect the others.
         """
-        return _summed(self._sound(self.nll, items, bank, dropout), items)
+        return summed(self._sound(self.nll, items, bank, dropout), items)
+
+    def token_losses(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
+        """Nats of each labelled token: (labels of all items,) float64 on the CPU.
+
+        The bank must not be made for training.
+        """
+        return self._sound(self.nll, items, bank, None)
 
     def energies(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
         """-logsumexp of the logits, summed over each item's labelled tokens: (items,) float64 on the CPU.
 
         The bank must not be made for training.
         """
-        return _summed(self._sound(self.energy, items, bank, None), items)
+        return summed(self._sound(self.energy, items, bank, None), items)
 
     def token_statistics(self, items: Sequence[Item], bank: AdapterBank) -> Tensor:
         """log p of each labelled token, mean and deviation of log p: (labels of all items, 3) float64, CPU.
@@ -162,7 +169,7 @@ class PackedModel:
             config._attn_implementation = before
 
 
-def _summed(values: Tensor, items: Sequence[Item]) -> Tensor:
+def summed(values: Tensor, items: Sequence[Item]) -> Tensor:
     """Values at labelled positions -> their sum for each item."""
     counts = torch.tensor([len(item.example.at) for item in items], dtype=torch.long)
     owner = torch.arange(len(items)).repeat_interleave(counts)

@@ -59,6 +59,7 @@ def load(setup: Setup, encode: Callable[[Any], Tokens]) -> tuple[LoraEngine, Fac
     )
     base_hash = models.base_hash(model)
     end_reachable = reachable(model, setup.end)
+    generation, close = _generation(setup)
     engine = LoraEngine.build(
         model,
         encode,
@@ -66,21 +67,24 @@ def load(setup: Setup, encode: Callable[[Any], Tokens]) -> tuple[LoraEngine, Fac
         tokens_per_pass=setup.tokens_per_pass,
         path=setup.kernels,
         checkpointing=setup.checkpointing,
-        generation=_generation(setup),
+        generation=generation,
+        close=close,
     )
     stored = models.identity(setup.base, allow_download=setup.allow_download)
     facts = Facts(base_hash, stored, engine.path, engine.path_reason, engine.decoding_reason, end_reachable)
     return engine, facts
 
 
-def _generation(setup: Setup) -> Generation:
+def _generation(setup: Setup) -> tuple[Generation, Callable[[], None]]:
+    """What answers, and what ends it."""
     from fedloom.engine import models
     from fedloom.engine.generation import generate_all
     from fedloom.engine.vllm_backend import VllmGeneration
 
     if setup.vllm is None:
-        return generate_all
+        return generate_all, lambda: None
     folder = models.base_folder(setup.base, allow_download=setup.allow_download)
     if folder is None:
         raise ConfigError(f"machine.vllm needs a model that is on disk; got model.base={setup.base!r}.")
-    return VllmGeneration(folder, **setup.vllm)
+    vllm = VllmGeneration(folder, **setup.vllm)
+    return vllm, vllm.close

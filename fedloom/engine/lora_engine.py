@@ -53,6 +53,7 @@ class LoraEngine:
         path_reason: str,
         encode: Encoder,
         generation: Generation,
+        close: Callable[[], None],
     ):
         self.served = served  # for answers token by token (`generation.stream`)
         self.model = served.model
@@ -62,6 +63,7 @@ class LoraEngine:
         self._slow = slow
         self._encode = encode
         self._generation = generation
+        self.close = close  # ends what `generation` has started
 
     @property
     def decoding_reason(self) -> str:
@@ -79,12 +81,14 @@ class LoraEngine:
         path: Literal["auto", "fast", "reference"] = "auto",
         checkpointing: bool = False,
         generation: Generation = generate_all,
+        close: Callable[[], None] = lambda: None,
     ) -> LoraEngine:
         """Take over `model` (a Hugging Face causal LM, on its device, in its dtype) and put LoRA into it.
 
         "auto" compares the fast path with plain PEFT on a small batch and falls back when they differ;
         "fast" raises instead. `encode` is called once for each example. `tokens_per_pass` bounds memory
-        and changes no result; it shrinks by itself when memory runs out. `generation` answers the Generates.
+        and changes no result; it shrinks by itself when memory runs out. `generation` answers the Generates,
+        and `close` ends what it has started.
         """
         config = model.config.get_text_config()
         if config.is_encoder_decoder:
@@ -121,6 +125,7 @@ class LoraEngine:
                 longest=getattr(config, "max_position_embeddings", None),
             ),
             generation=generation,
+            close=close,
         )
 
     def initial_adapter(self, seed: int) -> AdapterState:

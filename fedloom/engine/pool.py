@@ -22,6 +22,7 @@ from fedloom.steps import Fit, Score, Tokens
 
 TRIES = 3  # of one batch whose workers die
 KEPT = 65_536  # encoded examples
+Place = tuple[int, ...]  # in the queue for a worker, the lowest first
 STOPPED = "The workers have been stopped."
 
 
@@ -63,19 +64,19 @@ class Pool:
         self._examples: dict[int, tuple[Any, Tokens]] = {}  # keeps the example, so that its id is not reused
         self._changed = Condition()  # guards all fields below
         self._free = [(number, source.start(number)) for number in reversed(range(workers))]
-        self._waiting: list[tuple[int, int]] = []  # a heap of (place, turn), one for each waiting caller
+        self._waiting: list[tuple[Place, int]] = []  # a heap of (place, turn), one for each waiting caller
         self._turns = count()
         self._closed = False
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Like any engine's. Raises RunError if a batch kills three workers, or the pool closes meanwhile."""
-        return self.answer_in_turn(requests, place=0)
+        return self.answer_in_turn(requests, place=())
 
     def ranked(self, place: int) -> Ranked:
-        return Ranked(self, place)
+        return Ranked(self, (place,))
 
-    def answer_in_turn(self, requests: Mapping[Hashable, Any], *, place: int) -> dict[Hashable, Any]:
-        """Like `answer`, ahead of callers with a higher place."""
+    def answer_in_turn(self, requests: Mapping[Hashable, Any], *, place: Place) -> dict[Hashable, Any]:
+        """Like `answer`, ahead of callers with a higher place; in one place, first come, first served."""
         if not requests:
             return {}
         asked = [self._encoded(request) for request in requests.values()]
@@ -83,7 +84,7 @@ class Pool:
 
     def facts(self) -> Facts:
         """Wait until a worker has loaded the base model. Raises the error that ended the loading."""
-        return Facts(**self._asked(letters.pack(None), place=0))
+        return Facts(**self._asked(letters.pack(None), place=()))
 
     def close(self) -> None:
         with self._changed:
@@ -97,7 +98,7 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _asked(self, letter: bytes, place: int) -> Any:
+    def _asked(self, letter: bytes, place: Place) -> Any:
         number, worker = self._taken(place)
         try:
             for attempt in range(TRIES):
@@ -115,7 +116,7 @@ class Pool:
             "Lower machine.workers, machine.clients_per_batch or machine.tokens_per_pass, and go on with --resume."
         )
 
-    def _taken(self, place: int) -> tuple[int, Remote]:
+    def _taken(self, place: Place) -> tuple[int, Remote]:
         """A free worker, after waiting for one if necessary."""
         with self._changed:
             turn = place, next(self._turns)
@@ -159,7 +160,11 @@ class Ranked:
     """The same pool for callers with this place in the queue; lower places are served first."""
 
     pool: Pool
-    place: int
+    place: Place
+
+    def ranked(self, place: int) -> Ranked:
+        """A place within this one."""
+        return Ranked(self.pool, (*self.place, place))
 
     @property
     def workers(self) -> int:

@@ -107,6 +107,10 @@ class ReferenceModel:
             self.logits(example, dropout), example.targets.to(self.device), reduction="sum"
         )
 
+    def token_losses(self, example: Encoded) -> Tensor:
+        """Nats of each labelled token: (m,)."""
+        return F.cross_entropy(self.logits(example), example.targets.to(self.device), reduction="none")
+
     def energy(self, example: Encoded) -> Tensor:
         """-logsumexp of the logits, summed over the labelled tokens of one example."""
         return -self.logits(example).logsumexp(-1).sum()
@@ -232,11 +236,13 @@ def _score(model: ReferenceModel, example: Encoded, *, energy: bool, per_token: 
     targets = len(example.at)
     if not targets:
         return Scored(0.0, 0, 0.0 if energy else None, TokenScores((), (), ()) if per_token else None)
+    each = model.token_losses(example)
     return Scored(
-        float(model.nll(example)),
+        float(each.sum()),
         targets,
         float(model.energy(example)) / targets if energy else None,
         token_scores(model.token_statistics(example)) if per_token else None,
+        float(each[-1]),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,11 @@ class Worker:
             return letters.pack({"answer": _attempt(answer)()})
         except FedloomError as error:
             return letters.pack({"error": type(error).__name__, "message": str(error)})
+
+    def close(self) -> None:
+        """End what the engine has started."""
+        with suppress(FedloomError):  # where nothing was loaded
+            self._loaded()[0].close()
 
 
 def _answer(engine: Engine, facts: Facts, requests: list[Any] | None) -> Any:

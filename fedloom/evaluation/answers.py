@@ -8,7 +8,7 @@ right nor exact, whatever it says so far: the model would have continued.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -17,10 +17,11 @@ from fedloom.data.example import Example
 from fedloom.data.template import Template
 from fedloom.data.text import folded, rouge_l
 from fedloom.evaluation.cache import Cache, key_of
+from fedloom.evaluation.units import ask
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Generate
 
-BATCH = 128  # questions answered before their answers are stored
+UNIT = 512  # questions, of all rows together, answered before their answers are stored
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def answers_of(
     `max_new_tokens` tokens counts as cut, even if the end would have come next.
     """
     prompts = [template.prompt_ids(q, room=max_new_tokens) for q in questions]
-    keys: dict[Hashable, list[str]] = {
+    keys = {
         row: [
             key_of(
                 weights=weights,
@@ -58,24 +59,17 @@ def answers_of(
         ]
         for row, adapter in adapters.items()
     }
-    for start in range(0, len(questions), BATCH):
-        part = range(start, min(start + BATCH, len(questions)))
-        open_: dict[Hashable, list[int]] = {
-            row: [i for i in part if _kept(cache, keys[row][i]) is None] for row in adapters
-        }
-        requests: dict[Hashable, Generate] = {
-            row: Generate(
-                [prompts[i] for i in open_[row]], adapter, max_new_tokens=max_new_tokens, stop=template.stop
-            )
-            for row, adapter in adapters.items()
-            if open_[row]
-        }
-        answered = engine.answer(requests) if requests else {}
+    open_ = {row: [i for i, key in enumerate(keys[row]) if _kept(cache, key) is None] for row in adapters}
+
+    def request(row: str, part: Sequence[int]) -> Generate:
+        asked = [prompts[i] for i in part]
+        return Generate(asked, adapters[row], max_new_tokens=max_new_tokens, stop=template.stop)
+
+    for row, part, answered in ask(engine, open_, request, unit=UNIT):
         cache.put_all(
             {
                 keys[row][i]: {"answer": template.decode(ids), "ended": len(ids) < max_new_tokens}
-                for row, said in answered.items()
-                for i, ids in zip(open_[row], said, strict=True)
+                for i, ids in zip(part, answered, strict=True)
             }
         )
     return {row: [found for key in keys[row] if (found := _kept(cache, key)) is not None] for row in adapters}

@@ -10,14 +10,18 @@ from typing import Any
 
 from fedloom.data.example import Example
 from fedloom.data.template import Template
+from fedloom.evaluation.units import ask
 from fedloom.state import AdapterState
-from fedloom.steps import Engine, Score, Scored, Tokens
+from fedloom.steps import Engine, Score, Scored
+
+UNIT = 256  # examples, of all rows together, that are scored at a time
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
     loss: float  # nats per labelled token, with equal weight for every token of the held-out set
     groups: Mapping[str, float]  # the same within each category or owner
+    last: Sequence[float | None]  # nats of each example's last labelled token; None: it has none
 
     def of_mix(self, mix: Mapping[str, float]) -> float | None:
         """Loss in a client's own mix of groups; None if a group has no held-out example."""
@@ -30,20 +34,26 @@ def held_out_loss(
     engine: Engine, test: Sequence[Any], groups: Sequence[str], adapters: Mapping[Any, AdapterState | None]
 ) -> dict[Any, HeldOutLoss]:
     """For several adapters in shared batches; None is the untuned base."""
-    answers = engine.answer({row: Score(test, adapter) for row, adapter in adapters.items()})
-    return {row: _summary(scored, groups) for row, scored in answers.items()}
+    scored: dict[Any, list[Scored]] = {row: [] for row in adapters}
+    wanted = ask(
+        engine, dict.fromkeys(adapters, test), lambda row, part: Score(part, adapters[row]), unit=UNIT
+    )
+    for row, _, found in wanted:
+        scored[row] += found
+    return {row: _summary(found, groups) for row, found in scored.items()}
 
 
-def end_loss(
-    engine: Engine, template: Template, test: Sequence[Example], adapters: Mapping[Any, AdapterState | None]
-) -> dict[Any, float]:
-    """Mean nats of the token that ends an answer, after the reference; without examples cut before it."""
-    ends = [t for t in map(template.encode, test) if t.ids[-1] == template.end]
-    only = [Tokens(t.ids, (False,) * (len(t.ids) - 1) + (True,)) for t in ends]
-    if not only:
-        return {}
-    answers = engine.answer({row: Score(only, adapter) for row, adapter in adapters.items()})
-    return {row: fmean(one.nll for one in scored) for row, scored in answers.items()}
+def end_loss(template: Template, test: Sequence[Example], last: Sequence[float | None]) -> float | None:
+    """Mean nats of the token that ends an answer, after the reference, from those of each example's last token.
+
+    Over examples that are not cut before it; None if there is none.
+    """
+    ends = [
+        nats
+        for e, nats in zip(test, last, strict=True)
+        if nats is not None and template.encode(e).ids[-1] == template.end
+    ]
+    return fmean(ends) if ends else None
 
 
 def _summary(scored: Sequence[Scored], groups: Sequence[str]) -> HeldOutLoss:
@@ -55,4 +65,5 @@ def _summary(scored: Sequence[Scored], groups: Sequence[str]) -> HeldOutLoss:
     return HeldOutLoss(
         loss=sum(nll.values()) / max(1, sum(targets.values())),
         groups={g: nll[g] / targets[g] for g in sorted(nll) if targets[g]},
+        last=[one.last for one in scored],
     )

@@ -21,6 +21,7 @@ from fedloom.experiment import preflight, questions
 from fedloom.experiment.comparison import (
     Progress,
     all_seeds,
+    measured,
     measuring,
     progress,
     read_result,
@@ -115,11 +116,12 @@ def compare(
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_notes: Callable[[Sequence[str]], None] = lambda _: None,
+    on_first: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Base, local-only, federated and centralised over `experiment.compare.seeds` seeds, in `folder`.
 
-    Seeds and rows train side by side, on as many workers as [machine] says. Resumes like `run`, training by
-    training.
+    Seeds and rows train side by side, on as many workers as [machine] says; earlier seeds come first, and `on_first`
+    hears the first one's summary while others go on. Resumes like `run`, training by training.
     """
     if not experiment.algorithm.shared:
         raise ConfigError(
@@ -137,29 +139,37 @@ def compare(
         on_notes(datasets[0].notes)
         base = _checked(experiment, folder, datasets, compared=True)
         on_progress(progress(experiment, folder))
+        first = next(iter(seeds))
+
+        def summary_of(results: Sequence[Mapping[str, Any]], exported: AdapterState) -> dict[str, Any]:
+            return summarise(
+                "compare",
+                experiment,
+                datasets[0],
+                results,
+                records=journal.read(first / files.FEDERATED / METRICS),
+                adapter_sha256=exported.sha256(),
+                engine=results[0]["engine"],
+                when=_when(folder),
+            )
+
         exported: AdapterState | None = None
+        told = len(seeds) == 1
         try:
             for state in _seeds(experiment, folder, datasets):
                 exported = exported or _export_first(folder, seeds, base)
                 on_progress(state)
+                if not told and exported and state.finished < len(seeds):
+                    result = measured(seeds[first], first)
+                    if told := result is not None:
+                        on_first(summary_of([result], exported))
         finally:  # even where a seed could not be measured
             exported = exported or _export_first(folder, seeds, base)
-        results = [read_result(seed) for seed in seeds]
-        first = next(iter(seeds))
         if exported is None:
             raise RunError(
                 f"{first / 'federated'} holds no committed round any more; start again with another --out."
             )
-        summary = summarise(
-            "compare",
-            experiment,
-            datasets[0],
-            results,
-            records=journal.read(first / files.FEDERATED / METRICS),
-            adapter_sha256=exported.sha256(),
-            engine=results[0]["engine"],
-            when=_when(folder),
-        )
+        summary = summary_of([read_result(seed) for seed in seeds], exported)
         _finish(folder, summary)
     return summary
 
@@ -204,11 +214,11 @@ def evaluate(experiment: Experiment, folder: Path | str) -> dict[str, Any]:
     preflight.check_examples(
         experiment, load_skeleton(experiment), dataset.test, preflight.asked(experiment, dataset)
     )
-    machine = load_machine(experiment)
-    adapter = adapter_of(folder, machine)
-    result = measure(
-        experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS)
-    )
+    with load_machine(experiment) as machine:
+        adapter = adapter_of(folder, machine)
+        result = measure(
+            experiment, dataset, machine, {"base": None, "federated": adapter}, cache=Cache(folder / ANSWERS)
+        )
     write_json(
         folder / files.EVALUATION,
         {**result, "experiment": experiment.plain(), "adapter_sha256": adapter.sha256()},

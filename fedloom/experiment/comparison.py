@@ -39,7 +39,7 @@ def one_seed(
 
     `each` maps a function over the rows, like `map` or in several threads.
     """
-    if (done := _measured(experiment, folder)) is not None:
+    if (done := measured(experiment, folder)) is not None:
         return done
     with checkpoint.lock(folder):
         rows, synthesis = trained(experiment, dataset, machine, folder, each, watch)
@@ -49,7 +49,7 @@ def one_seed(
             given_away = (
                 leaks(experiment, dataset, machine, shared(rows)) if experiment.compare.leakage else {}
             )
-            measured = measure(
+            found = measure(
                 experiment,
                 dataset,
                 machine,
@@ -59,7 +59,7 @@ def one_seed(
                 say=watch.phase,
             )
         result = {
-            **measured,
+            **found,
             "synthesis": synthesis,
             "engine": machine.describe(),
             "settings": _measuring(experiment),
@@ -92,7 +92,7 @@ def _measuring(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
+def measured(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
     """A seed's result, if there is one of these settings."""
     if not (folder / RESULT).exists():
         return None
@@ -127,7 +127,7 @@ def trained(
 def unmeasured(experiment: Experiment, folder: Path) -> list[Path]:
     """The seeds' folders that hold no result of these settings."""
     seeds = seed_folders(experiment, folder)
-    return [seed for seed, its in seeds.items() if _measured(its, seed) is None]
+    return [seed for seed, its in seeds.items() if measured(its, seed) is None]
 
 
 def untrained(experiment: Experiment, folder: Path) -> list[str]:
@@ -282,7 +282,7 @@ def progress(experiment: Experiment, folder: Path, doing: Mapping[int, Doing] = 
     rounds, finished = 0, 0
     rows, names = list(trainings(experiment)), _names(experiment, folder)
     for seed in names:
-        finished += _measured(experiment, seed) is not None
+        finished += measured(experiment, seed) is not None
         for row in rows:
             rounds += max(0, len(journal.read(seed / row / METRICS)) - 1)
     total = len(rows) * experiment.rounds * experiment.compare.seeds

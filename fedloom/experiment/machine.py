@@ -102,10 +102,15 @@ class Machine:
         return self.facts.base_sha256
 
     def ranked(self, place: int) -> Machine:
-        """The same machine seen from this place in the queue: workers serve lower places first."""
-        from fedloom.engine.pool import Pool
+        """The same machine seen from this place in the queue: workers serve lower places first.
 
-        return replace(self, engine=self.engine.ranked(place)) if isinstance(self.engine, Pool) else self
+        Of a machine that is ranked already, a place within its own.
+        """
+        from fedloom.engine.pool import Pool, Ranked
+
+        if not isinstance(self.engine, Pool | Ranked):
+            return self
+        return replace(self, engine=self.engine.ranked(place))
 
     def initial_adapter(self, seed: int) -> AdapterState:
         """The start of every training with this seed; it leaves the base model's outputs unchanged."""
@@ -183,7 +188,7 @@ def load_here(experiment: Experiment) -> tuple[Machine, LoraEngine]:
     threads = threads_of(experiment, base.parameters, workers=1)
     torch.set_num_threads(threads)
     engine, facts = loading.load(_setup(experiment, base.template), base.template.encode)
-    return Machine(engine, base.template, base.tokenizer, engine.layout, facts, threads), engine
+    return Machine(engine, base.template, base.tokenizer, engine.layout, facts, threads, engine.close), engine
 
 
 def workers(experiment: Experiment, *, batches: int) -> int:

@@ -63,11 +63,13 @@ def measure(
         if asked
         else {}
     )
-    ends = end_loss(machine.engine, machine.template, questions, rows) if asked else {}
     cut = sum(machine.template.prompt_cut(q, room=limit) != "none" for q in questions)
     measured: dict[str, Any] = {}
     for row in rows:
-        overall = {"loss": losses[row].loss} | ({"end_loss": ends[row]} if row in ends else {})
+        overall = {"loss": losses[row].loss}
+        end = end_loss(machine.template, questions, [losses[row].last[i] for i in asked])
+        if end is not None:
+            overall["end_loss"] = end
         within: dict[str, dict[str, float]] = {g: {"loss": loss} for g, loss in losses[row].groups.items()}
         if asked:
             overall |= grade(questions, said[row])

@@ -30,13 +30,18 @@ def unsent_metrics(clients: Mapping[ClientId, Client]) -> Observer:
 
 
 def held_out(
-    experiment: Experiment, dataset: Dataset, machine: Machine, clients: Mapping[ClientId, Client]
+    experiment: Experiment,
+    dataset: Dataset,
+    machine: Machine,
+    algorithm: Algorithm,
+    clients: Mapping[ClientId, Client],
 ) -> Observer:
-    """Held-out loss of the server's adapter, every few rounds and after the last; None in between."""
+    """Held-out loss of the server's adapter, every few rounds and after the last; else None, as where none is shared."""
     test, groups = held_out_part(dataset, experiment.evaluation.examples)
 
     def observe(state: ServerState, seen: Round) -> Mapping[str, Any]:
-        if state.round % experiment.evaluation.every and state.round != experiment.rounds:
+        due = not state.round % experiment.evaluation.every or state.round == experiment.rounds
+        if not due or not algorithm.shared:
             return {"held_out": None}
         adapter = state.adapter if state.round else None
         found = held_out_loss(machine.engine, test, groups, {"global": adapter})["global"]

@@ -139,10 +139,9 @@ def alone(experiment: Experiment, dataset: Dataset, machine: Machine, folder: Pa
     if wanted is not None and wanted < len(clients):
         order = numpy_stream(experiment.seed, "compare", "local clients").permutation(sorted(clients))
         clients = {str(c): clients[str(c)] for c in sorted(order[:wanted])}
-    quiet = experiment.with_(evaluation={**experiment.plain()["evaluation"], "every": experiment.rounds})
     fingerprint = "alone " + experiment.fingerprint()
     return simulated(
-        quiet,
+        experiment,
         dataset,
         machine,
         folder,
@@ -199,6 +198,7 @@ def simulated(
     fingerprint: str,
 ) -> Simulated:
     inputs = inputs_of(dataset, machine)
+    machine = machine.ranked(-_steps(clients))  # whoever has most to do one after the other begins first
     transport = Simulation(
         algorithm,
         machine.engine,
@@ -218,12 +218,22 @@ def simulated(
         fingerprint=fingerprint,
         observe=(
             unsent_metrics(clients),
-            held_out(experiment, dataset, machine, clients),
+            held_out(experiment, dataset, machine, algorithm, clients),
             leaked(experiment, dataset, machine, algorithm),
         ),
         gate=experiment.gate,
     )
     return Simulated(training, clients)
+
+
+def _steps(clients: Mapping[ClientId, Client]) -> int:
+    """The most optimizer steps that one client takes in a round."""
+    counts = (
+        c.local.steps_of(n, c.local.epochs * n if c.limit is None else c.limit)
+        for c in clients.values()
+        if (n := len(c.examples))
+    )
+    return max(counts, default=0)
 
 
 def _identity(fingerprint: str, inputs: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from fedloom.engine import loading
 from fedloom.engine.fork_server import ForkServer
 from fedloom.engine.loading import Setup
 from fedloom.engine.lora_engine import LoraEngine
-from fedloom.engine.pool import Pool, WorkerLost
+from fedloom.engine.pool import Pool, Ranked, WorkerLost
 from fedloom.errors import ConfigError, DataError, ModelError, RunError
 from fedloom.state import AdapterState
 from fedloom.steps import Engine, Fit, Generate, LocalTraining, LoraSpec, Score, Tokens
@@ -122,17 +122,17 @@ def test_a_refused_request_comes_back_as_the_error_it_is(pool: Pool, start: Adap
 def test_whoever_comes_first_in_the_queue_is_served_first(start: AdapterState) -> None:
     busy = {0: Fit(start, [example(0)], LOCAL, limit=100)}
     short = {0: Score([example(0)], start)}
-    with forks(workers=1) as pool, ThreadPoolExecutor(3) as executor:
+    with forks(workers=1) as pool, ThreadPoolExecutor(4) as executor:
         pool.facts()
-        order: list[int] = []
+        order: list[Ranked] = []
         first = executor.submit(pool.answer, busy)
         time.sleep(0.1)  # until it has the worker
-        for place in (2, 1):
-            told = executor.submit(pool.ranked(place).answer, short)
-            told.add_done_callback(lambda _, place=place: order.append(place))
+        for asking in (pool.ranked(2), pool.ranked(1).ranked(7), pool.ranked(1).ranked(-7)):
+            told = executor.submit(asking.answer, short)
+            told.add_done_callback(lambda _, asking=asking: order.append(asking))
             time.sleep(0.1)
         assert not first.done()
-    assert order == [1, 2]
+    assert [asking.place for asking in order] == [(1, -7), (1, 7), (2,)]
 
 
 def test_a_bug_in_a_worker_is_told_by_its_type_and_place_and_quotes_nothing(
@@ -235,6 +235,32 @@ def test_no_process_outlives_the_one_that_started_it(end: signal.Signals) -> Non
         time.sleep(0.2)
         parent.send_signal(end)
     assert gone(processes)
+
+
+ANSWERING = """#!{python}
+import json, sys
+for line in sys.stdin:
+    print(json.dumps({{"tokens": [[7] for _ in json.loads(line)]}}), flush=True)
+"""
+
+
+def test_what_a_worker_has_started_for_vllm_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in, exported = tmp_path / "python", tmp_path / "exported"
+    stand_in.write_text(ANSWERING.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    exported.mkdir()
+    monkeypatch.setenv("TMPDIR", str(exported))  # where the worker writes adapters for vLLM
+    setup = Setup("embedded", device="cpu", vllm={"python": str(stand_in)})
+    adapter = loading.load(setup, lambda example: example)[0].initial_adapter(0)
+    with forks(setup, workers=1) as pool:
+        assert pool.answer({0: Generate([[3, 4]], adapter)}) == {0: [[7]]}
+        [worker] = children(pool_server(pool))
+        [vllm] = children(worker)
+        assert list(exported.rglob("adapter_model.safetensors"))
+    assert not list(exported.iterdir())
+    assert gone([vllm])
 
 
 def pool_server(pool: Pool) -> int:

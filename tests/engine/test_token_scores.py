@@ -121,3 +121,13 @@ def test_tokens_a_model_rules_out_weigh_nothing() -> None:
     head = LabelHead(linear, scale=1.0, softcap=None, chunk=64)
     [found] = head.token_statistics(torch.ones(1, 1), torch.tensor([0]), torch.tensor([1])).tolist()
     assert found == pytest.approx([-math.log(2), -math.log(2), 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_score_holds_the_loss_of_its_last_labelled_token(path: Any) -> None:
+    trained, mute = engine(llama(), path=path, tokens_per_pass=64), example(6, 0, labelled=0)
+    spoken = examples(5)
+    request = Score([mute, *spoken, mute], moved(trained.layout), per_token=True)
+    first, *between, last = one(trained, request)
+    assert (first.last, last.last) == (None, None)
+    assert [s.last for s in between] == pytest.approx([-s.tokens.logp[-1] for s in between], abs=1e-6)

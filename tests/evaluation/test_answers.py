@@ -94,6 +94,7 @@ class Words:
     """A template of one token a letter, and an engine that repeats the prompt."""
 
     stop = frozenset({0})
+    workers = 1
 
     def prompt_ids(self, example: Example, *, room: int) -> list[int]:
         return [ord(c) for c in f"{example.instruction}{example.context}"][:room]

@@ -49,6 +49,7 @@ class Parrot:
 
     right: Mapping[str, str]
     asked: list[Mapping[Hashable, Any]] = field(default_factory=list)
+    workers: int = 1
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         self.asked.append(requests)

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from fedloom.evaluation.loss import HeldOutLoss, held_out_loss
-from fedloom.steps import Score, Scored
+from fedloom.data.example import Example
+from fedloom.evaluation.loss import HeldOutLoss, end_loss, held_out_loss
+from fedloom.steps import Score, Scored, Tokens
 from tests.fakes import ToyEngine, state
 
 
 class Told:
     """Scores every example with what it says: (nats, labelled tokens)."""
+
+    workers = 1
 
     def answer(self, requests: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         assert all(isinstance(r, Score) for r in requests.values())
@@ -54,3 +57,19 @@ def test_several_adapters_are_scored_in_one_call() -> None:
     assert len(engine.sent) == 1
     assert rows["base"].loss == 5.0  # (2^2 / 2 + 4^2 / 2) / 2
     assert rows["tuned"].loss == 1.0  # (0 + 2^2 / 2) / 2
+
+
+class Cut:
+    """A template that encodes a response letter by letter, ends with 0, and has room for four tokens."""
+
+    end = 0
+
+    def encode(self, example: Example) -> Tokens:
+        ids = (*map(ord, example.response), self.end)[:4]
+        return Tokens(ids, (False,) + (True,) * (len(ids) - 1))
+
+
+def test_the_loss_of_the_end_leaves_out_examples_cut_before_it() -> None:
+    test = [Example("", response) for response in ("ab", "abcd", "", "abc")]
+    assert end_loss(Cut(), test, [1.0, 7.0, None, 3.0]) == 2.0  # (1 + 3) / 2: "abcd" is cut, "" has no label
+    assert end_loss(Cut(), test[1:2], [7.0]) is None

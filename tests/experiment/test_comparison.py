@@ -15,9 +15,10 @@ from fedloom.experiment import commands, comparison, simulation
 from fedloom.experiment import summary as summaries
 from fedloom.experiment.build import pooled_client
 from fedloom.experiment.listener import Listener
+from fedloom.experiment.machine import Machine
 from fedloom.report import card, page
 from fedloom.rows import is_single
-from tests.fakes import FOUR, ToyEngine, dataset, experiment, machine, value
+from tests.fakes import FOUR, ToyEngine, ToyMachine, dataset, experiment, machine, value
 
 TOY = experiment(adapter={"rank": 1}, compare={"seeds": 2}, cohort={"kind": "uniform", "count": 2}, rounds=4)
 DATA = dataset(FOUR)
@@ -161,6 +162,40 @@ def test_progress_counts_every_round_of_every_row(toy: Toy, tmp_path: Path) -> N
     assert [p.finished for p in seen] == sorted(p.finished for p in seen)
     assert seen[-1].finished == 2
     assert seen[-1].rounds == seen[-1].total
+
+
+def test_the_first_seed_s_summary_is_told_while_others_go_on(toy: Toy, tmp_path: Path) -> None:
+    told: list[Mapping[str, Any]] = []
+
+    def on_first(summary: Mapping[str, Any]) -> None:
+        told.append(summary)
+        assert not (tmp_path / "summary.json").exists()
+
+    whole = commands.compare(TOY.with_(compare={"seeds": 9}), tmp_path, on_first=on_first)
+    [first] = told
+    assert {tuple(r["seeds"]) for r in first["rows"]} == {(0,)}
+    for row in ("base", "local mean", "local best", "federated", "centralised"):
+        assert values(first, row) == values(whole, row)[:1]
+
+
+def test_a_single_seed_is_not_told_twice(toy: Toy, tmp_path: Path) -> None:
+    told: list[Mapping[str, Any]] = []
+    commands.compare(TOY.with_(compare={"seeds": 1}), tmp_path, on_first=told.append)
+    assert told == []
+
+
+def test_the_row_with_most_steps_in_sequence_is_served_first(tmp_path: Path) -> None:
+    places: dict[str, int] = {}
+
+    class Placed(ToyMachine):
+        def ranked(self, place: int) -> Machine:
+            places[row] = place
+            return self
+
+    steps = TOY.with_(local={"batch_size": 1})
+    for row in ("local_only", "federated", "centralised"):
+        getattr(simulation, row)(steps, DATA, Placed(**vars(machine())), tmp_path)
+    assert places["centralised"] < places["federated"] == places["local_only"]
 
 
 def trained(folder: Path, row: str) -> dict[str, Any]:
