@@ -17,6 +17,7 @@ from fedloom.transport.base import Transport
 # id. Of a larger one, only this many are held at a time, so the server's memory does not grow with the
 # cohort.
 WINDOW = 64
+STRANGERS = "(not asked)"  # in `Round.refused`, all together: they may be many, and called anything
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Federation:
                 passed = self.gate.admit(arrival, sent, expected, self.algorithm.reports, answered)
                 seen.updates[client] = replace(passed.update, states={})
             except RefusedUpdate as refusal:
-                seen.refused.setdefault(client, refusal.code)
+                seen.refused.setdefault(client if client in sent else STRANGERS, refusal.code)
             self.on_update(seen, client)
             if passed is not None:
                 yield passed

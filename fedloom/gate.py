@@ -37,7 +37,7 @@ class Admitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """Defaults are far above anything measured from honest clients; docs/sharp_edges.md has the figures."""
+    """Defaults are far above anything measured from honest clients; docs/round.md has the figures."""
 
     max_norm: float = 1000.0  # L2 norm of a state
     max_norm_ratio: float = 50.0  # of that norm to the median of the cohort's

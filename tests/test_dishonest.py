@@ -250,6 +250,8 @@ FORGERIES: dict[str, tuple[str, Forge]] = {
     "transposed": ("shape", tensors(a=lambda t: t.T)),
     "flattened": ("shape", tensors(b=lambda t: t.flatten())),
     "no rows": ("shape", tensors(a=lambda t: t[:0])),
+    "a shape without values of 10^15": ("malformed", table(lambda t: t[NAME_A].update(shape=[0, 10**15], data_offsets=[0, 0]))),
+    "five thousand dimensions": ("shape", table(lambda t: t[NAME_A].update(shape=[1] * 5000 + [1, 2]))),
     "float64": ("dtype", tensors(a=lambda t: t.double())),
     "float16": ("dtype", tensors(a=lambda t: t.half())),
     "whole numbers": ("dtype", tensors(a=lambda t: t.long())),
@@ -259,6 +261,11 @@ FORGERIES: dict[str, tuple[str, Forge]] = {
     "a missing tensor": ("keys", tensors(b=None)),
     "an extra tensor": ("keys", tensors(extra=lambda t: torch.ones(1))),
     "another name": ("keys", header(lambda said: said.replace("lora_A", "lora_X"))),
+    "a name that looks alike": ("keys", header(lambda said: said.replace("lora_A", "lora_\u0410"))),
+    "a name with a path in it": ("keys", header(lambda said: said.replace("delta/", "delta/../delta/"))),
+    "a tensor without a name": ("keys", header(lambda said: said.replace(f'"{NAME_A}"', '"delta"'))),
+    "two tables of fields": ("malformed", header(lambda s: s[:-1] + ',"__metadata__":{"fedloom":"{}"}}')),
+    "fields that are a number": ("malformed", lambda data, known: save({}, {"fedloom": "5"})),
     "a tensor twice": ("malformed", header(twice)),
     "a field twice": ("malformed", header(lambda s: s.replace('\\"weight\\":', '\\"weight\\": 1, \\"weight\\":'))),
     "no states": ("states", states(lambda t: {})),
@@ -276,6 +283,7 @@ FORGERIES: dict[str, tuple[str, Forge]] = {
     "no weight": ("malformed", fields(weight=...)),
     "a weight of null": ("malformed", fields(weight=None)),
     "a weight of true": ("malformed", fields(weight=True)),
+    "a weight of 5,000 digits": ("malformed", header(lambda s: s.replace('\\"weight\\": ', '\\"weight\\": ' + "1" * 5000))),
     "a weight in letters": ("malformed", fields(weight="7")),
     # rounds and experiments
     "a stale round": ("round", rounds_off(-1)),
@@ -283,12 +291,15 @@ FORGERIES: dict[str, tuple[str, Forge]] = {
     "a replay of an earlier answer": ("round", lambda data, known: (known.past or [rounds_off(-1)(data, known)])[0]),  # type: ignore[return-value]
     "no round": ("malformed", fields(round=...)),
     "half a round": ("malformed", fields(round=0.5)),
+    "a round of 401 digits": ("round", fields(round=10**400)),
     "another base model": ("experiment", fields(experiment="fedcba9876543210")),
     "no experiment": ("experiment", fields(experiment=...)),
     # who speaks
     "speaks for b": ("sender", fields(client="b")),
     "b's own answer": ("sender", lambda data, known: known.of_b),
     "speaks for nobody": ("sender", fields(client="")),
+    "a client that looks alike": ("sender", fields(client="m\u200d")),
+    "a client that is no UTF-8": ("sender", fields(client="\ud800")),
     "a client that is no text": ("malformed", fields(client=["m"])),
     # sizes
     "oversize": ("size", tensors(extra=lambda t: torch.zeros(1 << 20))),
@@ -326,6 +337,7 @@ FORGERIES: dict[str, tuple[str, Forge]] = {
     "a metric of 1e300": ("metrics", fields(metrics={"tokens": 1e300})),
     "a metric of 401 digits": ("metrics", fields(metrics={"steps": 10**400})),
     "a metric nobody reports": ("metrics", fields(metrics={"diagnosis": 1.0})),
+    "a metric whose name has 10 MB": ("size", fields(metrics={"x" * 10_000_000: 1.0})),
     "a thousand metrics": ("metrics", fields(metrics={f"m{i}": 0.0 for i in range(1000)})),
     "a metric in letters": ("malformed", fields(metrics={"loss": "low"})),
     "a metric of true": ("malformed", fields(metrics={"loss": True})),
@@ -398,7 +410,7 @@ def test_a_refused_client_remembers_nothing() -> None:
 
 def test_whoever_nobody_asked_is_refused_and_changes_nothing() -> None:
     end, seen, _ = federate("abcdm", lambda data, known: [("stranger", data), ("", data)])
-    assert [r.refused for r in seen] == [{"stranger": "unknown", "": "unknown"}] * ROUNDS
+    assert [r.refused for r in seen] == [{"(not asked)": "unknown"}] * ROUNDS
     assert end == HONEST[Fp32()]
 
 
@@ -436,7 +448,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "environment", dict)
 
 
-@of(FORGERIES | {"a stranger": ("", lambda data, known: [("stranger", data)])})
+@of(FORGERIES | {"a stranger with a name that is no text": ("", lambda data, known: [("\ud800", data)])})
 def test_a_whole_run_ends_beside_a_dishonest_client(
     toy: None, code: str, forge: Forge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +470,9 @@ def test_a_whole_run_ends_beside_a_dishonest_client(
     monkeypatch.setattr(InProcess, "call", dishonest)
     commands.run(experiment(adapter={"rank": 1}, rounds=2), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["refused"] for line in lines[1:]] == [{"m": code} if code else {"stranger": "unknown"}] * 2
+    assert [line["refused"] for line in lines[1:]] == [
+        {"m": code} if code else {"(not asked)": "unknown"}
+    ] * 2
     assert [sorted(line["clients"]) for line in lines[1:]] == [["a", "b", "c", "d"]] * 2
     assert (tmp_path / "adapter").is_dir()
 

@@ -144,6 +144,15 @@ def test_an_unfinished_run_is_told_with_the_command_that_goes_on(here: Path, com
     )
 
 
+@pytest.mark.parametrize("command", ["chat", "evaluate", "export", "report", "judge", "audit"])
+def test_a_run_of_an_older_version_is_opened_by_every_command(here: Path, command: str) -> None:
+    begin(here / "old", rounds=2)
+    (here / "old" / "experiment.toml").write_text(
+        'rounds = 6\n[model]\npath = "fast"\n[transport]\nwidth = 4\n'
+    )
+    assert "2 of 6 rounds are done" in refused(command, "old")
+
+
 def test_a_name_that_no_disk_takes(here: Path) -> None:
     long = "a" * 300
     assert "There is no folder" in refused("chat", long)

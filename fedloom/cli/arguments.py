@@ -97,7 +97,7 @@ def experiment_and_folder(
     A resumed run follows its own experiment.toml, except for settings that do not affect training.
     """
     from fedloom.experiment import toml
-    from fedloom.storage import files, folders
+    from fedloom.storage import folders
 
     if not resume:
         experiment = load_what(what, overrides)
@@ -116,7 +116,7 @@ def experiment_and_folder(
     except RunError as why:
         raise RunError(f"Nothing to resume. {why}") from why
     folders.expect_kind(folder, kind)
-    return toml.load(folder / files.EXPERIMENT, overrides), folder
+    return toml.load_run(folder, overrides), folder
 
 
 def look_at_data(experiment: Experiment) -> None:

@@ -36,7 +36,7 @@ from fedloom.experiment.measure import measure
 from fedloom.experiment.settings import ALGORITHM, UNTRAINED, Experiment, changed
 from fedloom.experiment.simulation import batches, federated, trainings
 from fedloom.experiment.summary import summarise
-from fedloom.experiment.toml import load, recorded
+from fedloom.experiment.toml import load_run, recorded
 from fedloom.report import card, endings, page
 from fedloom.state import AdapterState
 from fedloom.storage import checkpoint, durable, files, folders, journal
@@ -235,7 +235,7 @@ def export(
     stored.
     """
     run, folder = Path(run), Path(folder)
-    saved, experiment = load(run), load(run, overrides).anchored()
+    saved, experiment = load_run(run), load_run(run, overrides).anchored()
     _same_training(saved, experiment, run / EXPERIMENT)
     if folder.exists():
         raise RunError(f"{folder} exists already and is left as it is. Choose another --out.")
@@ -317,25 +317,33 @@ def _base_name(experiment: Experiment) -> str:
 def _claimed(folder: Path, experiment: Experiment, *, resume: bool) -> Iterator[None]:
     """Lock the folder for this experiment against other processes.
 
-    If nothing has been committed by the end, everything made here is removed again.
+    If nothing has been committed by the end, everything made here is removed again, and settings are as they were.
     """
     saved = folder / EXPERIMENT
     if resume and not saved.exists():
         raise RunError(f"Nothing to resume: there is no {saved}.")
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     with checkpoint.lock(folder):
+        before, rounds = saved.read_bytes() if resume else b"", _journalled(folder)
         try:
             if resume:
-                _same_training(load(folder), experiment, saved)
+                _same_training(load_run(folder), experiment, saved)
             else:
                 folders.expect_room(folder)  # a run that ended before its first round may start over
                 durable.write(saved, experiment.to_toml().encode())
             yield
         except BaseException:
+            if resume and _journalled(folder) == rounds and saved.read_bytes() != before:
+                durable.write(saved, before)  # perhaps of an older version, which is to go on with it
             if missing and not folders.begun(folder) and not _quarantined(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 _remove_empty(missing[1:])
             raise
+
+
+def _journalled(folder: Path) -> int:
+    """Lines of rounds, over all trainings in this folder."""
+    return sum(len(journal.read(path)) for path in folder.rglob(METRICS))
 
 
 def _quarantined(folder: Path) -> bool:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # settings are read, and their mistakes reported, without wai
 def finished(run: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run whose training has ended. Raises: RunError, ConfigError."""
     folders.expect_run(run, recipes=toml.recipes())
-    saved = toml.load(run / files.EXPERIMENT)
+    saved = toml.load_run(run)
     folders.expect_finished(run, rounds=saved.rounds, seeds=saved.compare.seeds)
-    return toml.load(run / files.EXPERIMENT, overrides) if overrides else saved
+    return toml.load_run(run, overrides) if overrides else saved
 
 
 def adapter_of(folder: Path, machine: Machine) -> AdapterState:

@@ -52,7 +52,6 @@ UNTRAINED = (
     "model.allow_download",
     "data.path",
     "data.test_path",
-    "machine",
 )
 # ... unless training generates text: then these decide its length and what generates it.
 GENERATING = ("evaluation.max_new_tokens", "machine.vllm")
@@ -439,7 +438,7 @@ def _without_none(value: Any) -> Any:
 
 def checked(tree: Mapping[str, Any], name: str) -> Experiment:
     """The experiment that a tree of values describes; errors refer to it as `name`. Raises: ConfigError."""
-    if "rounds" in tree.get("local", {}):
+    if isinstance(own := tree.get("local", {}), Mapping) and "rounds" in own:
         raise ConfigError(f"{name}: local.rounds is not a setting; put rounds at the top of the file.")
     for where, value in _leaves(tree):
         if isinstance(value, float) and not math.isfinite(value):
@@ -449,10 +448,18 @@ def checked(tree: Mapping[str, Any], name: str) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
         local = {**tree.get("local", {}), "rounds": experiment.rounds}
-        return Experiment.model_validate({**tree, "local": local})
+        experiment = Experiment.model_validate({**tree, "local": local})
     except ValidationError as bad:
-        lines = [f"  {_explain(error, tree)}" for error in bad.errors()]
-        raise ConfigError("\n".join([f"{name} cannot be used:", *lines])) from bad
+        raise ConfigError("\n".join([f"{name} cannot be used:", *_explained(bad, tree)])) from bad
+    found = dict(_leaves(experiment.plain()))
+    for where, value in _leaves(tree):
+        if isinstance(value, bool) and not isinstance(
+            found.get(where, value), bool
+        ):  # pydantic reads true as 1
+            raise ConfigError(
+                f"{name}: {where} is neither true nor false. Expected a value like {found[where]!r}."
+            )
+    return experiment
 
 
 def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
@@ -467,22 +474,27 @@ def _leaves(value: Any, where: str = "file") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def _explain(error: Any, tree: Any) -> str:
-    """A mistake in words, preceded by its dotted key."""
-    path = [str(part) for part in error["loc"] if not BRANCH.fullmatch(str(part))]
-    where = ".".join(path) or "file"
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}: there is no such key{did_you_mean(path[-1], _known(path[:-1], tree))}"
-    shown = (
-        ""
-        if error["type"] == "value_error" or isinstance(error.get("input"), Mapping)
-        else f", got {error.get('input')!r}"
-    )
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{shown}"
+def _explained(bad: ValidationError, tree: Any) -> list[str]:
+    """A line for each key that is wrong: the key, then the mistake in words."""
+    mistakes: dict[
+        tuple[str, str], list[str]
+    ] = {}  # (key, the value shown) -> what each member of a union says
+    for error in bad.errors():
+        path = [str(part) for part in error["loc"] if not BRANCH.fullmatch(str(part))]
+        said, shown = error["msg"].removeprefix("Value error, "), ""
+        if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            said = f"there is no such key{did_you_mean(path[-1], _known(path[:-1], tree))}"
+        elif error["type"] != "value_error" and not isinstance(error.get("input"), Mapping):
+            shown = f", got {error.get('input')!r}"
+        mistakes.setdefault((".".join(path) or "file", shown), []).append(said)
+    return [
+        f"  {where}: {' or '.join([said, *(more.removeprefix('Input should be ') for more in others)])}{shown}"
+        for (where, shown), (said, *others) in mistakes.items()
+    ]
 
 
 # pydantic's names for members of a union and for wrapped checks; neither is a key.
-BRANCH = re.compile(r"function-.*|constrained-.*|str|int|float|(literal|list|tuple)\[.*")
+BRANCH = re.compile(r"function-.*|constrained-.*|\[key\]|str|int|float|(literal|list|tuple)\[.*")
 
 
 def _known(section: Sequence[str], tree: Any) -> dict[str, Any]:

@@ -47,13 +47,18 @@ def load(what: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     An override is `section.key=value`. The folder may be from version 0.1.0; files and overrides must use the
     current names.
     """
-    if Path(what).is_dir() and str(what) not in recipes():
-        file = Path(what) / EXPERIMENT
-        return _overridden(_today(_tree(_text(file), str(file))), str(file), overrides)
     shipped = recipes()
+    if Path(what).is_dir() and str(what) not in shipped:
+        return load_run(Path(what), overrides)
     if str(what) in shipped:
         return parse(shipped[str(what)], f"recipe {what}", overrides)
     return parse(_text(Path(what)), str(what), overrides)
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run's folder, whatever the folder is called. Raises: ConfigError."""
+    file = folder / EXPERIMENT
+    return _overridden(_today(_tree(_text(file), str(file))), str(file), overrides)
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -109,13 +114,14 @@ def _text(path: Path) -> str:
 
 def _override(tree: dict[str, Any], item: str) -> None:
     path, equals, text = item.partition("=")
-    if not equals or not path:
+    where = [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|([^."]+)', path)]
+    if not equals or not where:
         raise ConfigError(f"Expected an override like rounds=5 or data.path=FILE, got {item!r}.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string, so the command line needs no quotes
-    *parents, leaf = [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"|([^."]+)', path)]
+    *parents, leaf = where
     table: dict[str, Any] = tree
     hint: Any = Experiment
     for parent in parents:
@@ -157,7 +163,10 @@ def _today(plain: Mapping[str, Any]) -> dict[str, Any]:
     for was, now in RENAMED.items():
         if _stands(tree, was):
             section, key = was.partition("=")[0].split(".")
-            value = tree[section].pop(key)
+            held = tree[section]
+            value = (
+                held.pop(key) if isinstance(held, dict) else tree.pop(section)
+            )  # `cohort = "fixed"`: all of it
             section, _, key = now.partition("=")[0].partition(".")
             tree.setdefault(section, {})[key] = now.partition("=")[2] or value
     return tree

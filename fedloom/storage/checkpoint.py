@@ -116,7 +116,7 @@ def _read(manifest: Path, fingerprint: str) -> Checkpoint:
     if body["schema"] != SCHEMA:
         raise RunError(
             f"{manifest} was written by another version of fedloom (expected schema {SCHEMA}, got {body['schema']}): "
-            "finish the run with that version, or start a new one in another --out."
+            "go on with that version, or start a new one in another --out."
         )
     if body["fingerprint"] != fingerprint:
         raise RunError(

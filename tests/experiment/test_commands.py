@@ -130,3 +130,14 @@ def test_a_comparison_is_not_resumed_as_a_run_nor_a_run_as_a_comparison(toy: Non
         (tmp_path / folder / "experiment.toml").write_text(TOY.to_toml())
         with pytest.raises(RunError, match=r"Go on with it: fedloom (compare|run) --resume"):
             resume(TOY, tmp_path / folder, resume=True)
+
+
+def test_a_refused_resume_leaves_the_settings_as_they_were(toy: None, tmp_path: Path) -> None:
+    """They may be of an older version, which could not read them in today's words."""
+    commands.run(TOY, tmp_path)
+    (tmp_path / "inputs.json").write_text('{"data_sha256": "0", "base_sha256": "0", "prompt_sha256": "0"}')
+    before = (tmp_path / "experiment.toml").read_bytes() + b"# as it was\n"
+    (tmp_path / "experiment.toml").write_bytes(before)
+    with pytest.raises(RunError, match="not what this run began with"):
+        commands.run(TOY.with_(evaluation={"every": 2}), tmp_path, resume=True)
+    assert (tmp_path / "experiment.toml").read_bytes() == before

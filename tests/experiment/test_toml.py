@@ -13,7 +13,7 @@ from fedloom.algorithms.fewfedpit import FewFedPIT
 from fedloom.algorithms.server_optimizers import SGD
 from fedloom.errors import ConfigError
 from fedloom.experiment.settings import Experiment
-from fedloom.experiment.toml import RENAMED, load, parse, recorded
+from fedloom.experiment.toml import RENAMED, load, load_run, parse, recorded
 from fedloom.selection import Poisson, Uniform
 from fedloom.synthesis.pool import HeldBack
 from fedloom.synthesis.self_instruct import SelfInstruct, SelfInstructWording
@@ -61,7 +61,7 @@ def test_later_overrides_win() -> None:
     assert read("rounds=3", "rounds=4", text="rounds = 2").rounds == 4
 
 
-@pytest.mark.parametrize("item", ["rounds", "=3", ""])
+@pytest.mark.parametrize("item", ["rounds", "=3", "", "..=3"])
 def test_an_override_without_a_key_and_a_value_is_refused(item: str) -> None:
     assert "Expected an override like rounds=5" in refusal(item)
 
@@ -157,6 +157,19 @@ def test_an_old_runs_folder_is_read_under_the_names_of_today(tmp_path: Path) -> 
     assert found.machine.clients_per_batch == 3
     assert (found.audit.examples, found.leakage.every) == (7, 2)
     assert (found.cohort, found.synthesis) == (Uniform(count=2), HeldBack(candidates=4))
+
+
+def test_an_old_name_given_as_a_word_is_read_in_a_runs_folder(tmp_path: Path) -> None:
+    (tmp_path / "experiment.toml").write_text('cohort = "fixed"')
+    assert load(tmp_path).cohort == Uniform()
+
+
+def test_a_run_may_be_called_like_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "experiment.toml").write_text("rounds = 123")
+    monkeypatch.chdir(tmp_path)
+    assert load_run(Path("quickstart")).rounds == 123
+    assert load("quickstart").rounds != 123
 
 
 def test_the_settings_in_an_old_runs_summary_are_those_of_its_folder(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_run_of_another_version_is_refused_in_one_sentence(
     commit(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(
-        RunError, match=r"another version of fedloom \(expected schema 3, got 2\): finish"
+        RunError, match=r"another version of fedloom \(expected schema 3, got 2\): go on with that version"
     ) as said:
         newest(tmp_path)
     assert "\n" not in str(said.value)
