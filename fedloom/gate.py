@@ -88,7 +88,9 @@ class Gate:
         norms = {name: self._norm(name, state, expected[name]) for name, state in update.states.items()}
         if not update.metrics.keys() <= set(reports):
             raise RefusedUpdate("metrics", f"expected metrics of {sorted(reports)}, got others")
-        if odd := sorted(name for name, value in update.metrics.items() if not abs(value) <= LARGEST):
+        if odd := sorted(name for name, value in update.metrics.items() if not abs(value) < math.inf):
+            raise RefusedUpdate("non-finite", f"{odd[0]} is NaN or infinity")
+        if odd := sorted(name for name, value in update.metrics.items() if abs(value) > LARGEST):
             raise RefusedUpdate("metrics", f"{odd[0]} is not a number up to {LARGEST:.0e}")
         return Admitted(update, norms)
 

@@ -180,7 +180,7 @@ def test_a_folder_with_a_run_is_not_started_over(toy: None, tmp_path: Path) -> N
 
 TINY = [
     "model.base=random:llama",
-    "rounds=100000",
+    "rounds=99999",
     "adapter.rank=1",
     "data.examples=32",
     "data.clients=2",

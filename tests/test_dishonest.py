@@ -332,8 +332,8 @@ FORGERIES: dict[str, tuple[str, Forge]] = {
     "another schema": ("schema", fields(schema=1)),
     "another codec": ("codec", coded(state(1.0, 1.0), Int8())),
     # metrics
-    "a metric of NaN": ("metrics", fields(metrics={"loss": math.nan})),
-    "a metric of infinity": ("metrics", fields(metrics={"tokens": math.inf})),
+    "a metric of NaN": ("non-finite", fields(metrics={"loss": math.nan})),
+    "a metric of infinity": ("non-finite", fields(metrics={"tokens": math.inf})),
     "a metric of 1e300": ("metrics", fields(metrics={"tokens": 1e300})),
     "a metric of 401 digits": ("metrics", fields(metrics={"steps": 10**400})),
     "a metric nobody reports": ("metrics", fields(metrics={"diagnosis": 1.0})),

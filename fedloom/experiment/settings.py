@@ -326,7 +326,7 @@ class Judge(Section):
 
 class Experiment(Section):
     name: Name = "experiment"  # of the run, and of its folder
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=1, le=99_999)  # files of rounds have five digits
     seed: int = Field(0, ge=0)
     model: Model = Model()
     machine: Machine = Machine()

@@ -56,7 +56,7 @@ def test_owners_lost_to_a_part_of_the_data_are_named(tmp_path):
     data = data_of(owned(tmp_path), *TABLE, "data.examples=100", "data.pool=20", "data.hold_out=10")
     assert data.notes[0] == "data.examples = 100: 100 of 200 examples, drawn at random."
     named = [n for n in data.notes if "owners have no example left" in n]
-    assert [n.partition(" after ")[2].partition(",")[0] for n in named] == [
+    assert [n.partition(" after ")[2].partition(" and so")[0] for n in named] == [
         "data.examples = 100",
         "data.pool = 20",
     ]
