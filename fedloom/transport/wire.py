@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloom.errors import RefusedUpdate
+from fedloom.errors import RefusedUpdate, ShapeMismatch
 from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
 from fedloom.transport.codec import Codec, Fp32, Parts, layout
@@ -75,7 +75,10 @@ def unpack_broadcast(
             raise RefusedUpdate("version", f"expected steps from a version held here, got steps from {since}")
         adapter = held[since]
         for n in range(since + 1, version + 1):
-            adapter = adapter + codec.decode(states.pop(f"step {n}", {}), adapter)
+            try:
+                adapter = adapter + codec.decode(states.pop(f"step {n}", {}), adapter)
+            except ShapeMismatch as other:
+                raise _malformed("broadcast", f"step {n} is of another adapter: {other}") from other
         states["adapter"] = dict(adapter)
     if "adapter" not in states:
         raise _malformed("broadcast", "it holds no adapter")

@@ -18,7 +18,8 @@ from fedloom.errors import RefusedUpdate
 from fedloom.messages import Broadcast, Update
 from fedloom.state import AdapterState
 from fedloom.transport import wire
-from tests.fakes import state
+from fedloom.transport.codec import Fp32
+from tests.fakes import A, state
 
 UPDATE = Update(
     "client-1", {"delta": state(1.0, 2.0), "control": state(3.0, 4.0)}, 7, {"loss": 0.5, "steps": 3}, 5
@@ -200,3 +201,13 @@ def test_a_refusal_repeats_nothing_of_what_came() -> None:
         with pytest.raises(RefusedUpdate) as refused:
             wire.unpack_update(data)
         assert "Aardvark" not in str(refused.value)
+
+
+def test_a_step_of_another_adapter_is_refused() -> None:
+    packed = wire.pack_broadcast(
+        Broadcast(3, {"adapter": state(1.0)}), Fp32(), [state(0.5)], since=1, version=2
+    )
+    other = AdapterState({"another": state(1.0)[A]})
+    with pytest.raises(RefusedUpdate, match="step 2 is of another adapter") as refused:
+        wire.unpack_broadcast(packed, Fp32(), {1: other})
+    assert refused.value.code == "malformed"
